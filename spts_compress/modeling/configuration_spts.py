@@ -1,0 +1,242 @@
+"""What a skip-ready checkpoint's `config.json` says about skipping: the `spts` block, read and checked.
+
+Self-Predictive Token Skipping (SPTS), arXiv 2601.13155. This file travels with every exported checkpoint and imports
+neither torch nor spts_compress.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+HEAD_REDUCTIONS = ("mean", "max")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number of tokens that may grow with the prompt: `clip(round(fraction * n), floor, cap)`."""
+
+    fraction: float = 0.0
+    floor: int = 0
+    cap: int | None = None
+
+    def at(self, length: int) -> int:
+        """Tokens for a prompt of `length` tokens (its own length, without padding)."""
+        tokens = max(round(self.fraction * length), self.floor)
+        return tokens if self.cap is None else min(tokens, self.cap)
+
+    def covers(self, other: "Amount") -> bool:
+        """Whether this amount is at least `other` at every prompt length."""
+        mine, others = self.limit(), other.limit()
+        return self.fraction >= other.fraction and self.floor >= other.floor and mine >= others
+
+    def limit(self) -> float:
+        """The most tokens this amount can stand for."""
+        if self.cap is not None:
+            return self.cap
+        return float("inf") if self.fraction else self.floor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that share one candidate set, up to layer `end` (inclusive).
+
+    `budget`: tokens active in each of the stage's layers. `prune_to`: candidates left after layer `end` (None: all).
+    """
+
+    end: int
+    budget: Amount
+    prune_to: Amount | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Partial Attention Probing: how the last queries score the candidates.
+
+    `queries`: number of last queries (the paper's: 1). `heads`: how the heads' scores are reduced, "mean" or "max".
+    `pool`: width of the max-pooling over neighbouring candidates (odd; 1: none).
+    """
+
+    queries: int = 1
+    heads: str = "mean"
+    pool: int = 1
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """Size of the proxies that predict the feed-forward norm: `channels` is D_low, `rank` is r."""
+
+    channels: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which layers skip which tokens. `start` is the first skipping layer; layers are numbered from 0.
+
+    `keep_first` and `keep_last` tokens are always active, inside the budgets; the probe's queries always are too.
+    Prompts shorter than `min_length` run dense, and all do if `enabled` is false.
+    """
+
+    start: int
+    stages: tuple[Stage, ...]
+    proxy: Proxy
+    probe: Probe = Probe()
+    keep_first: int = 0
+    keep_last: int = 1
+    min_length: int = 0
+    enabled: bool = True
+
+    @property
+    def always_last(self) -> int:
+        return max(self.keep_last, self.probe.queries)
+
+    def stage_of(self, layer: int) -> int:
+        """Index of the stage that `layer` belongs to; layers after the last stage end belong to the last stage."""
+        return next((i for i, stage in enumerate(self.stages) if layer <= stage.end), len(self.stages) - 1)
+
+    def tokens(self, amount: Amount, length: int) -> int:
+        """Tokens `amount` stands for in a prompt of `length` tokens; never fewer than the always active ones."""
+        return min(length, max(amount.at(length), self.keep_first + self.always_last))
+
+    def counts(self, layer: int, length: int) -> tuple[int, int, int]:
+        """Candidates entering `layer`, active tokens in it, and candidates leaving it, for a prompt of `length`."""
+        entering = length
+        if layer < self.start or not self.skips(length):
+            return length, length, length
+        number = self.stage_of(layer)
+        for stage in self.stages[:number]:
+            if stage.prune_to is not None:
+                entering = min(entering, self.tokens(stage.prune_to, length))
+        stage = self.stages[number]
+        active = min(entering, self.tokens(stage.budget, length))
+        leaving = entering
+        if layer == stage.end and stage.prune_to is not None:
+            leaving = min(entering, self.tokens(stage.prune_to, length))
+        return entering, active, leaving
+
+    def skips(self, length: int) -> bool:
+        """Whether a prompt of `length` tokens has any token to skip."""
+        if not self.enabled or length < self.min_length:
+            return False
+        return any(self.tokens(stage.budget, length) < length for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `spts` block: plain numbers where an amount is a plain count."""
+        block = asdict(self)
+        for stage in block["stages"]:
+            for name in ("budget", "prune_to"):
+                amount = stage[name]
+                if amount is not None and not amount["fraction"] and amount["cap"] is None:
+                    stage[name] = amount["floor"]
+        block["stages"] = list(block["stages"])
+        return block
+
+    @classmethod
+    def from_dict(cls, block: dict[str, Any], num_layers: int) -> "Schedule":
+        """Read and check an `spts` block.
+
+        Raises:
+            ValueError: naming every fault found in `block` at once.
+        """
+        faults: list[str] = []
+        schedule = _read(cls, block, "spts", faults)
+        if schedule is not None and not faults:
+            faults += schedule.faults(num_layers)
+        if faults or schedule is None:
+            raise ValueError("invalid SPTS schedule: " + "; ".join(faults))
+        return schedule
+
+    def faults(self, num_layers: int) -> list[str]:
+        """Everything that is out of range or contradictory, each with what would be right; empty if all is well."""
+        found = []
+
+        def check(fine: bool, message: str) -> None:
+            if not fine:
+                found.append(message)
+
+        check(1 <= self.start < num_layers, f"start is {self.start}; it must be 1 to {num_layers - 1}")
+        check(len(self.stages) > 0, "stages is empty; there must be at least one")
+        previous = self.start - 1
+        for i, stage in enumerate(self.stages):
+            where = f"stages[{i}]"
+            check(
+                previous < stage.end < num_layers,
+                f"{where}.end is {stage.end}; it must be {previous + 1} to {num_layers - 1}",
+            )
+            previous = stage.end
+            for name, amount in (("budget", stage.budget), ("prune_to", stage.prune_to)):
+                if amount is not None:
+                    check(0 <= amount.fraction <= 1, f"{where}.{name}.fraction is {amount.fraction}; it must be 0 to 1")
+                    check(amount.floor >= 0, f"{where}.{name}.floor is {amount.floor}; it must not be negative")
+                    check(amount.fraction > 0 or amount.floor > 0, f"{where}.{name} is 0; it must keep some tokens")
+                    check(
+                        amount.cap is None or amount.cap >= max(1, amount.floor),
+                        f"{where}.{name}.cap is {amount.cap}; it must be at least the floor",
+                    )
+            if i + 1 < len(self.stages):
+                following = self.stages[i + 1].budget
+                check(
+                    stage.prune_to is None or stage.prune_to.covers(following),
+                    f"{where}.prune_to is less than stages[{i + 1}].budget; it must be at least that",
+                )
+            else:
+                check(stage.prune_to is None, f"{where}.prune_to is set; nothing is pruned after the last stage")
+        check(self.probe.queries >= 1, f"probe.queries is {self.probe.queries}; it must be at least 1")
+        check(self.probe.heads in HEAD_REDUCTIONS, f"probe.heads is {self.probe.heads!r}; it must be mean or max")
+        check(
+            self.probe.pool >= 1 and self.probe.pool % 2 == 1,
+            f"probe.pool is {self.probe.pool}; it must be odd and at least 1",
+        )
+        check(self.keep_first >= 0, f"keep_first is {self.keep_first}; it must not be negative")
+        check(self.keep_last >= 1, f"keep_last is {self.keep_last}; the last token is always active")
+        check(self.min_length >= 0, f"min_length is {self.min_length}; it must not be negative")
+        check(self.proxy.channels >= 1, f"proxy.channels is {self.proxy.channels}; it must be at least 1")
+        check(self.proxy.rank >= 1, f"proxy.rank is {self.proxy.rank}; it must be at least 1")
+        return found
+
+
+def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
+    """Build dataclass `kind` from plain data, collecting faults instead of raising."""
+    if kind is Amount and isinstance(value, int) and not isinstance(value, bool):
+        return Amount(floor=value)
+    if not isinstance(value, dict):
+        faults.append(f"{where} is {value!r}; it must be a mapping")
+        return None
+    known = {f.name: f for f in fields(kind)}
+    faults += [f"{where}.{key} is unknown; known are {', '.join(known)}" for key in value if key not in known]
+    nested = {"budget": Amount, "prune_to": Amount, "probe": Probe, "proxy": Proxy}
+    built = {}
+    for key in known:
+        if key not in value:
+            continue
+        item = value[key]
+        if key == "stages" and isinstance(item, list | tuple):
+            built[key] = tuple(_read(Stage, part, f"{where}.stages[{i}]", faults) for i, part in enumerate(item))
+        elif key in nested and not (key == "prune_to" and item is None):
+            built[key] = _read(nested[key], item, f"{where}.{key}", faults)
+        else:
+            number = isinstance(item, int | float) and not isinstance(item, bool)
+            whole = isinstance(item, int) and not isinstance(item, bool)
+            fits = {"fraction": number, "heads": isinstance(item, str), "enabled": isinstance(item, bool)}.get(key, whole)
+            if not fits and not (item is None and key in ("cap", "prune_to")):
+                faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
+            built[key] = item
+    try:
+        return kind(**built)
+    except TypeError:
+        required = {Stage: ("end", "budget"), Proxy: ("channels", "rank"), Schedule: ("start", "stages", "proxy")}
+        faults += [f"{where}.{key} is missing" for key in required.get(kind, ()) if key not in built]
+        return None
+
+
+class SptsConfigMixin:
+    """Adds the `spts` block to a stock configuration class."""
+
+    spts: dict | None = None
+
+    def schedule(self, **changes: Any) -> Schedule:
+        """The skipping schedule, with top-level keys of the block replaced by `changes` for one use.
+
+        Raises:
+            ValueError: if the block or a change is not valid.
+        """
+        return Schedule.from_dict({**(self.spts or {}), **changes}, self.num_hidden_layers)  # type: ignore[attr-defined]

@@ -1,0 +1,702 @@
+"""Self-Predictive Token Skipping (SPTS, arXiv 2601.13155) for stock transformers decoders.
+
+During the prefill, layers from `start` on work on a budget of *active* tokens; a token that is skipped keeps its hidden
+state through the residual path and may be chosen again by a later layer:
+
+- Partial Attention Probing (PAP): keys of all candidates and the queries of the last tokens give every candidate a
+  score; attention runs among the top candidates, and only their keys and values enter the KV cache.
+- Low-rank Transformation Probing (LTP): a small proxy predicts the norm of each candidate's feed-forward output; the
+  feed-forward network runs on the candidates with the largest (predicted norm x attention score).
+- Multi-Stage Delayed Pruning (MSDP): at the end of a stage, the lowest-scoring candidates leave the sequence for good.
+
+Decoding runs densely on the shortened caches. This file travels with every exported checkpoint; it says what the method
+does, once, for all model families. The family's own file mixes it into the stock classes.
+
+Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, H heads, G key/value heads, d head size,
+D hidden size. Rows are padded on the left, everywhere.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import capture_outputs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores and selections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def probe_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    heads: str = "mean",
+    pool: int = 1,
+    valid: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that the last queries pay to every candidate (PAP).
+
+    Args:
+        query: rotated queries of the last w candidates, (B, H, w, d).
+        key: rotated keys of all candidates, (B, G, T, d).
+        scaling: factor of the attention logits.
+        heads: how heads are reduced, "mean" or "max".
+        pool: width of the max-pooling over neighbouring candidates (1: none).
+        valid: which candidates are not padding, (B, T); None if all are.
+
+    Returns:
+        Pooled and raw scores, both (B, T) in float32, zero on padding.
+    """
+    batch, num_heads, window, _ = query.shape
+    groups, candidates = key.shape[1:3]
+    grouped = query.float().reshape(batch, groups, num_heads // groups * window, -1) * scaling
+    logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, window, candidates)
+    if window > 1:  # each query sees the tokens up to itself
+        future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+        logits[..., -window:].masked_fill_(future, float("-inf"))
+    if valid is None:
+        raw = torch.softmax(logits, dim=-1).mean(dim=2)
+    else:
+        logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
+        asking = valid[:, None, -window:, None]
+        raw = (torch.softmax(logits, dim=-1) * asking).sum(dim=2) / asking.sum(dim=2)
+    raw = raw.mean(dim=1) if heads == "mean" else raw.amax(dim=1)
+    if valid is not None:
+        raw = raw * valid
+    if pool == 1:
+        return raw, raw
+    pooled = nn.functional.max_pool1d(raw[:, None], pool, stride=1, padding=pool // 2)[:, 0]
+    return (pooled if valid is None else pooled * valid), raw
+
+
+def select(
+    score: torch.Tensor,
+    tie: torch.Tensor,
+    width: int,
+    counts: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Indices of the top candidates of each row, in their original order.
+
+    Equal scores are decided by `tie`, then by the later position, so that the result is the same on every device.
+    Nothing here waits for the device: all shapes are known beforehand.
+
+    Args:
+        score: what to rank by, (B, T) float32, not negative.
+        tie: decides between equal scores, (B, T) float32, not negative.
+        width: number of indices a row, the largest of the rows' counts.
+        counts: number of tokens to select in each row, (B, 1); None if `width` in every row.
+        valid: which candidates are not padding, (B, T); None if all are.
+
+    Returns:
+        Indices into the candidates, (B, width), padded with 0 on the left where a row selects fewer.
+    """
+    # The bits of a non-negative float32 sort like the number itself, so one 64-bit key ranks by score, then by tie.
+    rank = (score.contiguous().view(torch.int32).long() << 32) | tie.contiguous().view(torch.int32).long()
+    if valid is not None:
+        rank = rank.masked_fill(~valid, -1)
+    top = rank.topk(width, dim=-1).values
+    wanted = width if counts is None else counts
+    threshold = top[:, -1:] if counts is None else top.gather(1, counts - 1)
+    above, level = rank > threshold, rank == threshold
+    from_the_right = level.flip(1).cumsum(1).flip(1)
+    chosen = above | (level & (from_the_right <= wanted - above.sum(1, keepdim=True)))
+    # Chosen candidates go to consecutive slots, all others to a spare slot behind the last.
+    slot = torch.where(chosen, chosen.cumsum(1) - 1 + width - wanted, width)
+    source = torch.arange(score.shape[1], device=score.device).expand_as(slot)
+    return torch.zeros_like(slot[:, :1]).repeat(1, width + 1).scatter_(1, slot, source)[:, :width]
+
+
+def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather along dimension 1: (B or 1, T, ...) and (B, M) give (B, M, ...)."""
+    if index.shape[0] == 1:
+        return states.index_select(1, index[0])
+    if states.shape[0] == 1:
+        return states[0][index]
+    return states[torch.arange(index.shape[0], device=index.device)[:, None], index]
+
+
+def add_at(
+    states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """`states[b, index[b]] += update[b]`: the residual add of the active tokens only; in place if no gradient runs."""
+    return put(states, index, take(states, index) + update, valid)
+
+
+def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`states[b, index[b]] = update[b]` for all valid slots; in place if no gradient runs."""
+    if torch.is_grad_enabled() and (states.requires_grad or update.requires_grad):
+        states = states.clone()
+    if valid is not None:  # unused slots hold index 0, which may be a real token
+        rows, slots = valid.nonzero(as_tuple=True)
+        states[rows, index[rows, slots]] = update[rows, slots]
+    elif index.shape[0] == 1:
+        states.index_copy_(1, index[0], update)
+    else:
+        states[torch.arange(index.shape[0], device=index.device)[:, None], index] = update
+    return states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proxies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FeedForwardProxy(nn.Module):
+    """Low-rank Transformation Probing (LTP): predicts `||FFN(x)||` from `x`.
+
+    `f(x) = act(x U_g V_g) * (x U_u V_u)`, with `U_g`, `U_u` of rank r kept in one matrix `down`, and its norm taken in
+    the pruned width D_low; 4 r (D + D_low) floating-point operations a token.
+    """
+
+    def __init__(self, hidden_size: int, channels: int, rank: int, activation: str):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(2 * rank, hidden_size))
+        self.gate = nn.Parameter(torch.empty(channels, rank))
+        self.up = nn.Parameter(torch.empty(channels, rank))
+        self.activation = ACT2FN[activation]
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Predicted norms in float32, (B, T), of feed-forward inputs (B, T, D)."""
+        gate, up = nn.functional.linear(states, self.down).chunk(2, dim=-1)
+        product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
+        precision = torch.promote_types(product.dtype, torch.float32)
+        return torch.linalg.vector_norm(product, dim=-1, dtype=precision).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SkippedCacheLayer(DynamicLayer):
+    """KV cache of a layer that skipped prompt tokens: shorter than the prompt, and its rows may start with padding.
+
+    `prompt_length`: slots of the prompt, with padding. `kept`: slots this layer cached of it. `valid`: which of those
+    are not padding, (B, kept), None if all are. `stage`: layers of one stage hold equally many tokens.
+    """
+
+    def __init__(self, prompt_length: int, kept: int, valid: torch.Tensor | None, stage: int):
+        super().__init__()
+        self.prompt_length, self.kept, self.valid, self.stage = prompt_length, kept, valid, stage
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.valid is not None:
+            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.valid is not None:
+            self.valid = self.valid[indices, ...]
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt_length = self.kept = 0
+        self.valid = None
+
+    def attention_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
+        """Which of the tokens held here, then of the new `states`, are not padding; None if all are.
+
+        `attention_mask` (B, all tokens so far) is the caller's; None if it holds no padding.
+        """
+        if attention_mask is None and self.valid is None:
+            return None
+        held = self.valid
+        if held is None:
+            held = torch.ones(states.shape[0], self.kept, dtype=torch.bool, device=states.device)
+        later = self.get_seq_length() - self.kept + states.shape[1]
+        if attention_mask is None:
+            tail = torch.ones(states.shape[0], later, dtype=torch.bool, device=states.device)
+        else:
+            tail = attention_mask[:, attention_mask.shape[1] - later :].to(states.device, torch.bool)
+        return torch.cat([held.to(states.device), tail], dim=1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.is_initialized and self.get_seq_length() - abs(tokens_to_remove) < self.kept:
+            raise ValueError(
+                f"cannot crop {abs(tokens_to_remove)} tokens: only {self.get_seq_length() - self.kept} came after the "
+                "prompt, and this layer does not hold every token of the prompt. Run the prompt again instead."
+            )
+        super().crop(tokens_to_remove)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One prefill
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """How many tokens of each row: `width` slots, and where rows differ `rows` (B, 1) and which slots are used."""
+
+    width: int
+    rows: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, counts: tuple[int, ...], device: torch.device) -> "Count":
+        width = max(counts)
+        if min(counts) == width:
+            return cls(width)
+        rows = torch.tensor(counts, device=device)[:, None]
+        return cls(width, rows, torch.arange(width, device=device) >= width - rows)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one skipping layer does: candidates coming in, active tokens, candidates going on to the next layer."""
+
+    entering: Count
+    active: Count
+    leaving: Count
+    keep_first: int
+    keep_last: int
+    probe: Any
+
+    @property
+    def skips(self) -> bool:
+        return self.active is not self.entering
+
+    @property
+    def prunes(self) -> bool:
+        return self.leaving is not self.entering
+
+    def pin(self, score: torch.Tensor) -> torch.Tensor:
+        """Scores (B, T) with those of the always active tokens raised above all others."""
+        score = score.clone()
+        score[:, -self.keep_last :] = float("inf")
+        if self.entering.rows is None:
+            score[:, : self.keep_first] = float("inf")
+        else:
+            slots = torch.arange(score.shape[1], device=score.device)
+            score.masked_fill_(slots < score.shape[1] - self.entering.rows + self.keep_first, float("inf"))
+        return score
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A request to skip: the schedule, how many last positions to return (None: all, with the dense shape), and how
+    many of the tokens given come after the prompt's end."""
+
+    schedule: Any
+    last: int | None = None
+    behind: int = 0
+
+    @classmethod
+    def of(cls, config: Any, spts: Any, last: int | None) -> "Skip":
+        """Read the `spts` argument of a call."""
+        if not isinstance(spts, bool | dict):
+            raise TypeError(f"spts must be None, True, False or a dict of schedule changes, not {type(spts).__name__}")
+        if config.spts is None:
+            raise ValueError("this model's config has no spts block, so it can't skip tokens")
+        changes = spts if isinstance(spts, dict) else {}
+        fixed = {"start", "proxy"} & set(changes)
+        if fixed:
+            raise ValueError(f"{', '.join(sorted(fixed))} can't be changed for one call: the proxies were fitted for it")
+        return cls(config.schedule(**changes), last, 0 if last is None else last - 1)
+
+    def prompt_lengths(self, attention_mask: torch.Tensor | None, batch: int, slots: int) -> list[int]:
+        """Prompt tokens of each row, without padding; empty if there is no prompt to skip in.
+
+        Raises:
+            ValueError: if the mask is anything but padding on the left.
+        """
+        if slots - self.behind < 1:
+            return []
+        if attention_mask is None:
+            return [slots - self.behind] * batch
+        advice = "pad on the left (tokenizer.padding_side = 'left'), or pass spts=False"
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            raise ValueError(f"skipping needs an attention mask of 2 dimensions: {advice}")
+        if attention_mask.shape[1] != slots:
+            raise ValueError(f"the attention mask has {attention_mask.shape[1]} columns for {slots} tokens")
+        real = attention_mask.bool()
+        left_padded = (real[:, 1:] >= real[:, :-1]).all() & real[:, slots - self.behind - 1 :].all()
+        lengths, fine = real.sum(1) - self.behind, left_padded.long()[None]
+        *lengths, fine = torch.cat([lengths, fine]).tolist()  # the one time this waits for the device
+        if not fine:
+            raise ValueError(f"skipping can't handle padding on the right or inside a prompt: {advice}")
+        return lengths
+
+
+class SkippingDecoderLayer:
+    """Mixed into a family's decoder layer: adds PAP and LTP. Without a `plan` the layer is the stock one."""
+
+    # From the family's own module.
+    rotate_half: Any
+    eager_attention: Any
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, plan: LayerPlan | None = None, **kwargs: Any) -> Any:
+        """Stock layer without `plan`; with it, (hidden states (B, T, D), candidates to go on with (B, T') or None)."""
+        if plan is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return self._skip(hidden_states, plan=plan, **kwargs)
+
+    def _rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return states * cos + type(self).rotate_half(states) * sin
+
+    def _skip(
+        self,
+        hidden_states: torch.Tensor,
+        plan: LayerPlan,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention = self.self_attn
+        cos, sin = position_embeddings
+        entering, active = plan.entering, plan.active
+
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+        # PAP: keys of all candidates, the last queries, and from them one score a candidate.
+        normed = self.input_layernorm(hidden_states)
+        key = self._rotate(heads(attention.k_proj(normed)), cos, sin)
+        chosen = score = raw = None
+        if plan.skips or plan.prunes:
+            window = min(plan.probe.queries, entering.width)
+            query = self._rotate(heads(attention.q_proj(normed[:, -window:])), cos[:, -window:], sin[:, -window:])
+            score, raw = probe_scores(
+                query, key, attention.scaling, plan.probe.heads, plan.probe.pool, entering.valid
+            )
+            ranked = plan.pin(score)
+        if plan.skips:
+            chosen = select(ranked, raw, active.width, active.rows, entering.valid)
+            normed, key = take(normed, chosen), take(key.transpose(1, 2), chosen).transpose(1, 2)
+            cos, sin = take(cos, chosen), take(sin, chosen)
+
+        # Attention among the active tokens, in their order and with their original positions.
+        query = self._rotate(heads(attention.q_proj(normed)), cos, sin)
+        value = heads(attention.v_proj(normed))
+        if past_key_values is not None:
+            past_key_values.update(key, value, attention.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, type(self).eager_attention)
+        output, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
+        output = attention.o_proj(output.reshape(*output.shape[:2], -1))
+        if chosen is None:
+            hidden_states = hidden_states + output
+        else:
+            hidden_states = add_at(hidden_states, chosen, output, active.valid)
+
+        # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
+        normed = self.post_attention_layernorm(hidden_states)
+        if chosen is None:
+            hidden_states = hidden_states + self.mlp(normed)
+        else:
+            change = plan.pin(self.proxy(normed) * score)
+            chosen = select(change, raw, active.width, active.rows, entering.valid)
+            hidden_states = add_at(hidden_states, chosen, self.mlp(take(normed, chosen)), active.valid)
+
+        keep = None
+        if plan.prunes:
+            keep = select(ranked, raw, plan.leaving.width, plan.leaving.rows, entering.valid)
+        return hidden_states, keep
+
+
+class SkippingPreTrainedModel:
+    """Mixed into both model classes of a family: how proxies without trained weights are initialised."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, FeedForwardProxy):
+            for parameter in module.parameters():
+                init.normal_(parameter, std=self.config.initializer_range)  # type: ignore[attr-defined]
+
+
+class SkippingModel(SkippingPreTrainedModel):
+    """Mixed into a family's decoder: runs the prefill stage by stage, and later tokens on caches of unequal length."""
+
+    layer_class: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if config.spts is not None:
+            schedule = config.schedule()
+            for index in range(schedule.start, config.num_hidden_layers):
+                layer = self.layer_class(config, index)
+                size = schedule.proxy
+                layer.proxy = FeedForwardProxy(config.hidden_size, size.channels, size.rank, config.hidden_act)
+                self.layers[index] = layer
+            self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        spts: "bool | dict | Skip | None" = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As stock. `spts`: True, or a dict of schedule changes, skips tokens in the prefill. All positions are
+        returned here, so the default is not to skip; a skipped token shows the state it kept.
+
+        Raises:
+            ValueError: for inputs that skipping can't handle, with the way round it.
+        """
+        cache_empty = past_key_values is None or past_key_values.get_seq_length() == 0
+        if cache_empty and spts not in (None, False):
+            request = spts if isinstance(spts, Skip) else Skip.of(self.config, spts, last=None)
+            if self.training:
+                raise ValueError("tokens are skipped in inference only; call model.eval(), or pass spts=False")
+            if wants_every_layer(self.config, kwargs):
+                raise ValueError("hidden states and attentions of every layer need spts=False")
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+            lengths = request.prompt_lengths(attention_mask, *inputs_embeds.shape[:2])
+            if any(request.schedule.skips(length) for length in lengths):
+                return self._prefill(
+                    request, lengths, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+                )
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        if past_key_values is not None and any(isinstance(c, SkippedCacheLayer) for c in past_key_values.layers):
+            return self._continue(**inputs, **kwargs)
+        return super().forward(**inputs, **kwargs)
+
+    @capture_outputs
+    def _prefill(
+        self,
+        request: Skip,
+        lengths: list[int],
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Prefill of a prompt of `lengths` tokens a row; tokens behind the prompt's end follow as a later chunk."""
+        schedule, slots = request.schedule, inputs_embeds.shape[1]
+        device = inputs_embeds.device
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = torch.arange(slots, device=device)[None]
+        if request.behind:
+            end = slots - request.behind
+            prompt = self._prefill(
+                replace(request, last=1, behind=0),
+                lengths,
+                inputs_embeds[:, :end],
+                None if attention_mask is None else attention_mask[:, :end],
+                position_ids[:, :end],
+                past_key_values,
+                use_cache,
+                **kwargs,
+            )
+            rest = self._continue(
+                inputs_embeds=inputs_embeds[:, end:],
+                attention_mask=attention_mask,
+                position_ids=position_ids[:, end:],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            prompt.last_hidden_state = torch.cat([prompt.last_hidden_state, rest.last_hidden_state], dim=1)
+            return prompt
+
+        plans = layer_plans(schedule, len(self.layers), lengths, device)
+        if past_key_values is not None:
+            prepare_cache(past_key_values, plans, slots, schedule)
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        states = inputs_embeds
+        for layer in self.layers[: schedule.start]:
+            states = layer(
+                states,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        every = where = None
+        width = max(lengths)
+        if request.last is None:
+            every, where = states.clone(), torch.arange(slots - width, slots, device=device)[None]
+        states, cos, sin = states[:, -width:], rotary[0][:, -width:], rotary[1][:, -width:]
+        masks: dict[int, Any] = {}
+        for layer, plan in zip(self.layers[schedule.start :], plans, strict=True):
+            active = plan.active
+            if active.width not in masks:
+                shape = states.new_empty(states.shape[0], active.width, 0)
+                masks = {active.width: create_causal_mask(self.config, shape, active.valid, None)}
+            states, keep = layer(
+                states,
+                plan=plan,
+                attention_mask=masks[active.width],
+                position_embeddings=(cos, sin),
+                past_key_values=past_key_values,
+            )
+            if keep is not None:
+                if every is not None:
+                    every = put(every, where, states, plan.entering.valid)
+                    where = take(where, keep)
+                states, cos, sin = take(states, keep), take(cos, keep), take(sin, keep)
+        if every is not None:
+            states = put(every, where, states, plan.leaving.valid)
+        else:
+            states = states[:, -1:]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
+
+    @capture_outputs
+    def _continue(
+        self,
+        past_key_values: Cache,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Tokens after a skipped prefill: the stock layers, each with a mask for what its own cache holds."""
+        states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            seen = past_key_values.get_seq_length()
+            position_ids = torch.arange(seen, seen + states.shape[1], device=states.device)[None]
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("after a skipped prefill the attention mask must have 2 dimensions; or pass spts=False")
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        rotary = self.rotary_emb(states, position_ids=position_ids)
+        masks: dict[int, Any] = {}
+        for index, layer in enumerate(self.layers):
+            held = past_key_values.layers[index]
+            stage = held.stage if isinstance(held, SkippedCacheLayer) else -1
+            if stage not in masks:
+                seen_by_layer = attention_mask
+                if isinstance(held, SkippedCacheLayer):
+                    seen_by_layer = held.attention_mask(attention_mask, states)
+                masks[stage] = create_causal_mask(
+                    self.config, states, seen_by_layer, past_key_values, layer_idx=index
+                )
+            states = layer(
+                states,
+                attention_mask=masks[stage],
+                position_embeddings=rotary,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
+
+
+class SkippingForCausalLM(SkippingPreTrainedModel):
+    """Mixed into a family's causal language model: decides when a forward pass is a prompt's prefill."""
+
+    model_class: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        spts: bool | dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock, and tokens are skipped when this is the prefill of a prompt whose end is known: the cache is empty
+        and `logits_to_keep` = k > 0, as `generate` asks for; the last k - 1 tokens are then no part of the prompt.
+
+        `spts` (accepted by `generate` too): False never skips; a dict changes top-level keys of the config's `spts`
+        block for this call; True skips even where every position's logits are asked for, and then a skipped token
+        shows the state it kept.
+        """
+        last = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
+        cached = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
+        if spts is None:
+            one_prompt = last is not None and cached and labels is None and not self.training
+            spts = one_prompt and self.config.spts is not None and not wants_every_layer(self.config, kwargs)
+        if spts is not False and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            spts = Skip.of(self.config, spts, last)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            spts=spts,
+            **kwargs,
+        )
+
+    def _prefill(self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        """`generate`'s prefill. A chunk does not show whether the prompt ends with it, so chunked prompts run dense."""
+        if generation_config.prefill_chunk_size is not None:
+            model_kwargs["spts"] = False
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def wants_every_layer(config: Any, kwargs: dict) -> bool:
+    """Whether a call asks for hidden states or attentions of every layer, which only a dense pass has."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(kwargs.get(name, getattr(config, name, False)) for name in names)
+
+
+def layer_plans(schedule: Any, num_layers: int, lengths: list[int], device: torch.device) -> list[LayerPlan]:
+    """Plans of the skipping layers, for rows of `lengths` tokens. Equal counts share one `Count`."""
+    known: dict[tuple[int, ...], Count] = {}
+    plans = []
+    for layer in range(schedule.start, num_layers):
+        columns = zip(*(schedule.counts(layer, length) for length in lengths), strict=True)
+        counts = [known.get(column) or known.setdefault(column, Count.of(column, device)) for column in columns]
+        plans.append(LayerPlan(*counts, schedule.keep_first, schedule.always_last, schedule.probe))
+    return plans
+
+
+def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: Any) -> None:
+    """Give the skipping layers' caches the class that knows which tokens they hold.
+
+    Raises:
+        ValueError: if the cache is of a kind that can't hold layers of unequal length.
+    """
+    last_layer = schedule.start + len(plans)
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < last_layer:
+        cache.layers.append(cache.layer_class_to_replicate())
+    for index, plan in enumerate(plans, schedule.start):
+        if type(cache.layers[index]) not in (DynamicLayer, SkippedCacheLayer):
+            raise ValueError(
+                f"skipping needs a dynamic cache, this one has {type(cache.layers[index]).__name__}; "
+                "leave cache_implementation unset, or pass spts=False"
+            )
+        stage = schedule.stage_of(index)
+        cache.layers[index] = SkippedCacheLayer(slots, plan.active.width, plan.active.valid, stage)

@@ -1,0 +1,183 @@
+"""SPTS written a second time, slowly and plainly, from the method's description: token by token, head by head.
+
+Shares no code with spts_compress. Everything is float64. One prompt (no batch, no padding).
+"""
+
+import math
+
+import torch
+
+
+class Reference:
+    """A Llama- or Qwen2-like decoder that skips tokens, from a state dict of the exported model."""
+
+    def __init__(self, state: dict, config, schedule: dict):
+        self.w = {name: tensor.double() for name, tensor in state.items()}
+        self.c = config
+        self.s = schedule
+        self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache: list[dict] = []  # per layer: {"pos": [...], "k": [(G, d)], "v": [(G, d)]}
+        self.count = 0
+        self.margin = float("inf")  # smallest gap between the last chosen and the first not chosen score
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+    def lin(self, x, name):
+        y = self.w[name + ".weight"] @ x
+        bias = self.w.get(name + ".bias")
+        return y if bias is None else y + bias
+
+    def norm(self, x, name):
+        return x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps) * self.w[name + ".weight"]
+
+    def rope(self, vector, position):
+        half = self.d // 2
+        theta = self.c.rope_parameters["rope_theta"]
+        out = vector.clone()
+        for i in range(half):
+            angle = position * theta ** (-2 * i / self.d)
+            a, b = vector[i], vector[i + half]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + half] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    def heads(self, x, name, position=None):
+        parts = self.lin(x, name).view(-1, self.d)
+        return parts if position is None else torch.stack([self.rope(p, position) for p in parts])
+
+    def ffn(self, x, layer):
+        p = f"model.layers.{layer}.mlp."
+        return self.lin(torch.nn.functional.silu(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj")
+
+    def predicted_norm(self, x, layer):
+        p = f"model.layers.{layer}.proxy."
+        low = self.w[p + "down"] @ x
+        r = low.numel() // 2
+        product = torch.nn.functional.silu(self.w[p + "gate"] @ low[:r]) * (self.w[p + "up"] @ low[r:])
+        return float(torch.sqrt((product**2).sum()))
+
+    def attend(self, q, keys, values):
+        """One token's attention: q (H, d) over lists of keys and values (G, d)."""
+        group = self.c.num_attention_heads // self.c.num_key_value_heads
+        out = []
+        for h in range(self.c.num_attention_heads):
+            logits = torch.stack([(q[h] * k[h // group]).sum() / math.sqrt(self.d) for k in keys])
+            p = torch.softmax(logits, 0)
+            out.append(sum(p[i] * values[i][h // group] for i in range(len(values))))
+        return torch.cat(out)
+
+    # -- selection -----------------------------------------------------------------------------------------------
+    def amount(self, amount, n):
+        if isinstance(amount, int):
+            tokens = amount
+        else:
+            tokens = max(round(amount.get("fraction", 0) * n), amount.get("floor", 0))
+            tokens = tokens if amount.get("cap") is None else min(tokens, amount["cap"])
+        always = self.s.get("keep_first", 0) + max(self.s.get("keep_last", 1), self.s.get("probe", {}).get("queries", 1))
+        return min(n, max(tokens, always))
+
+    def top(self, score, raw, count):
+        """Places of the `count` best candidates: always active ones, then by score, raw score, later place."""
+        n = len(score)
+        first = self.s.get("keep_first", 0)
+        last = max(self.s.get("keep_last", 1), self.s.get("probe", {}).get("queries", 1))
+
+        def rank(i):
+            return (i < first or i >= n - last, score[i], raw[i], i)
+
+        order = sorted(range(n), key=rank, reverse=True)
+        if count < n:
+            a, b = order[count - 1], order[count]
+            if not rank(a)[0]:
+                gap = abs(score[a] - score[b]) / max(abs(score[a]), 1e-300)
+                if gap == 0:
+                    gap = abs(raw[a] - raw[b]) / max(abs(raw[a]), 1e-300)
+                self.margin = min(self.margin, gap if gap > 0 else float("inf"))
+        return sorted(order[:count])
+
+    def probe(self, x, keys, positions, layer):
+        probe = self.s.get("probe", {})
+        w = min(probe.get("queries", 1), len(x))
+        group = self.c.num_attention_heads // self.c.num_key_value_heads
+        n = len(x)
+        per_head = []
+        for h in range(self.c.num_attention_heads):
+            total = [0.0] * n
+            for i in range(n - w, n):
+                q = self.heads(x[i], f"model.layers.{layer}.self_attn.q_proj", positions[i])[h]
+                logits = torch.stack([(q * keys[j][h // group]).sum() / math.sqrt(self.d) for j in range(i + 1)])
+                for j, p in enumerate(torch.softmax(logits, 0).tolist()):
+                    total[j] += p / w
+            per_head.append(total)
+        if probe.get("heads", "mean") == "mean":
+            raw = [sum(col) / len(per_head) for col in zip(*per_head, strict=True)]
+        else:
+            raw = [max(col) for col in zip(*per_head, strict=True)]
+        reach = probe.get("pool", 1) // 2
+        pooled = [max(raw[max(0, i - reach) : i + reach + 1]) for i in range(n)]
+        return pooled, raw
+
+    # -- the model -----------------------------------------------------------------------------------------------
+    def prefill(self, tokens):
+        """Logits after the last token; fills the cache."""
+        n = len(tokens)
+        x = [self.w["model.embed_tokens.weight"][t] for t in tokens]
+        positions = list(range(n))
+        last_budget = None
+        pruned = {}
+        for layer in range(self.c.num_hidden_layers):
+            p = f"model.layers.{layer}."
+            normed = [self.norm(v, p + "input_layernorm") for v in x]
+            keys = [self.heads(v, p + "self_attn.k_proj", pos) for v, pos in zip(normed, positions, strict=True)]
+            places = range(len(x))
+            skipping = layer >= self.s["start"]
+            if skipping:
+                stage = next((s for s in self.s["stages"] if layer <= s["end"]), self.s["stages"][-1])
+                last_budget = min(len(x), self.amount(stage["budget"], n))
+                score, raw = self.probe(normed, keys, positions, layer)
+                places = self.top(score, raw, last_budget)
+            held = {
+                "pos": [positions[i] for i in places],
+                "k": [keys[i] for i in places],
+                "v": [self.heads(normed[i], p + "self_attn.v_proj") for i in places],
+            }
+            self.cache.append(held)
+            for number, i in enumerate(places):
+                q = self.heads(normed[i], p + "self_attn.q_proj", positions[i])
+                out = self.attend(q, held["k"][: number + 1], held["v"][: number + 1])
+                x[i] = x[i] + self.lin(out, p + "self_attn.o_proj")
+            normed = [self.norm(v, p + "post_attention_layernorm") for v in x]
+            places = range(len(x))
+            if skipping and last_budget < len(x):
+                change = [self.predicted_norm(v, layer) * s for v, s in zip(normed, score, strict=True)]
+                places = self.top(change, raw, last_budget)
+            for i in places:
+                x[i] = x[i] + self.ffn(normed[i], layer)
+            if skipping and layer == stage["end"] and stage.get("prune_to") is not None:
+                count = min(len(x), self.amount(stage["prune_to"], n))
+                keep = self.top(score, raw, count)
+                pruned.update({positions[i]: x[i] for i in range(len(x)) if i not in keep})
+                x, positions = [x[i] for i in keep], [positions[i] for i in keep]
+        self.count = n
+        pruned.update(dict(zip(positions, x, strict=True)))
+        self.states = [self.norm(pruned[i], "model.norm") for i in range(n)]
+        return self.logits(x[-1])
+
+    def step(self, token):
+        """Logits after one more token, which sees what each layer's cache holds."""
+        position, self.count = self.count, self.count + 1
+        x = self.w["model.embed_tokens.weight"][token]
+        for layer in range(self.c.num_hidden_layers):
+            p = f"model.layers.{layer}."
+            normed = self.norm(x, p + "input_layernorm")
+            held = self.cache[layer]
+            held["pos"].append(position)
+            held["k"].append(self.heads(normed, p + "self_attn.k_proj", position))
+            held["v"].append(self.heads(normed, p + "self_attn.v_proj"))
+            q = self.heads(normed, p + "self_attn.q_proj", position)
+            x = x + self.lin(self.attend(q, held["k"], held["v"]), p + "self_attn.o_proj")
+            x = x + self.ffn(self.norm(x, p + "post_attention_layernorm"), layer)
+        return self.logits(x)
+
+    def logits(self, x):
+        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        return head @ self.norm(x, "model.norm")

@@ -1,0 +1,119 @@
+"""Skipping equals the independent reference; skipping off, or with nothing to skip, equals the stock model."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import Reference
+from tiny import SCHEDULE, stock_twin, tiny_model
+
+FAMILIES = ["llama", "qwen2"]
+
+
+@st.composite
+def schedules(draw, layers: int = 5):
+    start = draw(st.integers(1, layers - 1))
+    ends = sorted(draw(st.sets(st.integers(start, layers - 1), min_size=1, max_size=3)))
+    budgets = sorted((draw(st.integers(1, 30)) for _ in ends), reverse=True)
+    stages = [{"end": e, "budget": b} for e, b in zip(ends, budgets, strict=True)]
+    for stage, following in zip(stages, stages[1:], strict=False):
+        if draw(st.booleans()):
+            stage["prune_to"] = following["budget"] + draw(st.integers(0, 10))
+    if draw(st.booleans()):
+        fraction = draw(st.sampled_from([0.5, 0.25]))
+        stages[-1]["budget"] = {"fraction": fraction, "floor": 3, "cap": 20}
+        for stage in stages[:-1]:
+            if "prune_to" in stage:
+                stage["prune_to"] = {"fraction": fraction, "floor": 22}
+    return dict(
+        start=start,
+        stages=stages,
+        proxy={"channels": 12, "rank": 4},
+        probe={
+            "queries": draw(st.sampled_from([1, 1, 2, 5])),
+            "heads": draw(st.sampled_from(["mean", "max"])),
+            "pool": draw(st.sampled_from([1, 1, 3, 7])),
+        },
+        keep_first=draw(st.integers(0, 3)),
+        keep_last=draw(st.integers(1, 4)),
+    )
+
+
+def assert_cache_equals(cache, reference):
+    for held, expected in zip(cache.layers, reference.cache, strict=True):
+        torch.testing.assert_close(held.keys[0].transpose(0, 1), torch.stack(expected["k"]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(held.values[0].transpose(0, 1), torch.stack(expected["v"]), rtol=0, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schedule=schedules(), length=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+def test_skipping_equals_the_reference(schedule, length, seed, data):
+    family = data.draw(st.sampled_from(FAMILIES))
+    changes = dict(
+        tie_word_embeddings=data.draw(st.booleans()),
+        num_key_value_heads=data.draw(st.sampled_from([1, 2, 4])),
+    )
+    if family == "llama":
+        changes["attention_bias"] = data.draw(st.booleans())
+    model = tiny_model(family, schedule, seed, **changes).double()
+    tokens = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(seed))
+    reference = Reference(model.state_dict(), model.config, schedule)
+    expected = reference.prefill(tokens[0].tolist())
+    if reference.margin < 1e-6:  # the model scores in float32: nearer scores may go either way
+        return
+    with torch.no_grad():
+        out = model(tokens, logits_to_keep=1)
+        torch.testing.assert_close(out.logits[0, -1], expected, rtol=0, atol=1e-4)
+        assert_cache_equals(out.past_key_values, reference)
+        every = model.model(tokens, spts=True)
+        torch.testing.assert_close(every.last_hidden_state[0], torch.stack(reference.states), rtol=0, atol=1e-4)
+        for token in (5, 50):
+            step = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
+            torch.testing.assert_close(step.logits[0, -1], reference.step(token), rtol=0, atol=1e-4)
+        assert_cache_equals(out.past_key_values, reference)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_skipping_off_is_the_stock_model_bit_for_bit(family, attention):
+    model = tiny_model(family)
+    stock = stock_twin(model)
+    model.set_attn_implementation(attention)
+    stock.set_attn_implementation(attention)
+    tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        for extra in ({}, {"attention_mask": mask}):
+            expected = stock(tokens, **extra)
+            assert torch.equal(model(tokens, **extra).logits, expected.logits)  # every position: dense by rule
+            off = model(tokens, logits_to_keep=1, spts=False, **extra)
+            assert torch.equal(off.logits, stock(tokens, logits_to_keep=1, **extra).logits)
+            assert torch.equal(model.model(tokens, **extra).last_hidden_state, stock.model(tokens, **extra)[0])
+            model.config.spts = {**SCHEDULE, "enabled": False}
+            assert torch.equal(model(tokens, logits_to_keep=1, **extra).logits, off.logits)
+            model.config.spts = SCHEDULE
+        short = tokens[:, :8]  # no longer than the smallest budget
+        assert torch.equal(model(short, logits_to_keep=1).logits, stock(short, logits_to_keep=1).logits)
+        assert not torch.equal(model(tokens, logits_to_keep=1).logits, off.logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_left_padded_rows_equal_their_own_runs(attention, queries):
+    schedule = {**SCHEDULE, "probe": {"queries": queries, "heads": "max", "pool": 3}, "keep_first": 2}
+    model = tiny_model("llama", schedule)
+    model.set_attn_implementation(attention)
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, 97, (n,), generator=generator) for n in (40, 23, 9, 3)]
+    width = 43  # even the longest row is padded
+    tokens = torch.stack([torch.cat([torch.zeros(width - len(r), dtype=torch.long), r]) for r in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(r) for r in rows]).long()
+    settings_ = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    together = model.generate(tokens, attention_mask=mask, **settings_)[:, width:]
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(tokens, attention_mask=mask, position_ids=position_ids, logits_to_keep=1).logits
+    for row, ours, ours_logits in zip(rows, together, logits, strict=True):
+        alone = model.generate(row[None], **settings_)[0, len(row) :]
+        assert torch.equal(alone, ours)
+        torch.testing.assert_close(model(row[None], logits_to_keep=1).logits[0], ours_logits, rtol=0, atol=1e-4)

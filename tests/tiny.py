@@ -1,0 +1,62 @@
+"""Tiny random models, built on the spot."""
+
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig, SptsLlamaForCausalLM
+from spts_compress.modeling.modeling_spts_qwen2 import SptsQwen2Config, SptsQwen2ForCausalLM
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    # Large enough weights that attention is far from uniform and selections differ clearly.
+    initializer_range=0.25,
+)
+SCHEDULE = dict(
+    start=1,
+    stages=[{"end": 2, "budget": 12, "prune_to": 16}, {"end": 4, "budget": 8}],
+    proxy={"channels": 12, "rank": 4},
+)
+FAMILIES = {
+    "llama": (LlamaConfig, SptsLlamaConfig, SptsLlamaForCausalLM),
+    "qwen2": (Qwen2Config, SptsQwen2Config, SptsQwen2ForCausalLM),
+}
+
+
+def tiny_config(family: str, **changes):
+    """Stock configuration of a tiny model."""
+    return FAMILIES[family][0](**{**SIZES, **changes})
+
+
+def tiny_model(family: str = "llama", schedule: dict | None = None, seed: int = 0, **changes):
+    """A tiny skipping model with random weights and biases, in evaluation mode."""
+    torch.manual_seed(seed)
+    _, config_class, model_class = FAMILIES[family]
+    config = config_class(**{**SIZES, **changes}, spts=schedule or SCHEDULE)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+            if "norm" in name:
+                parameter.normal_(mean=1.0, std=0.2)
+    return model
+
+
+def stock_twin(model):
+    """The stock model with the same weights."""
+    family = model.config.model_type.removeprefix("spts_")
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("spts", "model_type", "architectures", "auto_map")}
+    config = FAMILIES[family][0](**settings)
+    stock_class = FAMILIES[family][2].__bases__[1]
+    stock = stock_class(config).eval()
+    stock.load_state_dict({k: v for k, v in model.state_dict().items() if ".proxy." not in k})
+    return stock.to(model.dtype)
