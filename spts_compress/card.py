@@ -1,0 +1,103 @@
+"""The model card of an exported checkpoint."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .base import Base
+from .modeling.configuration_spts import Schedule
+from .plan import schedule_table
+from .report import fidelity_table, quality_table, speed_table
+
+CITATION = """@misc{spts2026,
+  title = {Self-Predictive Token Skipping},
+  author = {Wu and others},
+  year = {2026},
+  eprint = {2601.13155},
+  archivePrefix = {arXiv}
+}"""
+
+
+def license_of(base: Base) -> dict[str, Any]:
+    """Licence fields of the base's own card, if it has one."""
+    card = base.folder / "README.md"
+    if not card.is_file():
+        return {}
+    data = ModelCard.load(card).data.to_dict()
+    return {name: data[name] for name in ("license", "license_name", "license_link", "language") if data.get(name)}
+
+
+def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> str:
+    """The card as Markdown with Hub metadata."""
+    known = {"base_model": base.name} if base.revision else {}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["spts", "token-skipping", "kv-cache-compression", "custom_code"],
+        **known,
+        **license_of(base),
+    )
+    machine = report["hardware"]
+    threads = f", {machine['threads']} threads" if machine["threads"] else ""
+    lengths = [row["tokens"] for row in report["speed"]]
+    probe = schedule.probe
+    return f"""---
+{data.to_yaml()}
+---
+
+# {base.title}, skip-ready
+
+{base.title} with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): while it reads a prompt, layers from
+{schedule.start} on work on a budget of tokens, and only those enter the KV cache. The base weights are untouched.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="{report["dtype"]}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+```
+
+`generate` skips by itself; `generate(..., spts=False)` does not. Forward passes that return every position (losses,
+log-likelihoods) are dense. Pad batches on the left.
+
+## Measured
+
+On {machine["device"]}{threads}, torch {machine["torch"]}, transformers {machine["transformers"]}, {report["dtype"]},
+SDPA; dense is the stock model with the same weights, alternating in one process. TTFT is the time of
+`generate(max_new_tokens=1)`, median of {len(report["speed"][0]["ttft"]["dense"])} pairs; "counted" is the ratio of
+floating-point operations.
+
+{speed_table(report)}
+
+{quality_table(report)}
+
+Needles flatter: a number is found more easily than a free answer stays the same. Nothing else was measured here; try
+your own task against `spts=False` before you rely on it.
+
+## Schedule
+
+Active tokens of the candidates, per layer (probe: last {probe.queries} queries, {probe.heads} over heads, pooled over
+{probe.pool}; first {schedule.keep_first} and last {schedule.always_last} tokens always active):
+
+{schedule_table(base.config, schedule, lengths)}
+
+## Proxies
+
+Ranking of held-out calibration tokens by the predicted norm of the feed-forward output, beside the free baseline (the
+norm of its input): Spearman correlation, and recall of the true top tokens at the layer's budget.
+
+{fidelity_table(fits)}
+
+## Limits
+
+Skipping is lossy, prefill only, and tuned on the recipe's text. It needs a dynamic cache and left padding. Prompts below
+the budgets run dense. Engines with their own model code (vLLM, llama.cpp, SGLang) do not run the skipping code.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+
+Made with spts-compress {machine["spts_compress"]}; `recipe.yaml` is the recipe, `recipe.resolved.yaml` all its values.
+"""

@@ -1,0 +1,47 @@
+"""Looking at an exported checkpoint."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from .errors import UserError
+from .modeling.configuration_spts import Schedule
+from .pipeline import REPORT
+from .plan import describe
+from .report import fidelity_table, quality_table, speed_table
+from .tables import size
+
+
+def read_config(folder: Path) -> Any:
+    """The checkpoint's configuration as plain attributes.
+
+    Raises:
+        UserError: if the folder holds no checkpoint of this toolkit.
+    """
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: no readable config.json; give the folder of an exported checkpoint") from None
+    if not isinstance(data.get("spts"), dict):
+        raise UserError(f"{path}: no spts block, so this is not a checkpoint made by spts-compress")
+    return SimpleNamespace(**{"tie_word_embeddings": False, **data})
+
+
+def inspect(folder: Path) -> str:
+    """Schedule, sizes, predicted speed-up, proxy fidelity and measurements as text."""
+    config = read_config(folder)
+    try:
+        schedule = Schedule.from_dict(config.spts, config.num_hidden_layers)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())
+    report_file = folder / REPORT
+    report = json.loads(report_file.read_text()) if report_file.is_file() else None
+    lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
+    dtype = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "bfloat16")
+    parts = [describe(folder.name, config, schedule, lengths, dtype, 0), files]
+    if report:
+        parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
+    return "\n\n".join(parts)

@@ -1,0 +1,94 @@
+"""The command line."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import UserError
+
+
+class Commands(click.Group):
+    """Shows a `UserError` as plain lines and exits with 2; Ctrl-C says that nothing finished is lost."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what is finished is kept, and the same command goes on from there", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Turn a Hugging Face causal language model into a skip-ready checkpoint (SPTS, arXiv 2601.13155)."""
+
+
+@main.command()
+@click.argument("file", metavar="FILE.yaml")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write, instead of the recipe's export.path.")
+@click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+def recipe(file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, force: bool) -> None:
+    """Run a recipe: calibrate, fit, export, report. FILE.yaml is a path or the name of a shipped recipe."""
+    from .recipe import find, load
+
+    path = find(file)
+    read = load(path, edits)
+    import transformers
+
+    from . import pipeline
+    from .report import quality_table, speed_table
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if dry_run:
+        click.echo(pipeline.describe(read))
+        return
+    _check_device(device)
+    target = output or Path(read.export.path)
+    report = pipeline.run(read, path.read_text(encoding="utf-8"), target, device, force, say=click.echo)
+    click.echo(f"\n{speed_table(report)}\n\n{quality_table(report)}\n\n{target} is ready; its README.md is the model card")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def inspect(folder: Path) -> None:
+    """Show an exported checkpoint's schedule, sizes, proxy fidelity and measurements."""
+    from . import checkpoint
+
+    click.echo(checkpoint.inspect(folder))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="REPO_ID")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--revision", help="Branch to upload to.")
+def push(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
+    """Upload an exported checkpoint to the Hub."""
+    from . import hub
+
+    click.echo(hub.push(folder, repo_id, private, revision))
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here: {str(error).splitlines()[0]}") from None

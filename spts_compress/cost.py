@@ -1,0 +1,92 @@
+"""What a prefill costs, counted: floating-point operations and cached tokens, layer by layer.
+
+A multiply-add counts as 2 operations; causal attention counts half of the score matrix. Norms, activations and the
+language-model head (one position) are left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .modeling.configuration_spts import Schedule
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer: D, D_ff, H, G and d."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> "LayerShape":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return cls(config.hidden_size, config.intermediate_size, config.num_attention_heads, kv_heads, head_dim)
+
+    def project(self, tokens: int, heads: int) -> float:
+        """Operations of a projection between the hidden size and `heads` heads."""
+        return 2.0 * tokens * self.hidden * heads * self.head_dim
+
+    def attention(self, tokens: int) -> float:
+        """Operations of causal attention among `tokens` tokens: scores and weighted values."""
+        return 2.0 * self.heads * self.head_dim * tokens * tokens
+
+    def feed_forward(self, tokens: int) -> float:
+        return 6.0 * tokens * self.hidden * self.intermediate
+
+    def dense(self, tokens: int) -> float:
+        """Operations of one stock layer."""
+        projections = 2 * self.project(tokens, self.heads) + 2 * self.project(tokens, self.kv_heads)
+        return projections + self.attention(tokens) + self.feed_forward(tokens)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer of one prefill: tokens (candidates in, active, candidates out) and operations by part."""
+
+    entering: int
+    active: int
+    leaving: int
+    probing: float
+    attention: float
+    feed_forward: float
+
+    @property
+    def total(self) -> float:
+        return self.probing + self.attention + self.feed_forward
+
+
+def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]:
+    """Costs of all layers for a prompt of `length` tokens."""
+    shape = LayerShape.of(config)
+    costs = []
+    for layer in range(config.num_hidden_layers):
+        entering, active, leaving = schedule.counts(layer, length)
+        probing = 0.0
+        if active < entering or leaving < entering:
+            probing += 2.0 * schedule.probe.queries * entering * shape.heads * shape.head_dim
+        if active < entering:
+            probing += 4.0 * entering * schedule.proxy.rank * (shape.hidden + schedule.proxy.channels)
+        attention = (
+            shape.project(entering, shape.kv_heads)
+            + shape.project(active, shape.kv_heads)
+            + 2 * shape.project(active, shape.heads)
+            + shape.attention(active)
+        )
+        costs.append(LayerCost(entering, active, leaving, probing, attention, shape.feed_forward(active)))
+    return costs
+
+
+def predicted(config: Any, schedule: Schedule, length: int) -> dict[str, float]:
+    """Dense over SPTS operations, share of the KV cache kept, and share of probing in the SPTS prefill."""
+    costs = layer_costs(config, schedule, length)
+    dense = LayerShape.of(config).dense(length) * config.num_hidden_layers
+    total = sum(cost.total for cost in costs)
+    return {
+        "speedup": dense / total,
+        "kv_share": sum(cost.active for cost in costs) / (length * config.num_hidden_layers),
+        "probing_share": sum(cost.probing for cost in costs) / total,
+    }

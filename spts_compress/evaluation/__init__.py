@@ -1,0 +1,1 @@
+"""Measures of a checkpoint against its dense base: retrieval tasks, agreement, time."""

@@ -1,0 +1,91 @@
+"""Dense and SPTS side by side on the same prompts: time to first token, cache size, answers, agreement."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from .ruler import Item, score
+
+
+def encode(tokenizer: Any, text: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Token ids and mask of a prompt that already carries its chat template."""
+    special = not getattr(tokenizer, "chat_template", None)
+    return dict(tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False).to(device))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all work given to the device has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_to_first_token(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """Seconds of `generate` with one new token (TTFT)."""
+    begin = clock(model.device)
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return clock(model.device) - begin
+
+
+def alternate(dense: Any, spts: Any, inputs: dict[str, torch.Tensor], pairs: int, tick: Callable[[], Any]) -> dict:
+    """TTFT of both models in turn, after one warm-up each: all times in seconds, the medians, and the median ratio."""
+    times: dict[str, list[float]] = {"dense": [], "spts": []}
+    for turn in range(pairs + 1):
+        for name, model in (("dense", dense), ("spts", spts)):
+            seconds = time_to_first_token(model, inputs)
+            if turn:
+                times[name].append(seconds)
+        tick()
+    ratios = [d / s for d, s in zip(times["dense"], times["spts"], strict=True)]
+    return {
+        "tokens": inputs["input_ids"].shape[1],
+        "ttft": times,
+        "dense_s": median(times["dense"]),
+        "spts_s": median(times["spts"]),
+        "speedup": median(ratios),
+        "speedup_range": [min(ratios), max(ratios)],
+    }
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of the keys and values after the prefill."""
+    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def answer(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
+    """Greedy answer token ids, (at most `tokens`,)."""
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :]
+
+
+def retrieval(model: Any, tokenizer: Any, item: Item, tokens: int) -> dict:
+    """One needle item answered: the text and its score."""
+    text = tokenizer.decode(answer(model, encode(tokenizer, item.text, model.device), tokens), skip_special_tokens=True)
+    return {"answer": text, "score": score(text, item.outputs)}
+
+
+@torch.no_grad()
+def agreement(dense: Any, spts: Any, inputs: dict[str, torch.Tensor], continuation: torch.Tensor) -> dict[str, float]:
+    """Next-token agreement along a continuation (K,), teacher-forced after each model's own prefill of the prompt.
+
+    Returns:
+        `top1`: share of positions with the same most likely token; `kl`: mean KL(dense || SPTS) in nats.
+    """
+    ids = torch.cat([inputs["input_ids"][0], continuation[:-1]])[None]
+    logs = []
+    for model in (dense, spts):
+        # The last K positions are asked for, so the prompt is prefilled alone and the continuation follows it.
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=len(continuation)).logits[0]
+        logs.append(torch.log_softmax(logits.float(), dim=-1))
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    return {
+        "top1": float((logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean()),
+        "kl": float(kl.mean()),
+        "tokens": len(continuation),
+    }

@@ -1,0 +1,172 @@
+"""The main job: recipe -> base and calibration -> proxies -> checkpoint -> report."""
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from . import __version__, capture, card, export, fidelity, plan, proxies
+from .base import Base, resolve, resolve_config
+from .errors import UserError
+from .modeling.configuration_spts import Schedule
+from .recipe import Recipe
+from .report import measure_all
+from .store import Store, fingerprint, writing
+from .text import Blocks, blocks, documents
+
+REPORT = "spts_report.json"
+
+
+def describe(recipe: Recipe) -> str:
+    """The plan of a recipe; reads the base's config only.
+
+    Raises:
+        UserError: for anything that would stop the run early.
+    """
+    documents(recipe.calibration)
+    config = resolve_config(recipe.model)
+    schedule = recipe.read_schedule(config.num_hidden_layers)
+    name = recipe.model.path or str(recipe.model.gguf_file)
+    return plan.describe(name, config, schedule, recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens)
+
+
+def run(
+    recipe: Recipe,
+    verbatim: str,
+    output: Path,
+    device: str = "cpu",
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Build the checkpoint `output`. A run that was stopped goes on from `output`.work when it is started again.
+
+    Returns:
+        The report: proxy fidelity and measurements.
+
+    Raises:
+        UserError: for bad input or surroundings, before any long work where that is possible.
+    """
+    if output.exists() and not force:
+        raise UserError(f"{output} exists; give another --output, or --force to replace it")
+    texts = documents(recipe.calibration)
+    config = resolve_config(recipe.model)
+    schedule = recipe.read_schedule(config.num_hidden_layers)
+    _check_room(plan.disk_need(config, schedule, recipe.model.dtype, recipe.calibration.tokens), output)
+    store = Store(output.with_name(output.name + ".work"))
+    with store.lock():
+        base = resolve(recipe.model, store)
+        tokenizer = base.tokenizer()
+        sequences = blocks(recipe.calibration, texts, tokenizer)
+        model = base.load(recipe.model.dtype, device)
+        _try_forward(model, sequences.fit[0][:8], base.name)
+        parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
+        with writing(output.with_name(output.name + ".new")) as staging:
+            staging.mkdir()
+            say("writing the checkpoint")
+            export.write(base, schedule, parameters, staging)
+            del model  # the check loads the checkpoint twice
+            gc.collect()
+            say("checking it in a fresh process")
+            export.check(staging, base, recipe.model.dtype, schedule)
+            measured = _report(recipe, base, staging, tokenizer, sequences.unseen, device, store, parameters)
+            report = {"proxies": fits, **measured}
+            (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            (staging / "README.md").write_text(card.render(base, schedule, fits, report))
+            (staging / "recipe.yaml").write_text(verbatim)
+            (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base))
+        _move_into_place(output.with_name(output.name + ".new"), output)
+    return report
+
+
+def fit_proxies(
+    model: PreTrainedModel, base: Base, recipe: Recipe, schedule: Schedule, sequences: Blocks, store: Store
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Proxies of all skipping layers: parameters by their name in the exported model, and each layer's fidelity."""
+    size = schedule.proxy
+    text = [s.tolist() for s in sequences.fit + sequences.held_out]
+    data_key = fingerprint(base.key, recipe.model.dtype, text, __version__)
+    layers = range(schedule.start, base.config.num_hidden_layers)
+    keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer) for layer in layers}
+    missing = [layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None]
+    if missing:
+        for layer, inputs, held_out in capture.feed_forward_inputs(model, sequences, missing, store, data_key):
+            ffn = proxies.FeedForward.of(model.model.layers[layer].mlp, base.config.hidden_act)
+            proxy = proxies.fit(ffn, inputs, size.channels, size.rank, recipe.proxy.top)
+            norms = fidelity.norms(proxy, ffn, held_out)
+            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **norms})
+    parameters, fits = {}, []
+    for layer in layers:
+        unit = store.tensors(f"proxy-{layer}", keys[layer])
+        if unit is None:
+            raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
+        entering, active, _ = schedule.counts(layer, max(recipe.report.lengths))
+        fits.append({"layer": layer, **fidelity.of(unit, active / entering)})
+        for name in ("down", "gate", "up"):
+            parameters[f"model.layers.{layer}.proxy.{name}"] = unit[name].to(getattr(torch, recipe.model.dtype))
+    return parameters, fits
+
+
+def _report(
+    recipe: Recipe,
+    base: Base,
+    folder: Path,
+    tokenizer: Any,
+    prose: str,
+    device: str,
+    store: Store,
+    parameters: dict[str, torch.Tensor],
+) -> dict:
+    """Measure the checkpoint in `folder` beside its base; each finished measurement is kept."""
+    dense = base.load(recipe.model.dtype, device)
+    spts = export.load(folder, base.family, device, recipe.model.dtype)
+    sums = {name: float(tensor.double().sum()) for name, tensor in parameters.items()}
+    key = fingerprint(base.key, recipe.spts_block(), recipe.report.model_dump(), sums, device, prose, __version__)
+
+    def keep(name: str, make: Callable[[], Any]) -> Any:
+        return store.json(name, key, make)
+
+    return measure_all(dense, spts, tokenizer, prose, recipe.report, keep)
+
+
+def _try_forward(model: PreTrainedModel, ids: torch.Tensor, name: str) -> None:
+    """One tiny forward pass, so that a broken base is found before the long work."""
+    with torch.no_grad():
+        logits = model(ids[None].to(model.device)).logits
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{name}: the base model gives values that are not finite; check its weights and model.dtype")
+
+
+def _check_room(need: int, output: Path) -> None:
+    parent = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise UserError(f"{parent}: {plan.size(free)} free, but the run needs about {plan.size(need)}")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{parent}: not writable; give another --output")
+
+
+def _resolved(recipe: Recipe, base: Base) -> str:
+    """The recipe with every value, the base's exact weights and the versions used, as YAML that loads as a recipe."""
+    packages = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy")
+    lines = [f"# made with spts-compress {__version__}, " + ", ".join(f"{p} {version(p)}" for p in packages)]
+    lines += [f"# base {name}: sha256 {digest}" for name, digest in base.weights.items()]
+    data = recipe.model_dump()
+    data["model"]["revision"] = base.revision or recipe.model.revision
+    return "\n".join(lines) + "\n" + yaml.safe_dump(data, sort_keys=False)
+
+
+def _move_into_place(new: Path, output: Path) -> None:
+    """Give the finished folder its final name; an old one is removed only after that."""
+    old = output.with_name(f"{output.name}.old")
+    if output.exists():
+        os.replace(output, old)
+    os.replace(new, output)
+    shutil.rmtree(old, ignore_errors=True)

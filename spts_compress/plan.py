@@ -1,0 +1,79 @@
+"""What a recipe would do, before any long work."""
+
+from typing import Any
+
+from .cost import LayerShape, layer_costs, predicted
+from .modeling.configuration_spts import Schedule
+from .tables import size, table
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def parameters(config: Any) -> int:
+    """Number of parameters of the dense model, without norms and biases."""
+    shape = LayerShape.of(config)
+    layer = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads) + 3 * shape.hidden * shape.intermediate
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    return layer * config.num_hidden_layers + embeddings
+
+
+def proxy_parameters(config: Any, schedule: Schedule) -> int:
+    """Number of parameters of all proxies."""
+    size_ = schedule.proxy
+    return (config.num_hidden_layers - schedule.start) * 2 * size_.rank * (config.hidden_size + size_.channels)
+
+
+def schedule_table(config: Any, schedule: Schedule, lengths: list[int]) -> str:
+    """Candidates and active tokens per layer; runs of equal layers share a row."""
+    columns = [layer_costs(config, schedule, length) for length in lengths]
+    counts = list(zip(*[[(c.entering, c.active) for c in column] for column in columns], strict=True))
+    rows, first = [], 0
+    for layer in range(1, len(counts) + 1):
+        if layer == len(counts) or counts[layer] != counts[first]:
+            name = f"{first}" if layer == first + 1 else f"{first}-{layer - 1}"
+            rows.append([name, *(f"{active} of {entering}" for entering, active in counts[first])])
+            first = layer
+    return table(["layers", *(f"{n} tokens" for n in lengths)], rows)
+
+
+def prediction_table(config: Any, schedule: Schedule, lengths: list[int]) -> str:
+    rows = []
+    for length in lengths:
+        p = predicted(config, schedule, length)
+        rows.append([length, f"{p['speedup']:.2f}x", f"{p['kv_share']:.1%}", f"{p['probing_share']:.1%}"])
+    return table(["prompt", "operations, dense / SPTS", "KV cache kept", "probing share"], rows)
+
+
+def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int) -> int:
+    """Bytes a run writes at most: the checkpoint, the proxies twice, and two sets of hidden states."""
+    proxies = proxy_parameters(config, schedule)
+    return BYTES[dtype] * (parameters(config) + 2 * tokens * config.hidden_size) + (4 + BYTES[dtype]) * proxies
+
+
+def memory_need(config: Any, dtype: str, tokens: int) -> int:
+    """Bytes of the base model twice (dense and SPTS, for the report) and of one layer's calibration inputs."""
+    return 2 * BYTES[dtype] * parameters(config) + 12 * tokens * config.hidden_size
+
+
+def describe(name: str, config: Any, schedule: Schedule, lengths: list[int], dtype: str, tokens: int) -> str:
+    """The plan as text."""
+    probes = proxy_parameters(config, schedule)
+    return "\n".join(
+        [
+            f"model     {name}: {config.model_type}, {config.num_hidden_layers} layers, "
+            f"hidden size {config.hidden_size}, {parameters(config) / 1e9:.2f}B parameters, {dtype}",
+            f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, probe: last "
+            f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, pooled over {schedule.probe.pool}; "
+            f"first {schedule.keep_first} and last {schedule.always_last} tokens always active",
+            f"proxies   {config.num_hidden_layers - schedule.start} layers, {schedule.proxy.channels} channels, rank "
+            f"{schedule.proxy.rank}: {probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
+            f"needs     about {size(memory_need(config, dtype, tokens))} of memory and "
+            f"{size(disk_need(config, schedule, dtype, tokens))} of disk",
+            "",
+            "Active tokens of the candidates, per layer:",
+            schedule_table(config, schedule, lengths),
+            "",
+            "Counted, not measured:",
+            prediction_table(config, schedule, lengths),
+        ]
+    )

@@ -1,0 +1,271 @@
+"""Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+from .modeling.configuration_spts import Schedule
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """The base model: `path` is a folder or a Hub id; `package` an installed Python package that holds `gguf_file`."""
+
+    path: str | None = None
+    package: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def one_source(self) -> "ModelSection":
+        if (self.path is None) == (self.package is None):
+            raise ValueError("needs exactly one of path and package")
+        if self.package is not None and self.gguf_file is None:
+            raise ValueError("package needs gguf_file, the name of the GGUF file inside the package")
+        return self
+
+
+class CalibrationSection(Section):
+    """Text the proxies are fitted on: `python-docs` (ships with CPython), `files` (.txt, .jsonl or a folder of them),
+    or `dataset` (a name for `datasets.load_dataset`)."""
+
+    source: Literal["python-docs", "files", "dataset"] = "python-docs"
+    path: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    tokens: Positive = 32768
+    length: Annotated[int, Field(ge=16)] = 2048
+    pack: bool = True
+    chat_template: bool = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def source_named(self) -> "CalibrationSection":
+        for source, key in (("files", "path"), ("dataset", "dataset")):
+            given = getattr(self, key) is not None
+            if given != (self.source == source):
+                raise ValueError(f"{key} goes with source: {source}" + ("" if given else f", so {key} is missing"))
+        return self
+
+
+class ProxySection(Section):
+    """Size of the proxies (D_low and r of the paper), and the share of most salient tokens that rates a channel."""
+
+    channels: Positive
+    rank: Positive
+    top: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+
+class AmountSection(Section):
+    fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    floor: Natural = 0
+    cap: Positive | None = None
+
+
+def _plain_count(value: Any) -> Any:
+    """A plain number of tokens stands for an amount that does not grow."""
+    return {"floor": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Amount = Annotated[AmountSection, BeforeValidator(_plain_count)]
+
+
+class StageSection(Section):
+    end: Natural
+    budget: Amount
+    prune_to: Amount | None = None
+
+
+class ProbeSection(Section):
+    queries: Positive = 1
+    heads: Literal["mean", "max"] = "mean"
+    pool: Positive = 1
+
+
+class ScheduleSection(Section):
+    start: Positive
+    stages: Annotated[list[StageSection], Field(min_length=1)]
+    probe: ProbeSection = ProbeSection()
+    keep_first: Natural = 0
+    keep_last: Positive = 1
+    min_length: Natural = 0
+
+
+class ReportSection(Section):
+    """What is measured at the end: time and cache at each of `lengths` (in `pairs` of runs), and at `quality_length`
+    (by default the longest) `needles` prompts with a hidden number among `keys`, and agreement with the dense model
+    along `answers` of its own answers, `answer_tokens` long."""
+
+    lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [2048, 4096, 8192]
+    pairs: Positive = 5
+    quality_length: Annotated[int, Field(ge=256)] | None = None
+    needles: Natural = 4
+    keys: Positive = 1
+    answers: Natural = 4
+    answer_tokens: Positive = 24
+    seed: Natural = 1
+
+
+class ExportSection(Section):
+    path: str
+
+
+class Recipe(Section):
+    model: ModelSection
+    calibration: CalibrationSection = CalibrationSection()
+    proxy: ProxySection
+    schedule: ScheduleSection
+    report: ReportSection = ReportSection()
+    export: ExportSection
+
+    def spts_block(self) -> dict[str, Any]:
+        """The `spts` block of the exported config."""
+        block = self.schedule.model_dump(exclude_none=True)
+        return {**block, "proxy": {"channels": self.proxy.channels, "rank": self.proxy.rank}}
+
+    def read_schedule(self, num_layers: int) -> Schedule:
+        """The schedule, checked against a model of `num_layers` layers.
+
+        Raises:
+            UserError: naming every fault.
+        """
+        try:
+            return Schedule.from_dict(self.spts_block(), num_layers)
+        except ValueError as error:
+            text = str(error).removeprefix("invalid SPTS schedule: ")
+            raise UserError("\n".join(f"schedule: {part}" for part in text.split("; "))) from None
+
+
+def find(name: str) -> Path:
+    """The recipe file `name`: a path, or the bare name of a shipped recipe.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {p.name: p for p in shipped_recipes()}
+    if path.name == name and (found := shipped.get(name) or shipped.get(f"{name}.yaml")):
+        return found
+    raise UserError(f"no recipe {name}: give the path of a YAML file, or one of the shipped {', '.join(sorted(shipped))}")
+
+
+def shipped_recipes() -> list[Path]:
+    """Recipe files that come with the package (from a wheel) or with the source tree."""
+    inside = Path(str(resources.files("spts_compress"))) / "recipes"
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return sorted(folder.glob("*.yaml"))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(f"{self.name}:{key_node.start_mark.line + 1}: {key} is given twice in one section")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path, edits: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `--set` edits, each `section.key=value` with a YAML value.
+
+    Raises:
+        UserError: with every fault of the file, its path in the recipe, what is allowed and the nearest spelling.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            data = yaml.load(stream, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+    for edit in edits:
+        _apply(data, edit)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from None
+
+
+def _apply(data: dict, edit: str) -> None:
+    """Apply one `section.key=value` edit to plain recipe data; list items go by number."""
+    name, equals, text = edit.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {edit}: give it as section.key=value")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {edit}: {text} is not a YAML value") from None
+    place: Any = data
+    for depth, key in enumerate(keys):
+        final = depth == len(keys) - 1
+        if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+            step: Any = int(key)
+        elif isinstance(place, dict):
+            step = key
+            if not final and place.get(key) is None:
+                place[key] = {}
+        else:
+            raise UserError(f"--set {edit}: there is no {'.'.join(keys[: depth + 1])} in the recipe")
+        if final:
+            place[step] = value
+        else:
+            place = place[step]
+
+
+def _explain(fault: Any) -> str:
+    """One line for one pydantic fault."""
+    where = fault["loc"]
+    path = ".".join(map(str, where))
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{path} is unknown{hint}; known here: {', '.join(known)}"
+    if kind == "missing":
+        return f"{path} is missing"
+    if kind == "value_error":
+        return f"{path} {context['error']}"
+    return f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"
+
+
+def _known_keys(where: tuple) -> list[str]:
+    """Keys allowed in the section at `where`."""
+    sections: dict[str, type[BaseModel]] = {
+        "budget": AmountSection,
+        "prune_to": AmountSection,
+        "probe": ProbeSection,
+        "stages": StageSection,
+    }
+    model: type[BaseModel] = Recipe
+    for part in where:
+        if isinstance(part, str):
+            field = Recipe.model_fields.get(part)
+            model = sections.get(part) or (field.annotation if field else None) or model  # type: ignore[assignment]
+    return list(model.model_fields)

@@ -1,0 +1,165 @@
+"""What the finished checkpoint is like: dense and SPTS, same weights, same prompts, in one process."""
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from . import __version__
+from .cost import predicted
+from .evaluation import measure
+from .evaluation.ruler import Needles, chat, longest, needle_items, sentences
+from .recipe import ReportSection
+from .tables import size, table
+
+NEEDLE_TOKENS = 32
+QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The machine and the versions a measurement was made with."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "spts_compress": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def text_prompts(tokenizer: Any, prose: str, length: int, count: int, question: str = QUESTION) -> list[str]:
+    """`count` prompts of about `length` tokens: a question and a stretch of `prose`, each from another place."""
+    parts = sentences(prose)
+
+    def build(start: int, amount: int) -> str:
+        text = " ".join(parts[(start + i) % len(parts)] for i in range(amount))
+        return chat(tokenizer, question.format(context=text))
+
+    prompts = []
+    for number in range(count):
+        start = number * len(parts) // count
+        prompts.append(build(start, longest(lambda n, s=start: build(s, n), tokenizer, length, most=length)))
+    return prompts
+
+
+def measure_all(
+    dense: Any,
+    spts: Any,
+    tokenizer: Any,
+    prose: str,
+    section: ReportSection,
+    keep: Callable[[str, Callable[[], Any]], Any],
+) -> dict[str, Any]:
+    """Everything the report holds.
+
+    Args:
+        prose: text that nothing was fitted on.
+        keep: `keep(name, make)` returns a finished measurement of that name, or makes and keeps it.
+    """
+    schedule = spts.config.schedule()
+    quality = section.quality_length or max(section.lengths)
+    steps = len(section.lengths) * (section.pairs + 1) + section.needles + section.answers
+    with tqdm(total=steps, desc="measuring", unit="step") as progress:
+
+        def speed(length: int) -> dict:
+            [text] = text_prompts(tokenizer, prose, length, 1)
+            inputs = measure.encode(tokenizer, text, dense.device)
+            made = measure.alternate(dense, spts, inputs, section.pairs, progress.update)
+            tokens = made["tokens"]
+            kv = {name: measure.cache_bytes(m, inputs) for name, m in (("dense", dense), ("spts", spts))}
+            return {"length": length, **made, "kv_bytes": kv, "predicted": predicted(spts.config, schedule, tokens)}
+
+        def needle(number: int) -> dict:
+            item = items[number]
+            got = {
+                name: measure.retrieval(m, tokenizer, item, NEEDLE_TOKENS) for name, m in (("dense", dense), ("spts", spts))
+            }
+            progress.update()
+            return {"outputs": item.outputs, "tokens": item.length, **got}
+
+        def agree(number: int) -> dict:
+            inputs = measure.encode(tokenizer, prompts[number], dense.device)
+            own = measure.answer(dense, inputs, section.answer_tokens)
+            progress.update()
+            return {"prompt_tokens": inputs["input_ids"].shape[1], **measure.agreement(dense, spts, inputs, own)}
+
+        rows = [keep(f"speed-{length}", lambda n=length: speed(n)) for length in section.lengths]
+        needles = Needles(keys=section.keys)
+        items = needle_items(tokenizer, prose, quality, section.needles, section.seed, needles, NEEDLE_TOKENS)
+        found = [keep(f"needle-{i}", lambda i=i: needle(i)) for i in range(section.needles)]
+        prompts = text_prompts(tokenizer, prose, quality, section.answers)
+        agreed = [keep(f"agreement-{i}", lambda i=i: agree(i)) for i in range(section.answers)]
+    return {
+        "hardware": hardware(str(dense.device)),
+        "dtype": str(spts.dtype).removeprefix("torch."),
+        "quality_length": quality,
+        "speed": rows,
+        "needles": {"keys": section.keys, "items": found},
+        "agreement": {"items": agreed},
+    }
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def speed_table(report: dict) -> str:
+    rows = []
+    for row in report["speed"]:
+        kv = row["kv_bytes"]
+        low, high = row["speedup_range"]
+        rows.append(
+            [
+                row["tokens"],
+                f"{row['dense_s']:.2f} s",
+                f"{row['spts_s']:.2f} s",
+                f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
+                f"{row['predicted']['speedup']:.2f}x",
+                size(kv["dense"]),
+                f"{size(kv['spts'])} ({kv['spts'] / kv['dense']:.0%})",
+            ]
+        )
+    return table(["prompt tokens", "TTFT dense", "TTFT SPTS", "dense / SPTS", "counted", "KV dense", "KV SPTS"], rows)
+
+
+def quality_table(report: dict) -> str:
+    items, agreed = report["needles"]["items"], report["agreement"]["items"]
+    keys = report["needles"]["keys"]
+    rows = []
+    if items:
+        found = [f"{sum(i[name]['score'] for i in items):g} of {len(items)}" for name in ("dense", "spts")]
+        rows.append([f"number hidden in the text found ({keys} key{'s' if keys > 1 else ''})", *found])
+    if agreed:
+        rows.append(["next tokens agreeing with dense, along dense's own answers", "100%", f"{mean([a['top1'] for a in agreed]):.0%}"])
+        rows.append(["KL(dense, SPTS) of the next token, nats", "0", f"{mean([a['kl'] for a in agreed]):.3f}"])
+    return table([f"prompts of {report['quality_length']} tokens", "dense", "SPTS"], rows) if rows else ""
+
+
+def fidelity_table(fits: list[dict]) -> str:
+    rows = [
+        [
+            f["layer"],
+            f"{f['proxy']['spearman']:.2f}",
+            f"{f['input_norm']['spearman']:.2f}",
+            f"{f['share']:.0%}",
+            f"{f['proxy']['recall']:.2f}",
+            f"{f['input_norm']['recall']:.2f}",
+        ]
+        for f in fits
+    ]
+    return table(["layer", "Spearman", "(input norm)", "budget", "recall", "(input norm)"], rows)
