@@ -61,8 +61,10 @@ class Base:
 
     def load(self, dtype: str, device: str) -> PreTrainedModel:
         """The stock model in evaluation mode."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        return model.to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+        return model.to(torch.device(device)).eval()
 
 
 def check_family(config: Any, name: str) -> None:
@@ -130,7 +132,9 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
         try:
             folder = Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
         except (RepositoryNotFoundError, HFValidationError):
-            raise UserError(f"model.path: {section.path} is neither a folder nor a model on the Hub you can read") from None
+            raise UserError(
+                f"model.path: {section.path} is neither a folder nor a model on the Hub you can read"
+            ) from None
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path: {section.path} is no folder here, and the Hub gave: {reason}") from None

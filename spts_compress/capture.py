@@ -14,7 +14,6 @@ from .text import Blocks
 HIDDEN = "hidden"
 
 
-
 @torch.no_grad()
 def feed_forward_inputs(
     model: PreTrainedModel, blocks: Blocks, layers: list[int], store: Store, key: str
@@ -43,7 +42,9 @@ def feed_forward_inputs(
         shape = states.new_empty(1, size, model.config.hidden_size)
         rotary[size] = decoder.rotary_emb(shape, position_ids=torch.arange(size, device=model.device)[None])
         masks[size] = create_causal_mask(model.config, shape, None, None)
-    for number in tqdm(range(first, max(layers) + 1), desc="calibrating", unit="layer", initial=first, total=max(layers) + 1):
+    for number in tqdm(
+        range(first, max(layers) + 1), desc="calibrating", unit="layer", initial=first, total=max(layers) + 1
+    ):
         layer = decoder.layers[number]
         inputs: list[torch.Tensor] = []
         handle = layer.mlp.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0][0]))
@@ -57,7 +58,9 @@ def feed_forward_inputs(
         finally:
             handle.remove()
         if not torch.isfinite(states).all():
-            raise UserError(f"layer {number}: the model's states are not finite on the calibration text; check its weights")
+            raise UserError(
+                f"layer {number}: the model's states are not finite on the calibration text; check its weights"
+            )
         if number in layers:
             joined = torch.cat(inputs)
             yield number, joined[:split], joined[split:]

@@ -29,14 +29,14 @@ def license_of(base: Base) -> dict[str, Any]:
 
 def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> str:
     """The card as Markdown with Hub metadata."""
-    known = {"base_model": base.name} if base.revision else {}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
+        base_model=base.name if base.revision else None,
         tags=["spts", "token-skipping", "kv-cache-compression", "custom_code"],
-        **known,
-        **license_of(base),
     )
+    for name, value in license_of(base).items():
+        setattr(data, name, value)
     machine = report["hardware"]
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     lengths = [row["tokens"] for row in report["speed"]]

@@ -41,8 +41,11 @@ def main(debug: bool) -> None:
 @click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def recipe(file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, force: bool) -> None:
+def recipe(
+    file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
+) -> None:
     """Run a recipe: calibrate, fit, export, report. FILE.yaml is a path or the name of a shipped recipe."""
     from .recipe import find, load
 
@@ -60,8 +63,10 @@ def recipe(file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool
         return
     _check_device(device)
     target = output or Path(read.export.path)
-    report = pipeline.run(read, path.read_text(encoding="utf-8"), target, device, force, say=click.echo)
-    click.echo(f"\n{speed_table(report)}\n\n{quality_table(report)}\n\n{target} is ready; its README.md is the model card")
+    report = pipeline.run(read, path.read_text(encoding="utf-8"), target, device, force, work, say=click.echo)
+    click.echo(
+        f"\n{speed_table(report)}\n\n{quality_table(report)}\n\n{target} is ready; its README.md is the model card"
+    )
 
 
 @main.command()

@@ -36,7 +36,7 @@ def load(folder: Path, family: str, device: str, dtype: str) -> Any:
     """An exported checkpoint as a model in evaluation mode, run by this package's own copy of the code."""
     cls = model_class(family)
     model = cls.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    return model.to(device).eval()
+    return model.to(torch.device(device)).eval()
 
 
 def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], target: Path) -> None:
@@ -51,12 +51,14 @@ def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], targ
             shutil.copyfile(file, target / file.name)
     weight_map, total = {}, 0
     for name in base.weights:
-        renamed = name if len(base.weights) > 1 else "base.safetensors"  # a plain model.safetensors would hide the index
+        # A single file keeps another name, since a plain model.safetensors would hide the index.
+        renamed = name if len(base.weights) > 1 else "base.safetensors"
         shutil.copyfile(base.folder / name, target / renamed)
         with safe_open(target / renamed, "pt") as opened:
             weight_map.update(dict.fromkeys(opened.keys(), renamed))
         total += (target / renamed).stat().st_size
     save_file({name: tensor.contiguous() for name, tensor in proxies.items()}, target / PROXIES, {"format": "pt"})
+    (target / PROXIES).chmod(0o644)  # safetensors makes it private
     weight_map.update(dict.fromkeys(proxies, PROXIES))
     total += (target / PROXIES).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -36,5 +36,8 @@ def ranking(predicted: torch.Tensor, true: torch.Tensor, share: float) -> dict[s
 
 def of(unit: dict[str, torch.Tensor], share: float) -> dict:
     """A proxy's ranking, from `norms`, beside the free baseline: the norm of the feed-forward input."""
-    made = {name: ranking(unit[key], unit["true"], share) for name, key in (("proxy", "predicted"), ("input_norm", "input_norm"))}
+    made = {
+        name: ranking(unit[key], unit["true"], share)
+        for name, key in (("proxy", "predicted"), ("input_norm", "input_norm"))
+    }
     return {"share": share, **made}

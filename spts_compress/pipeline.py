@@ -20,7 +20,7 @@ from .modeling.configuration_spts import Schedule
 from .recipe import Recipe
 from .report import measure_all
 from .store import Store, fingerprint, writing
-from .text import Blocks, blocks, documents
+from .text import Blocks, blocks, documents, from_files
 
 REPORT = "spts_report.json"
 
@@ -44,9 +44,14 @@ def run(
     output: Path,
     device: str = "cpu",
     force: bool = False,
+    work: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Build the checkpoint `output`. A run that was stopped goes on from `output`.work when it is started again.
+    """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
+
+    Args:
+        verbatim: the recipe as it was written.
+        work: folder for finished work, by default `output`.work; recipes that share one share what they can.
 
     Returns:
         The report: proxy fidelity and measurements.
@@ -57,10 +62,11 @@ def run(
     if output.exists() and not force:
         raise UserError(f"{output} exists; give another --output, or --force to replace it")
     texts = documents(recipe.calibration)
+    prose = "\n\n".join(from_files(Path(recipe.report.text))) if recipe.report.text else None
     config = resolve_config(recipe.model)
     schedule = recipe.read_schedule(config.num_hidden_layers)
     _check_room(plan.disk_need(config, schedule, recipe.model.dtype, recipe.calibration.tokens), output)
-    store = Store(output.with_name(output.name + ".work"))
+    store = Store(work or output.with_name(output.name + ".work"))
     with store.lock():
         base = resolve(recipe.model, store)
         tokenizer = base.tokenizer()
@@ -76,7 +82,7 @@ def run(
             gc.collect()
             say("checking it in a fresh process")
             export.check(staging, base, recipe.model.dtype, schedule)
-            measured = _report(recipe, base, staging, tokenizer, sequences.unseen, device, store, parameters)
+            measured = _report(recipe, base, staging, tokenizer, prose or sequences.unseen, device, store, parameters)
             report = {"proxies": fits, **measured}
             (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
             (staging / "README.md").write_text(card.render(base, schedule, fits, report))

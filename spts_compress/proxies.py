@@ -21,7 +21,8 @@ class FeedForward:
 
     @classmethod
     def of(cls, mlp: nn.Module, activation: str) -> "FeedForward":
-        return cls(*(getattr(mlp, f"{part}_proj").weight.detach().float() for part in ("gate", "up", "down")), activation)
+        gate, up, down = (getattr(mlp, f"{part}_proj").weight.detach().float() for part in ("gate", "up", "down"))
+        return cls(gate, up, down, activation)
 
 
 def channel_importance(ffn: FeedForward, act: nn.Module, inputs: torch.Tensor, top: float) -> torch.Tensor:

@@ -109,13 +109,15 @@ class ScheduleSection(Section):
 class ReportSection(Section):
     """What is measured at the end: time and cache at each of `lengths` (in `pairs` of runs), and at `quality_length`
     (by default the longest) `needles` prompts with a hidden number among `keys`, and agreement with the dense model
-    along `answers` of its own answers, `answer_tokens` long."""
+    along `answers` of its own answers, `answer_tokens` long. The prompts' text is `text` (a .txt or .jsonl file or a
+    folder of them), by default the calibration documents that nothing was fitted on."""
 
     lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [2048, 4096, 8192]
     pairs: Positive = 5
     quality_length: Annotated[int, Field(ge=256)] | None = None
     needles: Natural = 4
     keys: Positive = 1
+    text: str | None = None
     answers: Natural = 4
     answer_tokens: Positive = 24
     seed: Natural = 1
@@ -163,7 +165,9 @@ def find(name: str) -> Path:
     shipped = {p.name: p for p in shipped_recipes()}
     if path.name == name and (found := shipped.get(name) or shipped.get(f"{name}.yaml")):
         return found
-    raise UserError(f"no recipe {name}: give the path of a YAML file, or one of the shipped {', '.join(sorted(shipped))}")
+    raise UserError(
+        f"no recipe {name}: give the path of a YAML file, or one of the shipped {', '.join(sorted(shipped))}"
+    )
 
 
 def shipped_recipes() -> list[Path]:

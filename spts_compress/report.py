@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def text_prompts(tokenizer: Any, prose: str, length: int, count: int, question: 
     prompts = []
     for number in range(count):
         start = number * len(parts) // count
-        prompts.append(build(start, longest(lambda n, s=start: build(s, n), tokenizer, length, most=length)))
+        prompts.append(build(start, longest(partial(build, start), tokenizer, length, most=length)))
     return prompts
 
 
@@ -87,7 +88,8 @@ def measure_all(
         def needle(number: int) -> dict:
             item = items[number]
             got = {
-                name: measure.retrieval(m, tokenizer, item, NEEDLE_TOKENS) for name, m in (("dense", dense), ("spts", spts))
+                name: measure.retrieval(m, tokenizer, item, NEEDLE_TOKENS)
+                for name, m in (("dense", dense), ("spts", spts))
             }
             progress.update()
             return {"outputs": item.outputs, "tokens": item.length, **got}
@@ -98,12 +100,12 @@ def measure_all(
             progress.update()
             return {"prompt_tokens": inputs["input_ids"].shape[1], **measure.agreement(dense, spts, inputs, own)}
 
-        rows = [keep(f"speed-{length}", lambda n=length: speed(n)) for length in section.lengths]
+        rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]
         needles = Needles(keys=section.keys)
         items = needle_items(tokenizer, prose, quality, section.needles, section.seed, needles, NEEDLE_TOKENS)
-        found = [keep(f"needle-{i}", lambda i=i: needle(i)) for i in range(section.needles)]
+        found = [keep(f"needle-{i}", partial(needle, i)) for i in range(section.needles)]
         prompts = text_prompts(tokenizer, prose, quality, section.answers)
-        agreed = [keep(f"agreement-{i}", lambda i=i: agree(i)) for i in range(section.answers)]
+        agreed = [keep(f"agreement-{i}", partial(agree, i)) for i in range(section.answers)]
     return {
         "hardware": hardware(str(dense.device)),
         "dtype": str(spts.dtype).removeprefix("torch."),
@@ -145,7 +147,13 @@ def quality_table(report: dict) -> str:
         found = [f"{sum(i[name]['score'] for i in items):g} of {len(items)}" for name in ("dense", "spts")]
         rows.append([f"number hidden in the text found ({keys} key{'s' if keys > 1 else ''})", *found])
     if agreed:
-        rows.append(["next tokens agreeing with dense, along dense's own answers", "100%", f"{mean([a['top1'] for a in agreed]):.0%}"])
+        rows.append(
+            [
+                "next tokens agreeing with dense, along dense's own answers",
+                "100%",
+                f"{mean([a['top1'] for a in agreed]):.0%}",
+            ]
+        )
         rows.append(["KL(dense, SPTS) of the next token, nats", "0", f"{mean([a['kl'] for a in agreed]):.3f}"])
     return table([f"prompts of {report['quality_length']} tokens", "dense", "SPTS"], rows) if rows else ""
 

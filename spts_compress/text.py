@@ -34,19 +34,20 @@ def documents(section: CalibrationSection) -> list[str]:
     """
     if section.source == "python-docs":
         return python_docs()
-    found = _from_files(Path(section.path or "")) if section.source == "files" else _from_dataset(section)
+    found = from_files(Path(section.path or "")) if section.source == "files" else _from_dataset(section)
     kept = [text for text in found if text.strip()]
     if not kept:
         raise UserError(f"calibration: {section.path or section.dataset} holds no text")
     return kept
 
 
-def _from_files(path: Path) -> Iterator[str]:
+def from_files(path: Path) -> Iterator[str]:
+    """Documents of a .txt or .jsonl file, or of a folder of them."""
     if not path.exists():
-        raise UserError(f"calibration.path: {path} does not exist; give a .txt or .jsonl file, or a folder of them")
+        raise UserError(f"{path} does not exist; give a .txt or .jsonl file, or a folder of them")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"calibration.path: no .txt or .jsonl file in {path}")
+        raise UserError(f"no .txt or .jsonl file in {path}")
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
@@ -73,7 +74,9 @@ def _from_dataset(section: CalibrationSection) -> Iterator[str]:
         data = load_dataset(section.dataset, section.config, split=section.split, streaming=True)
         for row in data:
             if section.column not in row:
-                raise UserError(f"calibration.column: no {section.column} in {section.dataset}; it has {', '.join(row)}")
+                raise UserError(
+                    f"calibration.column: no {section.column} in {section.dataset}; it has {', '.join(row)}"
+                )
             yield str(row[section.column])
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"calibration.dataset: {section.dataset}: {str(error).splitlines()[0]}") from None
@@ -134,6 +137,7 @@ def blocks(section: CalibrationSection, texts: list[str], tokenizer: Any) -> Blo
 
 def _tokens(text: str, tokenizer: Any, chat: bool) -> list[int]:
     if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(text, verbose=False)["input_ids"]

@@ -46,7 +46,9 @@ class Reference:
 
     def ffn(self, x, layer):
         p = f"model.layers.{layer}.mlp."
-        return self.lin(torch.nn.functional.silu(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj")
+        return self.lin(
+            torch.nn.functional.silu(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj"
+        )
 
     def predicted_norm(self, x, layer):
         p = f"model.layers.{layer}.proxy."
@@ -72,7 +74,9 @@ class Reference:
         else:
             tokens = max(round(amount.get("fraction", 0) * n), amount.get("floor", 0))
             tokens = tokens if amount.get("cap") is None else min(tokens, amount["cap"])
-        always = self.s.get("keep_first", 0) + max(self.s.get("keep_last", 1), self.s.get("probe", {}).get("queries", 1))
+        always = self.s.get("keep_first", 0) + max(
+            self.s.get("keep_last", 1), self.s.get("probe", {}).get("queries", 1)
+        )
         return min(n, max(tokens, always))
 
     def top(self, score, raw, count):

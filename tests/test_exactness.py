@@ -1,5 +1,7 @@
 """Skipping equals the independent reference; skipping off, or with nothing to skip, equals the stock model."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +18,7 @@ def schedules(draw, layers: int = 5):
     ends = sorted(draw(st.sets(st.integers(start, layers - 1), min_size=1, max_size=3)))
     budgets = sorted((draw(st.integers(1, 30)) for _ in ends), reverse=True)
     stages = [{"end": e, "budget": b} for e, b in zip(ends, budgets, strict=True)]
-    for stage, following in zip(stages, stages[1:], strict=False):
+    for stage, following in itertools.pairwise(stages):
         if draw(st.booleans()):
             stage["prune_to"] = following["budget"] + draw(st.integers(0, 10))
     if draw(st.booleans()):

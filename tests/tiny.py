@@ -54,7 +54,9 @@ def tiny_model(family: str = "llama", schedule: dict | None = None, seed: int = 
 def stock_twin(model):
     """The stock model with the same weights."""
     family = model.config.model_type.removeprefix("spts_")
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("spts", "model_type", "architectures", "auto_map")}
+    settings = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("spts", "model_type", "architectures", "auto_map")
+    }
     config = FAMILIES[family][0](**settings)
     stock_class = FAMILIES[family][2].__bases__[1]
     stock = stock_class(config).eval()

@@ -10,12 +10,19 @@ from typing import Any
 from wonderwords import RandomWord
 
 TEMPLATE = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What are all the special magic {kind} for {query} mentioned in the provided text?"
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards.\n{context}\n"
+    "What are all the special magic numbers for {query} mentioned in the provided text?"
 )
-PREFIX = " The special magic {kind} for {query} mentioned in the provided text are"
-NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+PREFIX = " The special magic numbers for {query} mentioned in the provided text are"
+# RULER asks in the singular where one value is asked for.
+TEMPLATE_OF_ONE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n{context}\n"
+    "What is the special magic number for {query} mentioned in the provided text?"
+)
+PREFIX_OF_ONE = " The special magic number for {query} mentioned in the provided text is"
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,9 @@ class Needles:
 
 
 def sentences(prose: str) -> list[str]:
-    """Split prose into sentences; white space is folded."""
-    return [s for s in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", prose)) if s]
+    """The sentences of a text, white space folded; headings, tables and code in between are left out."""
+    parts = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", prose))
+    return [s for s in parts if len(s) >= 20 and sum(c.isalpha() or c in " ,." for c in s) >= 0.92 * len(s)]
 
 
 def words() -> list[str]:
@@ -60,7 +68,9 @@ def chat(tokenizer: Any, user: str, answer_prefix: str = "") -> str:
 
 
 def token_count(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None), verbose=False)["input_ids"])
+    return len(
+        tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None), verbose=False)["input_ids"]
+    )
 
 
 def longest(build: Callable[[int], str], tokenizer: Any, limit: int, most: int) -> int:
@@ -93,10 +103,12 @@ def _needle_item(
 ) -> Item:
     keys = rng.sample(words(), needles.keys)
     values = {key: [str(rng.randint(1_000_000, 9_999_999)) for _ in range(needles.values)] for key in keys}
-    hidden = [NEEDLE.format(kind="number", key=k, value=v).replace("magic number", "magic numbers") for k in keys for v in values[k]]
+    hidden = [NEEDLE.format(key=key, value=value) for key in keys for value in values[key]]
     rng.shuffle(hidden)
     asked = rng.sample(keys, needles.queries)
     query = ", ".join(asked[:-1]) + (", and " if len(asked) > 1 else "") + asked[-1]
+    one = needles.queries * needles.values == 1
+    template, prefix = (TEMPLATE_OF_ONE, PREFIX_OF_ONE) if one else (TEMPLATE, PREFIX)
     offset = rng.randrange(len(haystack))
     depths = sorted(rng.random() for _ in hidden)
 
@@ -104,14 +116,12 @@ def _needle_item(
         text = [haystack[(offset + i) % len(haystack)] for i in range(size)]
         for depth, needle in sorted(zip(depths, hidden, strict=True), reverse=True):
             text.insert(round(depth * size), needle)
-        kind = "numbers"
-        user = TEMPLATE.format(kind=kind, context=" ".join(text), query=query)
-        return chat(tokenizer, user, PREFIX.format(kind=kind, query=query))
+        return chat(tokenizer, template.format(context=" ".join(text), query=query), prefix.format(query=query))
 
     size = longest(build, tokenizer, limit, most=limit)
     text = build(max(size, 1))
     outputs = [value for key in asked for value in values[key]]
-    return Item(index, text, outputs, token_count(tokenizer, text), PREFIX.format(kind="numbers", query=query))
+    return Item(index, text, outputs, token_count(tokenizer, text), prefix.format(query=query))
 
 
 def score(answer: str, outputs: list[str]) -> float:

@@ -216,7 +216,9 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
         else:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
-            fits = {"fraction": number, "heads": isinstance(item, str), "enabled": isinstance(item, bool)}.get(key, whole)
+            fits = {"fraction": number, "heads": isinstance(item, str), "enabled": isinstance(item, bool)}.get(
+                key, whole
+            )
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
             built[key] = item

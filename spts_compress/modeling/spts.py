@@ -124,9 +124,7 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states[torch.arange(index.shape[0], device=index.device)[:, None], index]
 
 
-def add_at(
-    states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None
-) -> torch.Tensor:
+def add_at(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """`states[b, index[b]] += update[b]`: the residual add of the active tokens only; in place if no gradient runs."""
     return put(states, index, take(states, index) + update, valid)
 
@@ -306,7 +304,9 @@ class Skip:
         changes = spts if isinstance(spts, dict) else {}
         fixed = {"start", "proxy"} & set(changes)
         if fixed:
-            raise ValueError(f"{', '.join(sorted(fixed))} can't be changed for one call: the proxies were fitted for it")
+            raise ValueError(
+                f"{', '.join(sorted(fixed))} can't be changed for one call: the proxies were fitted for it"
+            )
         return cls(config.schedule(**changes), last, 0 if last is None else last - 1)
 
     def prompt_lengths(self, attention_mask: torch.Tensor | None, batch: int, slots: int) -> list[int]:
@@ -326,8 +326,8 @@ class Skip:
             raise ValueError(f"the attention mask has {attention_mask.shape[1]} columns for {slots} tokens")
         real = attention_mask.bool()
         left_padded = (real[:, 1:] >= real[:, :-1]).all() & real[:, slots - self.behind - 1 :].all()
-        lengths, fine = real.sum(1) - self.behind, left_padded.long()[None]
-        *lengths, fine = torch.cat([lengths, fine]).tolist()  # the one time this waits for the device
+        counted = torch.cat([real.sum(1) - self.behind, left_padded.long()[None]])
+        *lengths, fine = counted.tolist()  # the one time this waits for the device
         if not fine:
             raise ValueError(f"skipping can't handle padding on the right or inside a prompt: {advice}")
         return lengths
@@ -372,9 +372,7 @@ class SkippingDecoderLayer:
         if plan.skips or plan.prunes:
             window = min(plan.probe.queries, entering.width)
             query = self._rotate(heads(attention.q_proj(normed[:, -window:])), cos[:, -window:], sin[:, -window:])
-            score, raw = probe_scores(
-                query, key, attention.scaling, plan.probe.heads, plan.probe.pool, entering.valid
-            )
+            score, raw = probe_scores(query, key, attention.scaling, plan.probe.heads, plan.probe.pool, entering.valid)
             ranked = plan.pin(score)
         if plan.skips:
             chosen = select(ranked, raw, active.width, active.rows, entering.valid)
@@ -386,7 +384,9 @@ class SkippingDecoderLayer:
         value = heads(attention.v_proj(normed))
         if past_key_values is not None:
             past_key_values.update(key, value, attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, type(self).eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, type(self).eager_attention
+        )
         output, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
         output = attention.o_proj(output.reshape(*output.shape[:2], -1))
         if chosen is None:
@@ -559,10 +559,7 @@ class SkippingModel(SkippingPreTrainedModel):
                     every = put(every, where, states, plan.entering.valid)
                     where = take(where, keep)
                 states, cos, sin = take(states, keep), take(cos, keep), take(sin, keep)
-        if every is not None:
-            states = put(every, where, states, plan.leaving.valid)
-        else:
-            states = states[:, -1:]
+        states = put(every, where, states, plan.leaving.valid) if every is not None else states[:, -1:]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
 
     @capture_outputs
@@ -594,9 +591,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 seen_by_layer = attention_mask
                 if isinstance(held, SkippedCacheLayer):
                     seen_by_layer = held.attention_mask(attention_mask, states)
-                masks[stage] = create_causal_mask(
-                    self.config, states, seen_by_layer, past_key_values, layer_idx=index
-                )
+                masks[stage] = create_causal_mask(self.config, states, seen_by_layer, past_key_values, layer_idx=index)
             states = layer(
                 states,
                 attention_mask=masks[stage],
@@ -659,7 +654,9 @@ class SkippingForCausalLM(SkippingPreTrainedModel):
             **kwargs,
         )
 
-    def _prefill(self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ):
         """`generate`'s prefill. A chunk does not show whether the prompt ends with it, so chunked prompts run dense."""
         if generation_config.prefill_chunk_size is not None:
             model_kwargs["spts"] = False
