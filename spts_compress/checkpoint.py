@@ -35,7 +35,7 @@ def inspect(folder: Path) -> str:
     try:
         schedule = Schedule.from_dict(config.spts, config.num_hidden_layers)
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError("\n".join(f"{folder / 'config.json'}: {fault}" for fault in error.args)) from None
     files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())
     report_file = folder / REPORT
     report = json.loads(report_file.read_text()) if report_file.is_file() else None

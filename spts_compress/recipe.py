@@ -149,8 +149,7 @@ class Recipe(Section):
         try:
             return Schedule.from_dict(self.spts_block(), num_layers)
         except ValueError as error:
-            text = str(error).removeprefix("invalid SPTS schedule: ")
-            raise UserError("\n".join(f"schedule: {part}" for part in text.split("; "))) from None
+            raise UserError("\n".join(f"schedule: {fault}" for fault in error.args)) from None
 
 
 def find(name: str) -> Path:

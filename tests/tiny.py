@@ -62,3 +62,33 @@ def stock_twin(model):
     stock = stock_class(config).eval()
     stock.load_state_dict({k: v for k, v in model.state_dict().items() if ".proxy." not in k})
     return stock.to(model.dtype)
+
+
+TEXT = "The quick brown fox jumps over the lazy dog near the river bank while seven wise owls watch from an old oak tree. "
+
+
+def tiny_tokenizer(vocab_size: int = 300):
+    """A byte-level tokenizer with a chat template, trained on one sentence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def tiny_base(folder, family: str = "llama", shards: bool = False, **changes):
+    """A stock checkpoint with a tokenizer in `folder`."""
+    torch.manual_seed(0)
+    stock_class = FAMILIES[family][2].__bases__[1]
+    config = tiny_config(family, **{"vocab_size": 300, "max_position_embeddings": 2048, **changes})
+    stock = stock_class(config).to(torch.bfloat16)
+    stock.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

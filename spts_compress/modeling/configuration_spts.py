@@ -135,14 +135,14 @@ class Schedule:
         """Read and check an `spts` block.
 
         Raises:
-            ValueError: naming every fault found in `block` at once.
+            ValueError: with one argument for each fault found in `block`.
         """
         faults: list[str] = []
         schedule = _read(cls, block, "spts", faults)
         if schedule is not None and not faults:
             faults += schedule.faults(num_layers)
         if faults or schedule is None:
-            raise ValueError("invalid SPTS schedule: " + "; ".join(faults))
+            raise ValueError(*faults)
         return schedule
 
     def faults(self, num_layers: int) -> list[str]:

@@ -1,0 +1,251 @@
+"""The main job on tiny models: from a recipe to a checkpoint that plain transformers loads."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny import TEXT, tiny_base
+from transformers import AutoModelForCausalLM
+
+from spts_compress import store as store_module
+from spts_compress.cli import main
+from spts_compress.store import Store, file_hash, writing
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    with (folder / "documents.jsonl").open("w") as stream:
+        for number in range(12):
+            stream.write(json.dumps({"text": f"Document {number}. " + TEXT * 3 + f"It ends at {number * 37}. "}) + "\n")
+    return folder
+
+
+def recipe_for(base, corpus, folder, **changes):
+    data = {
+        "model": {"path": str(base)},
+        "calibration": {"source": "files", "path": str(corpus), "tokens": 1200, "length": 128},
+        "proxy": {"channels": 12, "rank": 4},
+        "schedule": {
+            "start": 2,
+            "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}],
+            "keep_first": 2,
+        },
+        "report": {"lengths": [300], "pairs": 1, "needles": 1, "answers": 1, "answer_tokens": 4, "quality_length": 400},
+        "export": {"path": str(folder / "out")},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        data[section][key] = value
+    path = folder / "recipe.yaml"
+    path.write_text("# a comment that travels\n" + yaml.safe_dump(data))
+    return path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def built(request, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"built-{request.param}")
+    base = tiny_base(folder / "base", request.param, shards=request.param == "qwen2", tie_word_embeddings=False)
+    recipe = recipe_for(base, corpus, folder)
+    output = run("recipe", recipe)
+    return folder, base, recipe, output
+
+
+def test_the_checkpoint_is_complete(built):
+    folder, base, recipe, output = built
+    out = folder / "out"
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "spts.py", "configuration_spts.py", "README.md", "recipe.yaml", "tokenizer.json"} <= names
+    assert not [p for p in folder.iterdir() if p.name.endswith((".new", ".partial", ".old"))]
+    assert (out / "recipe.yaml").read_text() == recipe.read_text()
+    assert yaml.safe_load((out / "recipe.resolved.yaml").read_text())["calibration"]["seed"] == 0
+    assert "dense / SPTS" in output
+    config = json.loads((out / "config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["spts"]["start"] == 2
+    report = json.loads((out / "spts_report.json").read_text())
+    assert [f["layer"] for f in report["proxies"]] == [2, 3, 4]
+    assert report["speed"][0]["kv_bytes"]["spts"] < report["speed"][0]["kv_bytes"]["dense"]
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "2601.13155" in card
+
+
+def test_base_weights_are_carried_over_byte_for_byte(built):
+    folder, base, _, _ = built
+    ours = {file_hash(p) for p in (folder / "out").glob("*.safetensors")}
+    assert {file_hash(p) for p in base.glob("*.safetensors")} < ours
+    index = json.loads((folder / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    stored = {k: v for p in (folder / "out").glob("*.safetensors") for k, v in load_file(p).items()}
+    assert stored.keys() == index.keys()
+
+
+def test_a_process_without_this_package_gets_the_same_answer_as_dense_on_a_short_prompt(built):
+    folder, base, _, _ = built
+    script = f"""
+import sys; sys.modules["spts_compress"] = None
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder / "out")!r}, trust_remote_code=True)
+stock = AutoModelForCausalLM.from_pretrained({str(base)!r})
+assert AutoModel.from_pretrained({str(folder / "out")!r}, trust_remote_code=True).layers[2].proxy.gate.abs().sum() > 0
+for length, equal in ((20, True), (200, False)):
+    ids = torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, dense = model(ids, logits_to_keep=1), stock(ids, logits_to_keep=1)
+    assert torch.equal(ours.logits, dense.logits) == equal
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, length + 3)
+print("fine")
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_inspect_shows_it(built):
+    folder, base, _, _ = built
+    shown = run("inspect", folder / "out")
+    assert "24 of 48" in shown
+    assert "spts-proxies.safetensors" in shown
+    assert "no spts block" in run("inspect", base, code=2)
+
+
+def test_an_existing_output_is_kept_without_force(built):
+    folder, _, recipe, _ = built
+    before = file_hash(folder / "out" / "config.json")
+    assert "--force" in run("recipe", recipe, code=2)
+    assert file_hash(folder / "out" / "config.json") == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(corpus, tmp_path):
+    base = tiny_base(tmp_path / "base")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    output = run("recipe", recipe_for(base, corpus, tmp_path), "--dry-run")
+    assert "24 of 48" in output
+    assert "needs" in output
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "recipe.yaml"])
+
+
+def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
+    base = tiny_base(tmp_path / "base")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.jsonl").write_text('{"text": "fine"}\n{"txt": 3}\n')
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "x.txt").write_text("too short")
+
+    def fails(needle, *edits, **changes):
+        output = run("recipe", recipe_for(base, corpus, tmp_path, **changes), *edits, code=2)
+        lines = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, output
+        assert needle in lines[0]
+        assert "Traceback" not in output
+
+    fails("no .txt or .jsonl", calibration__path=str(tmp_path / "empty"))
+    fails("x.jsonl:2:", calibration__path=str(tmp_path / "bad"))
+    fails("only", calibration__path=str(tmp_path / "short"))
+    fails("does not exist", calibration__path=str(tmp_path / "nowhere"))
+    fails("model.path", model__path=str(tmp_path / "nowhere"))
+    fails("schedule: stages[0].end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
+    fails("--device", "--device", "nonsense")
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    fails("damaged or cut short", model__path=str(tmp_path / "cut"))
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    fails("family gpt2 is not supported; supported are llama, qwen2", model__path=str(tmp_path / "other"))
+    assert config["model_type"] == "llama"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of everything that does not hold a measured time or a path."""
+    skip = {"README.md", "spts_report.json", "recipe.yaml", "recipe.resolved.yaml"}
+    return {p.name: file_hash(p) for p in folder.iterdir() if p.name not in skip}
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_checkpoint(built, corpus, tmp_path):
+    folder, base, _, _ = built
+    recipe = recipe_for(base, corpus, tmp_path)
+    command = [sys.executable, "-m", "spts_compress", "recipe", str(recipe)]
+    for wait in ("proxy-2-*", "proxy-4-*"):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while not list((tmp_path / "out.work").glob(wait)) and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.work").glob("proxy-*.safetensors")}
+    assert kept
+    run("recipe", recipe)
+    assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
+    assert contents(tmp_path / "out") == contents(folder / "out")
+
+
+def test_a_second_run_in_the_same_folder_stops(built, corpus, tmp_path):
+    _, base, _, _ = built
+    recipe = recipe_for(base, corpus, tmp_path)
+    with Store(tmp_path / "out.work").lock():
+        assert "another run is using this work folder" in run("recipe", recipe, code=2)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(built, corpus, tmp_path, monkeypatch):
+    _, base, _, _ = built
+    recipe = recipe_for(base, corpus, tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module, "save_file", full)
+    assert "no space left on the disk" in run("recipe", recipe, code=2)
+    assert [p.name for p in (tmp_path / "out.work").iterdir()] == ["lock"]
+    monkeypatch.undo()
+    run("recipe", recipe)
+
+
+def test_writing_leaves_the_old_file_when_it_fails(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), writing(target) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_unit_is_made_anew(tmp_path):
+    store = Store(tmp_path)
+    store.put_tensors("unit", "key", {"a": torch.ones(3)})
+    path = store.path("unit", "key", ".safetensors")
+    path.write_bytes(path.read_bytes()[:-2])
+    assert store.tensors("unit", "key") is None
+
+
+def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
+    folder, _, _, _ = built
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(ids, logits_to_keep=1).logits, model(ids, logits_to_keep=1).logits)
+    assert again.config.spts == model.config.spts

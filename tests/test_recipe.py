@@ -1,0 +1,88 @@
+"""Recipes are read strictly, and every shipped one is valid."""
+
+import pytest
+import yaml
+
+from spts_compress.errors import UserError
+from spts_compress.recipe import Recipe, find, load, shipped_recipes
+
+GOOD = """
+model: {path: somewhere}
+proxy: {channels: 8, rank: 4}
+schedule:
+  start: 1
+  stages: [{end: 2, budget: 12, prune_to: 16}, {end: 4, budget: {fraction: 0.25, floor: 8, cap: 16}}]
+export: {path: out}
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def faults(tmp_path, text, edits=()):
+    with pytest.raises(UserError) as caught:
+        load(write(tmp_path, text), edits)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda p: p.name)
+def test_shipped_recipes_are_valid(path):
+    recipe = load(path)
+    recipe.read_schedule(40)
+    assert find(path.name) == path or find(path.name).read_text() == path.read_text()
+
+
+def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path):
+    text = GOOD.replace("path: somewhere", "pth: somewhere").replace("rank: 4", "rank: many, rang: 3")
+    text = text.replace("budget: 12", "budget: -3").replace("export: {path: out}", "expotr: {}")
+    lines = "\n".join(faults(tmp_path, text))
+    for expected in (
+        "model.pth is unknown (did you mean path?)",
+        "proxy.rank is 'many'; input should be a valid integer",
+        "proxy.rang is unknown (did you mean rank?)",
+        "schedule.stages.0.budget.floor is -3; input should be greater than or equal to 0",
+        "expotr is unknown (did you mean export?)",
+        "export is missing",
+    ):
+        assert expected in lines
+
+
+def test_duplicate_keys_name_their_line(tmp_path):
+    [line] = faults(tmp_path, GOOD + "export: {path: other}\n")
+    assert line.endswith("recipe.yaml:7: export is given twice in one section")
+
+
+@pytest.mark.parametrize("text", ["model: [", "- a\n- b", "", "!!python/object/apply:os.system [ls]"])
+def test_what_is_not_a_recipe_is_refused(tmp_path, text):
+    [line] = faults(tmp_path, text)
+    assert "recipe.yaml" in line
+
+
+def test_edits_change_the_recipe_and_are_checked_like_it(tmp_path):
+    path = write(tmp_path, GOOD)
+    recipe = load(path, ("schedule.stages.0.budget=14", "report.lengths=[512]", "calibration.seed=3"))
+    assert recipe.schedule.stages[0].budget.floor == 14
+    assert recipe.report.lengths == [512]
+    assert recipe.calibration.seed == 3
+    assert "proxy.rnk is unknown (did you mean rank?)" in faults(tmp_path, GOOD, ("proxy.rnk=3",))[0]
+    for edit in ("proxy.rank", "=3", "schedule.stages.7.end=3", "proxy.rank.x=3"):
+        assert edit in faults(tmp_path, GOOD, (edit,))[0]
+
+
+def test_contradictions_with_the_model_are_all_named(tmp_path):
+    recipe = load(write(tmp_path, GOOD), ("schedule.start=9", "schedule.stages.0.prune_to=9"))
+    with pytest.raises(UserError) as caught:
+        recipe.read_schedule(5)
+    text = str(caught.value)
+    assert "start is 9; it must be 1 to 4" in text
+    assert "stages[0].prune_to is less than stages[1].budget" in text
+
+
+def test_the_resolved_values_load_as_the_same_recipe(tmp_path):
+    recipe = load(write(tmp_path, GOOD))
+    again = load(write(tmp_path, yaml.safe_dump(recipe.model_dump())))
+    assert again == recipe
+    assert isinstance(again, Recipe)

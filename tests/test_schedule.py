@@ -1,0 +1,67 @@
+"""Schedules count what the paper counts."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spts_compress.cost import predicted
+from spts_compress.modeling.configuration_spts import Amount, Schedule
+from spts_compress.recipe import find, load
+
+LLAMA_8B = SimpleNamespace(
+    num_hidden_layers=32,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+
+
+def test_the_papers_llama_recipe_gives_the_papers_figures():
+    schedule = load(find("llama.yaml")).read_schedule(32)
+    figures = predicted(LLAMA_8B, schedule, 32768)
+    assert figures["kv_share"] == pytest.approx(0.4145, abs=5e-5)  # the paper: KV memory -58.6%, 16 GB -> 6.63 GB
+    assert figures["speedup"] == pytest.approx(2.59, abs=0.005)
+    assert figures["probing_share"] < 0.04
+
+
+def test_counts_follow_stages_and_pruning():
+    schedule = load(find("llama.yaml")).read_schedule(32)
+    n = 32768
+    assert schedule.counts(9, n) == (n, n, n)
+    assert schedule.counts(10, n) == (n, 9000, n)
+    assert schedule.counts(13, n) == (n, 9000, 8000)
+    assert schedule.counts(14, n) == (8000, 7000, 8000)
+    assert schedule.counts(28, n) == (3000, 2000, 3000)
+    assert schedule.counts(31, n) == (3000, 2000, 3000)  # after the last stage end: its budget, no pruning
+    assert schedule.counts(31, 2000) == (2000, 2000, 2000)
+    assert not schedule.skips(2000)
+    assert schedule.skips(2001)
+
+
+amounts = st.builds(
+    lambda fraction, floor, room: Amount(fraction, floor, None if room is None else max(1, floor + room)),
+    st.floats(0, 1),
+    st.integers(0, 50),
+    st.none() | st.integers(0, 100),
+)
+
+
+@given(amounts, amounts, st.integers(1, 500))
+def test_covering_amounts_are_never_smaller(a, b, length):
+    if a.covers(b):
+        assert a.at(length) >= b.at(length)
+
+
+def test_blocks_survive_a_round_trip_and_faults_are_all_named():
+    block = {"start": 2, "stages": [{"end": 3, "budget": 5, "prune_to": None}], "proxy": {"channels": 4, "rank": 2}}
+    schedule = Schedule.from_dict(block, 6)
+    assert Schedule.from_dict(schedule.to_dict(), 6) == schedule
+    assert schedule.to_dict()["stages"] == block["stages"]
+    with pytest.raises(ValueError) as caught:
+        Schedule.from_dict({"start": True, "stages": [{"ned": 1}], "probe": {"heads": 3}, "proxy": 5}, 6)
+    for fault in ("spts.start is True", "stages[0].ned is unknown", "stages[0].end is missing", "probe.heads is 3"):
+        assert fault in str(caught.value)
