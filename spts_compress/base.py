@@ -64,7 +64,7 @@ class Base:
         model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
-        return model.to(torch.device(device)).eval()
+        return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def check_family(config: Any, name: str) -> None:

@@ -136,7 +136,14 @@ def check(folder: Path, base: Base, dtype: str, schedule: Schedule) -> None:
         save_file({k: v.contiguous() for k, v in expected.items()}, Path(scratch) / "expected.safetensors")
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        command = [sys.executable, "-c", CHECK, str(folder.absolute()), str(Path(scratch) / "expected.safetensors"), dtype]
+        command = [
+            sys.executable,
+            "-c",
+            CHECK,
+            str(folder.absolute()),
+            str(Path(scratch) / "expected.safetensors"),
+            dtype,
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
     line = next((text for text in done.stdout.splitlines() if text.startswith("FAULTS ")), None)
     if line is None:

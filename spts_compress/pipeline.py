@@ -20,6 +20,7 @@ from .modeling.configuration_spts import Schedule
 from .recipe import Recipe
 from .report import measure_all
 from .store import Store, fingerprint, writing
+from .tables import size
 from .text import Blocks, blocks, documents, from_files
 
 REPORT = "spts_report.json"
@@ -65,7 +66,7 @@ def run(
     prose = "\n\n".join(from_files(Path(recipe.report.text))) if recipe.report.text else None
     config = resolve_config(recipe.model)
     schedule = recipe.read_schedule(config.num_hidden_layers)
-    _check_room(plan.disk_need(config, schedule, recipe.model.dtype, recipe.calibration.tokens), output)
+    _check_room(recipe, config, schedule, output, device)
     store = Store(work or output.with_name(output.name + ".work"))
     with store.lock():
         base = resolve(recipe.model, store)
@@ -96,7 +97,6 @@ def fit_proxies(
     model: PreTrainedModel, base: Base, recipe: Recipe, schedule: Schedule, sequences: Blocks, store: Store
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Proxies of all skipping layers: parameters by their name in the exported model, and each layer's fidelity."""
-    size = schedule.proxy
     text = [s.tolist() for s in sequences.fit + sequences.held_out]
     data_key = fingerprint(base.key, recipe.model.dtype, text, __version__)
     layers = range(schedule.start, base.config.num_hidden_layers)
@@ -105,7 +105,7 @@ def fit_proxies(
     if missing:
         for layer, inputs, held_out in capture.feed_forward_inputs(model, sequences, missing, store, data_key):
             ffn = proxies.FeedForward.of(model.model.layers[layer].mlp, base.config.hidden_act)
-            proxy = proxies.fit(ffn, inputs, size.channels, size.rank, recipe.proxy.top)
+            proxy = proxies.fit(ffn, inputs, recipe.proxy.channels, recipe.proxy.rank, recipe.proxy.top)
             norms = fidelity.norms(proxy, ffn, held_out)
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **norms})
     parameters, fits = {}, []
@@ -150,11 +150,22 @@ def _try_forward(model: PreTrainedModel, ids: torch.Tensor, name: str) -> None:
         raise UserError(f"{name}: the base model gives values that are not finite; check its weights and model.dtype")
 
 
-def _check_room(need: int, output: Path) -> None:
+def _check_room(recipe: Recipe, config: Any, schedule: Schedule, output: Path, device: str) -> None:
+    """Disk, memory and a writable output folder."""
+    dtype, tokens = recipe.model.dtype, recipe.calibration.tokens
     parent = next(p for p in output.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
+    free, need = shutil.disk_usage(parent).free, plan.disk_need(config, schedule, dtype, tokens)
     if free < need:
-        raise UserError(f"{parent}: {plan.size(free)} free, but the run needs about {plan.size(need)}")
+        raise UserError(f"{parent}: {size(free)} free on the disk, but the run needs about {size(need)}")
+    if device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = plan.memory_need(config, dtype, tokens)
+    if memory < need:
+        raise UserError(
+            f"{device}: {size(memory)} of memory, but the run needs about {size(need)}; use a larger machine"
+        )
     if not os.access(parent, os.W_OK):
         raise UserError(f"{parent}: not writable; give another --output")
 

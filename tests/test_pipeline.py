@@ -69,7 +69,7 @@ def built(request, corpus, tmp_path_factory):
 
 
 def test_the_checkpoint_is_complete(built):
-    folder, base, recipe, output = built
+    folder, _, recipe, output = built
     out = folder / "out"
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "spts.py", "configuration_spts.py", "README.md", "recipe.yaml", "tokenizer.json"} <= names

@@ -64,7 +64,9 @@ def stock_twin(model):
     return stock.to(model.dtype)
 
 
-TEXT = "The quick brown fox jumps over the lazy dog near the river bank while seven wise owls watch from an old oak tree. "
+TEXT = (
+    "The quick brown fox jumps over the lazy dog near the river bank while seven wise owls watch from an old oak tree. "
+)
 
 
 def tiny_tokenizer(vocab_size: int = 300):
@@ -77,7 +79,9 @@ def tiny_tokenizer(vocab_size: int = 300):
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet))
+    raw.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
     return tokenizer

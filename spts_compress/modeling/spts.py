@@ -16,10 +16,13 @@ Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, H 
 D hidden size. Rows are padded on the left, everywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -28,6 +31,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
+
+TRANSFORMERS = ("5.17", "5.24")  # tested from the first on and below the second
+if not Version(TRANSFORMERS[0]) <= Version(Version(transformers.__version__).base_version) < Version(TRANSFORMERS[1]):
+    raise ImportError(
+        f"this model's code is tested with transformers {TRANSFORMERS[0]} up to, not including, {TRANSFORMERS[1]}; "
+        f"you have {transformers.__version__}"
+    )
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores and selections
@@ -178,33 +188,40 @@ class FeedForwardProxy(nn.Module):
 class SkippedCacheLayer(DynamicLayer):
     """KV cache of a layer that skipped prompt tokens: shorter than the prompt, and its rows may start with padding.
 
-    `prompt_length`: slots of the prompt, with padding. `kept`: slots this layer cached of it. `valid`: which of those
-    are not padding, (B, kept), None if all are. `stage`: layers of one stage hold equally many tokens.
+    `prompt_length`: slots of the prompt, with padding. `kept`: slots this layer cached of it. `entering`: candidates it
+    chose them from. `tail`: how many of the prompt's last tokens every layer holds. `stage`: layers of one stage hold
+    equally many tokens. What goes by rows and moves with them:
+    `valid`: which of the kept slots are not padding, (B, kept), None if all are. `positions`: on request, the places in
+    the row's prompt that the kept tokens came from, (B, kept), -1 for padding.
     """
 
-    def __init__(self, prompt_length: int, kept: int, valid: torch.Tensor | None, stage: int):
+    def __init__(self, prompt_length: int, entering: int, active: "Count", tail: int, stage: int):
         super().__init__()
-        self.prompt_length, self.kept, self.valid, self.stage = prompt_length, kept, valid, stage
+        self.prompt_length, self.entering, self.kept = prompt_length, entering, active.width
+        self.tail, self.stage = tail, stage
+        self.valid: torch.Tensor | None = active.valid
+        self.positions: torch.Tensor | None = None
+
+    def _move_rows(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.valid = None if self.valid is None else move(self.valid)
+        self.positions = None if self.positions is None else move(self.positions)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+        self._move_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.valid is not None:
-            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+        self._move_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.valid is not None:
-            self.valid = self.valid[indices, ...]
+        self._move_rows(lambda rows: rows[indices, ...])
 
     def reset(self) -> None:
         super().reset()
-        self.prompt_length = self.kept = 0
-        self.valid = None
+        self.prompt_length = self.entering = self.kept = self.tail = 0
+        self.valid = self.positions = None
 
     def attention_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
         """Which of the tokens held here, then of the new `states`, are not padding; None if all are.
@@ -224,12 +241,18 @@ class SkippedCacheLayer(DynamicLayer):
         return torch.cat([held.to(states.device), tail], dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.is_initialized and self.get_seq_length() - abs(tokens_to_remove) < self.kept:
+        later = self.get_seq_length() - self.kept
+        of_prompt = max(0, abs(tokens_to_remove) - later)
+        if of_prompt > self.tail:
             raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: only {self.get_seq_length() - self.kept} came after the "
-                "prompt, and this layer does not hold every token of the prompt. Run the prompt again instead."
+                f"cannot crop {abs(tokens_to_remove)} tokens: {later} came after the prompt, and of the prompt only the "
+                f"last {self.tail} are held by every layer (keep_last). Run the prompt again instead."
             )
         super().crop(tokens_to_remove)
+        if of_prompt:
+            self.prompt_length, self.kept = self.prompt_length - of_prompt, self.kept - of_prompt
+            self.tail -= of_prompt
+            self._move_rows(lambda rows: rows[:, :-of_prompt])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,6 +276,11 @@ class Count:
         rows = torch.tensor(counts, device=device)[:, None]
         return cls(width, rows, torch.arange(width, device=device) >= width - rows)
 
+    def to(self, device: Any) -> "Count":
+        if self.rows is None or self.valid is None:
+            return self
+        return Count(self.width, self.rows.to(device), self.valid.to(device))
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -273,6 +301,14 @@ class LayerPlan:
     def prunes(self) -> bool:
         return self.leaving is not self.entering
 
+    def to(self, device: Any, **_: Any) -> "LayerPlan":
+        """The plan on a device; called by accelerate where layers are on different ones."""
+        if all(count.rows is None for count in (self.entering, self.active, self.leaving)):
+            return self
+        moved = {id(count): count.to(device) for count in (self.entering, self.active, self.leaving)}
+        entering, active, leaving = (moved[id(count)] for count in (self.entering, self.active, self.leaving))
+        return replace(self, entering=entering, active=active, leaving=leaving)
+
     def pin(self, score: torch.Tensor) -> torch.Tensor:
         """Scores (B, T) with those of the always active tokens raised above all others."""
         score = score.clone()
@@ -287,12 +323,16 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Skip:
-    """A request to skip: the schedule, how many last positions to return (None: all, with the dense shape), and how
-    many of the tokens given come after the prompt's end."""
+    """A request to skip.
+
+    `last`: how many last positions to return; None: all, with the dense shape. `behind`: how many of the tokens given
+    come after the prompt's end. `positions`: whether the caches note the positions of the tokens they keep.
+    """
 
     schedule: Any
     last: int | None = None
     behind: int = 0
+    positions: bool = False
 
     @classmethod
     def of(cls, config: Any, spts: Any, last: int | None) -> "Skip":
@@ -301,21 +341,22 @@ class Skip:
             raise TypeError(f"spts must be None, True, False or a dict of schedule changes, not {type(spts).__name__}")
         if config.spts is None:
             raise ValueError("this model's config has no spts block, so it can't skip tokens")
-        changes = spts if isinstance(spts, dict) else {}
+        changes = dict(spts) if isinstance(spts, dict) else {}
+        positions = changes.pop("positions", False)
         fixed = {"start", "proxy"} & set(changes)
         if fixed:
             raise ValueError(
                 f"{', '.join(sorted(fixed))} can't be changed for one call: the proxies were fitted for it"
             )
-        return cls(config.schedule(**changes), last, 0 if last is None else last - 1)
+        return cls(config.schedule(**changes), last, 0 if last is None else last - 1, positions)
 
     def prompt_lengths(self, attention_mask: torch.Tensor | None, batch: int, slots: int) -> list[int]:
-        """Prompt tokens of each row, without padding; empty if there is no prompt to skip in.
+        """Prompt tokens of each row, without padding; empty if there is nothing to skip.
 
         Raises:
             ValueError: if the mask is anything but padding on the left.
         """
-        if slots - self.behind < 1:
+        if slots - self.behind < 1 or not self.schedule.skips(slots - self.behind):
             return []
         if attention_mask is None:
             return [slots - self.behind] * batch
@@ -330,7 +371,7 @@ class Skip:
         *lengths, fine = counted.tolist()  # the one time this waits for the device
         if not fine:
             raise ValueError(f"skipping can't handle padding on the right or inside a prompt: {advice}")
-        return lengths
+        return lengths if any(map(self.schedule.skips, lengths)) else []
 
 
 class SkippingDecoderLayer:
@@ -341,7 +382,8 @@ class SkippingDecoderLayer:
     eager_attention: Any
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, plan: LayerPlan | None = None, **kwargs: Any) -> Any:
-        """Stock layer without `plan`; with it, (hidden states (B, T, D), candidates to go on with (B, T') or None)."""
+        """Stock layer without `plan`; with it, three results: hidden states (B, T, D), places of the tokens active in
+        attention (B, M), and places of the candidates to go on with (B, T'); None for places means all candidates."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return self._skip(hidden_states, plan=plan, **kwargs)
@@ -357,7 +399,7 @@ class SkippingDecoderLayer:
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         attention = self.self_attn
         cos, sin = position_embeddings
         entering, active = plan.entering, plan.active
@@ -400,13 +442,13 @@ class SkippingDecoderLayer:
             hidden_states = hidden_states + self.mlp(normed)
         else:
             change = plan.pin(self.proxy(normed) * score)
-            chosen = select(change, raw, active.width, active.rows, entering.valid)
-            hidden_states = add_at(hidden_states, chosen, self.mlp(take(normed, chosen)), active.valid)
+            changed = select(change, raw, active.width, active.rows, entering.valid)
+            hidden_states = add_at(hidden_states, changed, self.mlp(take(normed, changed)), active.valid)
 
         keep = None
         if plan.prunes:
             keep = select(ranked, raw, plan.leaving.width, plan.leaving.rows, entering.valid)
-        return hidden_states, keep
+        return hidden_states, chosen, keep
 
 
 class SkippingPreTrainedModel:
@@ -417,6 +459,27 @@ class SkippingPreTrainedModel:
         if isinstance(module, FeedForwardProxy):
             for parameter in module.parameters():
                 init.normal_(parameter, std=self.config.initializer_range)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def skipped(cache: Cache) -> list[dict[str, Any]]:
+        """What a prefill did, read from its cache, for each layer: `candidates`, `active` (tokens that attention ran
+        on and that are cached; the feed-forward network ran on as many), `cached` (with the tokens since), `bytes` of
+        keys and values, and `positions` of the active tokens if the call asked for them with
+        `spts={"positions": True}`. In a padded batch the counts are the longest row's."""
+        rows = []
+        for held in cache.layers:
+            skipping = isinstance(held, SkippedCacheLayer)
+            tensors = (held.keys, held.values) if held.is_initialized else ()
+            rows.append(
+                {
+                    "candidates": held.entering if skipping else held.get_seq_length(),
+                    "active": held.kept if skipping else held.get_seq_length(),
+                    "cached": held.get_seq_length(),
+                    "bytes": sum(t.numel() * t.element_size() for t in tensors),
+                    "positions": held.positions if skipping else None,
+                }
+            )
+        return rows
 
 
 class SkippingModel(SkippingPreTrainedModel):
@@ -462,7 +525,7 @@ class SkippingModel(SkippingPreTrainedModel):
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             lengths = request.prompt_lengths(attention_mask, *inputs_embeds.shape[:2])
-            if any(request.schedule.skips(length) for length in lengths):
+            if lengths:
                 return self._prefill(
                     request, lengths, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
                 )
@@ -536,10 +599,9 @@ class SkippingModel(SkippingPreTrainedModel):
                 **kwargs,
             )
 
-        every = where = None
         width = max(lengths)
-        if request.last is None:
-            every, where = states.clone(), torch.arange(slots - width, slots, device=device)[None]
+        every = states.clone() if request.last is None else None
+        where = torch.arange(slots - width, slots, device=device)[None]  # prompt slots of the candidates
         states, cos, sin = states[:, -width:], rotary[0][:, -width:], rotary[1][:, -width:]
         masks: dict[int, Any] = {}
         for layer, plan in zip(self.layers[schedule.start :], plans, strict=True):
@@ -547,19 +609,22 @@ class SkippingModel(SkippingPreTrainedModel):
             if active.width not in masks:
                 shape = states.new_empty(states.shape[0], active.width, 0)
                 masks = {active.width: create_causal_mask(self.config, shape, active.valid, None)}
-            states, keep = layer(
+            states, chosen, keep = layer(
                 states,
                 plan=plan,
                 attention_mask=masks[active.width],
                 position_embeddings=(cos, sin),
                 past_key_values=past_key_values,
             )
+            if request.positions and past_key_values is not None:
+                held = where if chosen is None else take(where, chosen.to(device))
+                note_positions(past_key_values.layers[layer.self_attn.layer_idx], held, slots, lengths)
             if keep is not None:
                 if every is not None:
-                    every = put(every, where, states, plan.entering.valid)
-                    where = take(where, keep)
-                states, cos, sin = take(states, keep), take(cos, keep), take(sin, keep)
-        states = put(every, where, states, plan.leaving.valid) if every is not None else states[:, -1:]
+                    every = put(every, where, states.to(device), plan.entering.valid)
+                here = keep.to(device)  # layers may be on several devices
+                states, cos, sin, where = take(states, keep), take(cos, here), take(sin, here), take(where, here)
+        states = states[:, -1:] if every is None else put(every, where, states.to(device), plan.leaving.valid)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
 
     @capture_outputs
@@ -578,8 +643,13 @@ class SkippingModel(SkippingPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + states.shape[1], device=states.device)[None]
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("after a skipped prefill the attention mask must have 2 dimensions; or pass spts=False")
+        check_cache(past_key_values)
+        total = past_key_values.get_seq_length() + states.shape[1]
+        if attention_mask is not None and attention_mask.shape != (states.shape[0], total):
+            raise ValueError(
+                f"after a skipped prefill the attention mask must have the shape {(states.shape[0], total)} (rows, all "
+                f"tokens so far), not {tuple(attention_mask.shape)}; or prefill with spts=False"
+            )
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         rotary = self.rotary_emb(states, position_ids=position_ids)
@@ -680,6 +750,21 @@ def layer_plans(schedule: Any, num_layers: int, lengths: list[int], device: torc
     return plans
 
 
+def check_cache(cache: Cache) -> None:
+    """Raises ValueError if some layers of the cache were cropped or changed and others not."""
+    seen = cache.get_seq_length()
+    for index, held in enumerate(cache.layers):
+        if isinstance(held, SkippedCacheLayer) and held.get_seq_length() - held.kept != seen - held.prompt_length:
+            raise ValueError(f"layer {index} of the cache does not fit the others; run the prompt again")
+
+
+def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, lengths: list[int]) -> None:
+    """Keep with a cache layer which tokens of each row's own prompt it holds; `slots` (B or 1, kept) of `width`."""
+    padding = width - torch.tensor(lengths, device=slots.device)[:, None]
+    positions = slots - padding
+    held.positions = positions if held.valid is None else positions.masked_fill(~held.valid, -1)
+
+
 def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: Any) -> None:
     """Give the skipping layers' caches the class that knows which tokens they hold.
 
@@ -696,4 +781,5 @@ def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: An
                 "leave cache_implementation unset, or pass spts=False"
             )
         stage = schedule.stage_of(index)
-        cache.layers[index] = SkippedCacheLayer(slots, plan.active.width, plan.active.valid, stage)
+        tail = min(plan.keep_last, plan.active.width)
+        cache.layers[index] = SkippedCacheLayer(slots, plan.entering.width, plan.active, tail, stage)
