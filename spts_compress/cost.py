@@ -68,7 +68,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         probing = 0.0
         if active < entering or leaving < entering:
             probing += 2.0 * schedule.probe.queries * entering * shape.heads * shape.head_dim
-        if active < entering:
+        if active < entering and schedule.feed_forward == "proxy":
             probing += 4.0 * entering * schedule.proxy.rank * (shape.hidden + schedule.proxy.channels)
         attention = (
             shape.project(entering, shape.kv_heads)
@@ -76,7 +76,8 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
             + 2 * shape.project(active, shape.heads)
             + shape.attention(active)
         )
-        costs.append(LayerCost(entering, active, leaving, probing, attention, shape.feed_forward(active)))
+        changed = entering if schedule.feed_forward == "all" else active
+        costs.append(LayerCost(entering, active, leaving, probing, attention, shape.feed_forward(changed)))
     return costs
 
 

@@ -103,6 +103,7 @@ class ScheduleSection(Section):
     probe: ProbeSection = ProbeSection()
     keep_first: Natural = 0
     keep_last: Positive = 1
+    feed_forward: Literal["proxy", "attention", "all"] = "proxy"
     min_length: Natural = 0
 
 

@@ -151,8 +151,11 @@ class Reference:
                 x[i] = x[i] + self.lin(out, p + "self_attn.o_proj")
             normed = [self.norm(v, p + "post_attention_layernorm") for v in x]
             places = range(len(x))
-            if skipping and last_budget < len(x):
-                change = [self.predicted_norm(v, layer) * s for v, s in zip(normed, score, strict=True)]
+            choice = self.s.get("feed_forward", "proxy")
+            if skipping and last_budget < len(x) and choice != "all":
+                change = score
+                if choice == "proxy":
+                    change = [self.predicted_norm(v, layer) * s for v, s in zip(normed, score, strict=True)]
                 places = self.top(change, raw, last_budget)
             for i in places:
                 x[i] = x[i] + self.ffn(normed[i], layer)

@@ -38,6 +38,7 @@ def schedules(draw, layers: int = 5):
         },
         keep_first=draw(st.integers(0, 3)),
         keep_last=draw(st.integers(1, 4)),
+        feed_forward=draw(st.sampled_from(["proxy", "proxy", "proxy", "attention", "all"])),
     )
 
 

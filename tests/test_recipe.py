@@ -52,7 +52,7 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
 
 def test_duplicate_keys_name_their_line(tmp_path):
     [line] = faults(tmp_path, GOOD + "export: {path: other}\n")
-    assert line.endswith("recipe.yaml:7: export is given twice in one section")
+    assert line.endswith("recipe.yaml:8: export is given twice in one section")
 
 
 @pytest.mark.parametrize("text", ["model: [", "- a\n- b", "", "!!python/object/apply:os.system [ls]"])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 HEAD_REDUCTIONS = ("mean", "max")
+FEED_FORWARD_CHOICES = ("proxy", "attention", "all")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Schedule:
     """Which layers skip which tokens. `start` is the first skipping layer; layers are numbered from 0.
 
     `keep_first` and `keep_last` tokens are always active, inside the budgets; the probe's queries always are too.
-    Prompts shorter than `min_length` run dense, and all do if `enabled` is false.
+    `feed_forward` says which candidates the feed-forward network runs on: those that "proxy" times attention score
+    ranks highest (LTP), those that the "attention" score alone ranks highest, or "all". Prompts shorter than
+    `min_length` run dense, and all do if `enabled` is false.
     """
 
     start: int
@@ -82,6 +85,7 @@ class Schedule:
     probe: Probe = Probe()
     keep_first: int = 0
     keep_last: int = 1
+    feed_forward: str = "proxy"
     min_length: int = 0
     enabled: bool = True
 
@@ -186,6 +190,11 @@ class Schedule:
             self.probe.pool >= 1 and self.probe.pool % 2 == 1,
             f"probe.pool is {self.probe.pool}; it must be odd and at least 1",
         )
+        choices = ", ".join(FEED_FORWARD_CHOICES)
+        check(
+            self.feed_forward in FEED_FORWARD_CHOICES,
+            f"feed_forward is {self.feed_forward!r}; it must be one of {choices}",
+        )
         check(self.keep_first >= 0, f"keep_first is {self.keep_first}; it must not be negative")
         check(self.keep_last >= 1, f"keep_last is {self.keep_last}; the last token is always active")
         check(self.min_length >= 0, f"min_length is {self.min_length}; it must not be negative")
@@ -216,9 +225,8 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
         else:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
-            fits = {"fraction": number, "heads": isinstance(item, str), "enabled": isinstance(item, bool)}.get(
-                key, whole
-            )
+            text, flag = isinstance(item, str), isinstance(item, bool)
+            fits = {"fraction": number, "heads": text, "feed_forward": text, "enabled": flag}.get(key, whole)
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
             built[key] = item

@@ -241,6 +241,8 @@ class SkippedCacheLayer(DynamicLayer):
         return torch.cat([held.to(states.device), tail], dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the number of tokens to remove as a negative number")
         later = self.get_seq_length() - self.kept
         of_prompt = max(0, abs(tokens_to_remove) - later)
         if of_prompt > self.tail:
@@ -292,6 +294,7 @@ class LayerPlan:
     keep_first: int
     keep_last: int
     probe: Any
+    feed_forward: str
 
     @property
     def skips(self) -> bool:
@@ -302,11 +305,10 @@ class LayerPlan:
         return self.leaving is not self.entering
 
     def to(self, device: Any, **_: Any) -> "LayerPlan":
-        """The plan on a device; called by accelerate where layers are on different ones."""
-        if all(count.rows is None for count in (self.entering, self.active, self.leaving)):
-            return self
-        moved = {id(count): count.to(device) for count in (self.entering, self.active, self.leaving)}
-        entering, active, leaving = (moved[id(count)] for count in (self.entering, self.active, self.leaving))
+        """The plan on a device; accelerate calls this where layers are on several."""
+        counts = (self.entering, self.active, self.leaving)
+        moved = {id(count): count.to(device) for count in counts}  # equal counts stay one object
+        entering, active, leaving = (moved[id(count)] for count in counts)
         return replace(self, entering=entering, active=active, leaving=leaving)
 
     def pin(self, score: torch.Tensor) -> torch.Tensor:
@@ -438,10 +440,10 @@ class SkippingDecoderLayer:
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
         normed = self.post_attention_layernorm(hidden_states)
-        if chosen is None:
+        if chosen is None or plan.feed_forward == "all":
             hidden_states = hidden_states + self.mlp(normed)
         else:
-            change = plan.pin(self.proxy(normed) * score)
+            change = plan.pin(self.proxy(normed) * score) if plan.feed_forward == "proxy" else ranked
             changed = select(change, raw, active.width, active.rows, entering.valid)
             hidden_states = add_at(hidden_states, changed, self.mlp(take(normed, changed)), active.valid)
 
@@ -746,7 +748,8 @@ def layer_plans(schedule: Any, num_layers: int, lengths: list[int], device: torc
     for layer in range(schedule.start, num_layers):
         columns = zip(*(schedule.counts(layer, length) for length in lengths), strict=True)
         counts = [known.get(column) or known.setdefault(column, Count.of(column, device)) for column in columns]
-        plans.append(LayerPlan(*counts, schedule.keep_first, schedule.always_last, schedule.probe))
+        kept = schedule.keep_first, schedule.always_last
+        plans.append(LayerPlan(*counts, *kept, schedule.probe, schedule.feed_forward))
     return plans
 
 
