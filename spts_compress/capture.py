@@ -18,7 +18,8 @@ HIDDEN = "hidden"
 def feed_forward_inputs(
     model: PreTrainedModel, blocks: Blocks, layers: list[int], store: Store, key: str
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each of `layers` in turn: (layer, inputs to fit on (N, D), inputs to check on (N', D)).
+    """For each of `layers` in turn: (layer, states to fit on (N, D), states to check on (N', D)), both being the
+    residual states in front of the feed-forward norm.
 
     Only one layer's inputs and one hidden state a token are held. Hidden states in front of the layer being worked on
     are kept in `store`, so that a killed run goes on there.
@@ -47,7 +48,9 @@ def feed_forward_inputs(
     ):
         layer = decoder.layers[number]
         inputs: list[torch.Tensor] = []
-        handle = layer.mlp.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0][0]))
+        handle = layer.post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args, kept=inputs: kept.append(args[0][0])
+        )
         try:
             states = torch.cat(
                 [

@@ -90,8 +90,8 @@ norm of its input): Spearman correlation, and recall of the true top tokens at t
 
 ## Limits
 
-Skipping is lossy, prefill only, and tuned on the recipe's text. It needs a dynamic cache and left padding. Prompts below
-the budgets run dense. Engines with their own model code (vLLM, llama.cpp, SGLang) do not run the skipping code.
+Skipping is lossy, prefill only, and tuned on the recipe's text. It needs a dynamic cache and left padding. Prompts
+below the budgets run dense. Engines with their own model code (vLLM, llama.cpp, SGLang) do not run the skipping code.
 
 ## Citation
 

@@ -9,20 +9,20 @@ from .proxies import FeedForward
 
 
 @torch.no_grad()
-def true_norms(ffn: FeedForward, act: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """`||FFN(x)||` of tokens (N, D), (N,)."""
-    parts = inputs.float().split(1024)
+def true_norms(ffn: FeedForward, act: nn.Module, unit: torch.Tensor) -> torch.Tensor:
+    """`||FFN(x)||` of tokens of unit RMS (N, D), (N,)."""
+    parts = unit.split(1024)
     return torch.cat([((act(p @ ffn.gate.T) * (p @ ffn.up.T)) @ ffn.down.T).norm(dim=-1) for p in parts])
 
 
 @torch.no_grad()
-def norms(proxy: FeedForwardProxy, ffn: FeedForward, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Three norms a token of `inputs` (N, D): the proxy's prediction, the true one, and that of the input itself."""
-    inputs = inputs.float()
+def norms(proxy: FeedForwardProxy, ffn: FeedForward, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Three norms for each residual state (N, D): the proxy's prediction, of the network's output, of its input."""
+    unit = ffn.unit(states)
     return {
-        "predicted": proxy(inputs),
-        "true": true_norms(ffn, proxy.activation, inputs),
-        "input_norm": inputs.norm(dim=-1),
+        "predicted": proxy(states.float()),
+        "true": true_norms(ffn, proxy.activation, unit),
+        "input_norm": (unit * ffn.norm).norm(dim=-1),
     }
 
 

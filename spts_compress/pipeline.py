@@ -103,9 +103,9 @@ def fit_proxies(
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer) for layer in layers}
     missing = [layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None]
     if missing:
-        for layer, inputs, held_out in capture.feed_forward_inputs(model, sequences, missing, store, data_key):
-            ffn = proxies.FeedForward.of(model.model.layers[layer].mlp, base.config.hidden_act)
-            proxy = proxies.fit(ffn, inputs, recipe.proxy.channels, recipe.proxy.rank, recipe.proxy.top)
+        for layer, states, held_out in capture.feed_forward_inputs(model, sequences, missing, store, data_key):
+            ffn = proxies.FeedForward.of(model.model.layers[layer], base.config)
+            proxy = proxies.fit(ffn, states, recipe.proxy.channels, recipe.proxy.rank, recipe.proxy.top)
             norms = fidelity.norms(proxy, ffn, held_out)
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **norms})
     parameters, fits = {}, []

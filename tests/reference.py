@@ -51,8 +51,9 @@ class Reference:
         )
 
     def predicted_norm(self, x, layer):
+        """From the residual state in front of the feed-forward norm, whose weight is part of `down`."""
         p = f"model.layers.{layer}.proxy."
-        low = self.w[p + "down"] @ x
+        low = self.w[p + "down"] @ (x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps))
         r = low.numel() // 2
         product = torch.nn.functional.silu(self.w[p + "gate"] @ low[:r]) * (self.w[p + "up"] @ low[r:])
         return float(torch.sqrt((product**2).sum()))
@@ -155,7 +156,7 @@ class Reference:
             if skipping and last_budget < len(x) and choice != "all":
                 change = score
                 if choice == "proxy":
-                    change = [self.predicted_norm(v, layer) * s for v, s in zip(normed, score, strict=True)]
+                    change = [self.predicted_norm(v, layer) * s for v, s in zip(x, score, strict=True)]
                 places = self.top(change, raw, last_budget)
             for i in places:
                 x[i] = x[i] + self.ffn(normed[i], layer)

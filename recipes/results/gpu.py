@@ -96,6 +96,30 @@ def variants(model):
     }
 
 
+def check(name):
+    """The GPU against the CPU in float32 on a tiny shape: same selections, same logits, padded batch included."""
+    model, _ = build(name, "cpu", tiny=True)
+    model = model.float()
+    ids = torch.randint(3, 512, (3, 400))
+    mask = (torch.arange(400) >= torch.tensor([[0], [150], [90]])).long()
+    found = {}
+    for device in ("cpu", "cuda" if torch.cuda.is_available() else "cpu"):
+        model.to(device)
+        inputs = dict(input_ids=ids.to(device), attention_mask=mask.to(device), spts={"positions": True})
+        with torch.no_grad():
+            out = model(**inputs, logits_to_keep=1, use_cache=True)
+            made = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+        kept = [row["positions"].cpu() for row in model.skipped(out.past_key_values) if row["positions"] is not None]
+        found[device] = (out.logits.cpu(), made.cpu(), kept)
+    (a, made_a, kept_a), (b, made_b, kept_b) = found["cpu"], list(found.values())[-1]
+    same = sum(int((x == y).sum()) for x, y in zip(kept_a, kept_b, strict=True)) / sum(x.numel() for x in kept_a)
+    return {
+        "logits_error": float((a - b).abs().max()),
+        "same_tokens": bool(torch.equal(made_a, made_b)),
+        "same_kept": same,
+    }
+
+
 def profile(model, ids):
     """Where one SPTS prefill's device time goes, and how often the host waits for the device inside it."""
     with torch.no_grad():
@@ -114,12 +138,18 @@ def profile(model, ids):
         wall = time.perf_counter() - begin
     attribute = "self_device_time_total" if ids.is_cuda else "self_cpu_time_total"
     rows = sorted(trace.key_averages(), key=lambda row: -getattr(row, attribute))
+    calls = {row.key: row.count for row in rows if "ynchronize" in row.key or "Memcpy DtoH" in row.key}
     kernels = [
         {"name": row.key[:120], "ms": getattr(row, attribute) / 1e3, "calls": row.count}
         for row in rows
         if not ids.is_cuda or row.device_type == torch.autograd.DeviceType.CUDA
     ]
-    return {"wall_ms": wall * 1e3, "busy_ms": sum(k["ms"] for k in kernels), "kernels": kernels[:40]}
+    return {
+        "wall_ms": wall * 1e3,
+        "busy_ms": sum(k["ms"] for k in kernels),
+        "host_waits": calls,
+        "kernels": kernels[:60],
+    }
 
 
 def main():
@@ -142,6 +172,7 @@ def main():
     }
     scale = 64 if args.tiny else 1
     for name in args.models:
+        print(name, "check", check(name), flush=True)
         model, stock = build(name, device, args.tiny)
         for stage in args.stages:
             begin = time.perf_counter()
@@ -171,7 +202,7 @@ def main():
                 model.config.spts = full
             elif stage == "profile":
                 rows = profile(model, prompts(model, 32768 // scale))
-                print(name, "profile", rows["wall_ms"], rows["busy_ms"], flush=True)
+                print(name, "profile", rows["wall_ms"], rows["busy_ms"], rows["host_waits"], flush=True)
                 for row in rows["kernels"][:25]:
                     print("  ", f"{row['ms']:9.2f} ms {row['calls']:6d}", row["name"][:90], flush=True)
             else:

@@ -134,11 +134,6 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states[torch.arange(index.shape[0], device=index.device)[:, None], index]
 
 
-def add_at(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`states[b, index[b]] += update[b]`: the residual add of the active tokens only; in place if no gradient runs."""
-    return put(states, index, take(states, index) + update, valid)
-
-
 def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """`states[b, index[b]] = update[b]` for all valid slots; in place if no gradient runs."""
     if torch.is_grad_enabled() and (states.requires_grad or update.requires_grad):
@@ -159,24 +154,28 @@ def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: 
 
 
 class FeedForwardProxy(nn.Module):
-    """Low-rank Transformation Probing (LTP): predicts `||FFN(x)||` from `x`.
+    """Low-rank Transformation Probing (LTP): predicts `||FFN(norm(x))||` from the residual state `x`.
 
-    `f(x) = act(x U_g V_g) * (x U_u V_u)`, with `U_g`, `U_u` of rank r kept in one matrix `down`, and its norm taken in
-    the pruned width D_low; 4 r (D + D_low) floating-point operations a token.
+    `f(x) = act(x' U_g V_g) * (x' U_u V_u)` with `x' = x / rms(x)`; `U_g`, `U_u` of rank r are one matrix, `down`, which
+    holds the norm's weight too, so that candidates need not be normalised one by one. The norm of `f` is taken in the
+    pruned width D_low; 4 r (D + D_low) floating-point operations a token.
     """
 
-    def __init__(self, hidden_size: int, channels: int, rank: int, activation: str):
+    def __init__(self, hidden_size: int, channels: int, rank: int, activation: str, eps: float):
         super().__init__()
+        self.eps = eps
         self.down = nn.Parameter(torch.empty(2 * rank, hidden_size))
         self.gate = nn.Parameter(torch.empty(channels, rank))
         self.up = nn.Parameter(torch.empty(channels, rank))
         self.activation = ACT2FN[activation]
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Predicted norms in float32, (B, T), of feed-forward inputs (B, T, D)."""
-        gate, up = nn.functional.linear(states, self.down).chunk(2, dim=-1)
+        """Predicted norms in float32, (B, T), of residual states (B, T, D) in front of the feed-forward norm."""
+        precision = torch.promote_types(states.dtype, torch.float32)
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=precision)
+        scale = torch.rsqrt(length.square() / states.shape[-1] + self.eps).to(states.dtype)
+        gate, up = (nn.functional.linear(states, self.down) * scale).chunk(2, dim=-1)
         product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
-        precision = torch.promote_types(product.dtype, torch.float32)
         return torch.linalg.vector_norm(product, dim=-1, dtype=precision).float()
 
 
@@ -247,8 +246,8 @@ class SkippedCacheLayer(DynamicLayer):
         of_prompt = max(0, abs(tokens_to_remove) - later)
         if of_prompt > self.tail:
             raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: {later} came after the prompt, and of the prompt only the "
-                f"last {self.tail} are held by every layer (keep_last). Run the prompt again instead."
+                f"cannot crop {abs(tokens_to_remove)} tokens: {later} came after the prompt, and every layer holds only "
+                f"the last {self.tail} of the prompt (keep_last). Run the prompt again instead."
             )
         super().crop(tokens_to_remove)
         if of_prompt:
@@ -436,16 +435,17 @@ class SkippingDecoderLayer:
         if chosen is None:
             hidden_states = hidden_states + output
         else:
-            hidden_states = add_at(hidden_states, chosen, output, active.valid)
+            hidden_states = put(hidden_states, chosen, take(hidden_states, chosen) + output, active.valid)
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
-        normed = self.post_attention_layernorm(hidden_states)
         if chosen is None or plan.feed_forward == "all":
-            hidden_states = hidden_states + self.mlp(normed)
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         else:
-            change = plan.pin(self.proxy(normed) * score) if plan.feed_forward == "proxy" else ranked
+            change = plan.pin(self.proxy(hidden_states) * score) if plan.feed_forward == "proxy" else ranked
             changed = select(change, raw, active.width, active.rows, entering.valid)
-            hidden_states = add_at(hidden_states, changed, self.mlp(take(normed, changed)), active.valid)
+            states = take(hidden_states, changed)
+            states = states + self.mlp(self.post_attention_layernorm(states))
+            hidden_states = put(hidden_states, changed, states, active.valid)
 
         keep = None
         if plan.prunes:
@@ -496,7 +496,8 @@ class SkippingModel(SkippingPreTrainedModel):
             for index in range(schedule.start, config.num_hidden_layers):
                 layer = self.layer_class(config, index)
                 size = schedule.proxy
-                layer.proxy = FeedForwardProxy(config.hidden_size, size.channels, size.rank, config.hidden_act)
+                shape = config.hidden_size, size.channels, size.rank
+                layer.proxy = FeedForwardProxy(*shape, config.hidden_act, config.rms_norm_eps)
                 self.layers[index] = layer
             self.post_init()
 
@@ -659,6 +660,8 @@ class SkippingModel(SkippingPreTrainedModel):
         for index, layer in enumerate(self.layers):
             held = past_key_values.layers[index]
             stage = held.stage if isinstance(held, SkippedCacheLayer) else -1
+            if stage not in masks and states.shape[1] == 1 and masks.get(-1, 0) is None and held.valid is None:
+                masks[stage] = None  # one new token and no padding: if layer 0 needs no mask, no layer does
             if stage not in masks:
                 seen_by_layer = attention_mask
                 if isinstance(held, SkippedCacheLayer):
