@@ -39,6 +39,8 @@ if not Version(TRANSFORMERS[0]) <= Version(Version(transformers.__version__).bas
         f"you have {transformers.__version__}"
     )
 
+NORM_PIECE = 512  # tokens
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores and selections
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,6 +134,17 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if states.shape[0] == 1:
         return states[0][index]
     return states[torch.arange(index.shape[0], device=index.device)[:, None], index]
+
+
+def normalise(norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`norm(states)` for an RMS norm, which the stock module computes in many passes over memory: in one kernel on a
+    GPU, and on a CPU in pieces that stay in its cache (there with the very same result)."""
+    weight = norm.weight
+    if states.is_cuda and weight.is_cuda:  # an offloaded weight comes with the module's own call
+        return nn.functional.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
+    if states.shape[1] <= NORM_PIECE or states.is_cuda:
+        return norm(states)
+    return torch.cat([norm(piece) for piece in states.split(NORM_PIECE, dim=1)], dim=1)
 
 
 def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -246,8 +259,8 @@ class SkippedCacheLayer(DynamicLayer):
         of_prompt = max(0, abs(tokens_to_remove) - later)
         if of_prompt > self.tail:
             raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: {later} came after the prompt, and every layer holds only "
-                f"the last {self.tail} of the prompt (keep_last). Run the prompt again instead."
+                f"cannot crop {abs(tokens_to_remove)} tokens: {later} came after the prompt, and every layer holds "
+                f"only the last {self.tail} of the prompt (keep_last). Run the prompt again instead."
             )
         super().crop(tokens_to_remove)
         if of_prompt:
@@ -409,7 +422,7 @@ class SkippingDecoderLayer:
             return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
 
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
-        normed = self.input_layernorm(hidden_states)
+        normed = normalise(self.input_layernorm, hidden_states)
         key = self._rotate(heads(attention.k_proj(normed)), cos, sin)
         chosen = score = raw = None
         if plan.skips or plan.prunes:
@@ -439,12 +452,12 @@ class SkippingDecoderLayer:
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
         if chosen is None or plan.feed_forward == "all":
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states = hidden_states + self.mlp(normalise(self.post_attention_layernorm, hidden_states))
         else:
             change = plan.pin(self.proxy(hidden_states) * score) if plan.feed_forward == "proxy" else ranked
             changed = select(change, raw, active.width, active.rows, entering.valid)
             states = take(hidden_states, changed)
-            states = states + self.mlp(self.post_attention_layernorm(states))
+            states = states + self.mlp(normalise(self.post_attention_layernorm, states))
             hidden_states = put(hidden_states, changed, states, active.valid)
 
         keep = None
