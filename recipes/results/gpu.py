@@ -179,7 +179,7 @@ def main():
             if stage == "headline":
                 rows = []
                 for length in args.lengths:
-                    pairs = args.pairs if length <= 65536 else min(3, args.pairs)
+                    pairs = args.pairs if length <= 65536 else 1
                     row = bench.compare(stock, model, prompts(model, length // scale), pairs, 16)
                     rows.append(row)
                     print(
