@@ -493,3 +493,101 @@ def test_an_untested_transformers_is_refused(monkeypatch):
         monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(ImportError, match="tested with transformers"):
             importlib.reload(spts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"min_length": 30},
+        {"stages": [{"end": 2, "budget": {"fraction": 0.3, "floor": 1}}, {"end": 4, "budget": 12}]},
+        {
+            "stages": [
+                {"end": 2, "budget": {"fraction": 0.5, "floor": 1, "cap": 12}},
+                {"end": 4, "budget": {"fraction": 0.3, "floor": 1}},
+            ]
+        },
+        {
+            "stages": [
+                {"end": 2, "budget": {"fraction": 0.5, "floor": 4}, "prune_to": {"fraction": 0.5, "floor": 20}},
+                {"end": 4, "budget": 20},
+            ]
+        },
+    ],
+)
+def test_stages_of_equal_width_may_fill_their_rows_differently(changes):
+    model = tiny_model("llama", {**SCHEDULE, **changes}).double()
+    rows = [prompt(40)[0], prompt(30, seed=3)[0], prompt(20, seed=4)[0]]
+    tokens = torch.stack([torch.cat([torch.zeros(40 - len(r), dtype=torch.long), r]) for r in rows])
+    mask = torch.stack([torch.arange(40) >= 40 - len(r) for r in rows]).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
+        every = model(tokens, attention_mask=mask, position_ids=positions, spts=True).logits
+        for number, row in enumerate(rows):
+            alone = model(row[None], logits_to_keep=1).logits[0]
+            torch.testing.assert_close(logits[number], alone, atol=1e-6, rtol=0)
+            torch.testing.assert_close(every[number, -1:], alone, atol=1e-6, rtol=0)
+
+
+def test_sliding_windows_and_packed_sequences_get_a_clear_error():
+    windowed = dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    layers = ["sliding_attention"] * 2 + ["full_attention"] * 3
+    model = tiny_model("qwen2", {**SCHEDULE, "start": 2}, layer_types=layers, **windowed)
+    with pytest.raises(ValueError, match="sliding-window"):
+        new_tokens(model, prompt())
+    assert torch.equal(new_tokens(model, prompt(), spts=False), new_tokens(stock_twin(model), prompt()))
+    packed = torch.arange(20).repeat(2)[None]
+    with pytest.raises(ValueError, match="packed"):
+        tiny_model()(prompt(), position_ids=packed, use_cache=False, spts=True, logits_to_keep=1)
+
+
+def test_autocast_keeps_the_scores_in_single_precision(model):
+    tokens = prompt()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, logits_to_keep=1)
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [40, 12, 12, 8, 8]
+
+
+def test_a_proxy_out_of_float16_range_does_not_spoil_the_selection():
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.proxy.down.mul_(300)
+            layer.proxy.gate.mul_(300)
+    model.half()
+    states = torch.randn(1, 40, 32).half() * 2000
+    predicted = model.model.layers[1].proxy(states)
+    assert torch.isfinite(predicted).all()
+    assert torch.isfinite(model(prompt(), logits_to_keep=1).logits).all()
+
+
+def test_asking_for_skipping_without_a_cache_keeps_none(model):
+    tokens = prompt()
+    out = model(tokens, spts=True, logits_to_keep=3, use_cache=False)
+    assert out.past_key_values is None
+    torch.testing.assert_close(out.logits, model(tokens, logits_to_keep=3).logits)
+
+
+def test_inputs_that_make_no_sense_are_named(model):
+    tokens = prompt(rows=2)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(tokens, inputs_embeds=model.get_input_embeddings()(tokens), logits_to_keep=1)
+    mask = torch.ones_like(tokens)
+    mask[1, :38] = 0
+    with pytest.raises(ValueError, match="no more than logits_to_keep"):
+        model(tokens, attention_mask=mask, logits_to_keep=3)
+    bare = tiny_model(
+        model.config.model_type.removeprefix("spts_"), {**SCHEDULE, "start": 3, "stages": SCHEDULE["stages"][1:]}
+    )
+    bare.config.spts = SCHEDULE
+    with pytest.raises(ValueError, match="load it again"):
+        bare(tokens, logits_to_keep=1)
+
+
+def test_a_hooks_copy_of_a_layers_output_is_left_alone(model):
+    held = []
+    handle = model.model.layers[0].register_forward_hook(lambda _, __, output: held.append((output, output.clone())))
+    with torch.no_grad():
+        model(prompt(), logits_to_keep=1)
+    handle.remove()
+    assert torch.equal(*held[0])

@@ -70,7 +70,8 @@ def probe_scores(
     batch, num_heads, window, _ = query.shape
     groups, candidates = key.shape[1:3]
     grouped = query.float().reshape(batch, groups, num_heads // groups * window, -1) * scaling
-    logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, window, candidates)
+    with torch.autocast(key.device.type, enabled=False):  # scores decide, so they stay in float32
+        logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, window, candidates)
     if window > 1:  # each query sees the tokens up to itself
         future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
         logits[..., -window:].masked_fill_(future, float("-inf"))
@@ -112,7 +113,8 @@ def select(
         Indices into the candidates, (B, width), padded with 0 on the left where a row selects fewer.
     """
     # The bits of a non-negative float32 sort like the number itself, so one 64-bit key ranks by score, then by tie.
-    rank = (score.contiguous().view(torch.int32).long() << 32) | tie.contiguous().view(torch.int32).long()
+    high, low = (values.float().contiguous().view(torch.int32).long() for values in (score, tie))
+    rank = (high << 32) | low
     if valid is not None:
         rank = rank.masked_fill(~valid, -1)
     top = rank.topk(width, dim=-1).values
@@ -139,8 +141,10 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def normalise(norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """`norm(states)` for an RMS norm, which the stock module computes in many passes over memory: in one kernel on a
     GPU, and on a CPU in pieces that stay in its cache (there with the very same result)."""
-    weight = norm.weight
-    if states.is_cuda and weight.is_cuda:  # an offloaded weight comes with the module's own call
+    weight, hooks = norm.weight, (norm._forward_hooks, norm._forward_pre_hooks)
+    # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
+    plain = hasattr(norm, "variance_epsilon") and not hasattr(norm, "_hf_hook") and not any(hooks)
+    if plain and states.is_cuda and weight.is_cuda and weight.dtype == states.dtype:
         return nn.functional.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
     if states.shape[1] <= NORM_PIECE or states.is_cuda:
         return norm(states)
@@ -187,9 +191,14 @@ class FeedForwardProxy(nn.Module):
         precision = torch.promote_types(states.dtype, torch.float32)
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=precision)
         scale = torch.rsqrt(length.square() / states.shape[-1] + self.eps).to(states.dtype)
-        gate, up = (nn.functional.linear(states, self.down) * scale).chunk(2, dim=-1)
+        if states.dtype == torch.float16:  # whose range a large residual state would leave
+            low = nn.functional.linear(states * scale, self.down)
+        else:
+            low = nn.functional.linear(states, self.down) * scale
+        gate, up = low.chunk(2, dim=-1)
         product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
-        return torch.linalg.vector_norm(product, dim=-1, dtype=precision).float()
+        norms = torch.linalg.vector_norm(product, dim=-1, dtype=torch.promote_types(product.dtype, torch.float32))
+        return norms.float().nan_to_num()  # a prediction out of range must not outrank the always active tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +364,8 @@ class Skip:
             raise TypeError(f"spts must be None, True, False or a dict of schedule changes, not {type(spts).__name__}")
         if config.spts is None:
             raise ValueError("this model's config has no spts block, so it can't skip tokens")
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise ValueError("skipping is not written for sliding-window layers; pass spts=False")
         changes = dict(spts) if isinstance(spts, dict) else {}
         positions = changes.pop("positions", False)
         fixed = {"start", "proxy"} & set(changes)
@@ -380,11 +391,13 @@ class Skip:
         if attention_mask.shape[1] != slots:
             raise ValueError(f"the attention mask has {attention_mask.shape[1]} columns for {slots} tokens")
         real = attention_mask.bool()
-        left_padded = (real[:, 1:] >= real[:, :-1]).all() & real[:, slots - self.behind - 1 :].all()
+        left_padded = (real[:, 1:] >= real[:, :-1]).all() & real[:, -1:].all()
         counted = torch.cat([real.sum(1) - self.behind, left_padded.long()[None]])
         *lengths, fine = counted.tolist()  # the one time this waits for the device
         if not fine:
             raise ValueError(f"skipping can't handle padding on the right or inside a prompt: {advice}")
+        if min(lengths) < 1:
+            raise ValueError(f"a row has no more than logits_to_keep = {self.behind + 1} tokens; pass spts=False")
         return lengths if any(map(self.schedule.skips, lengths)) else []
 
 
@@ -538,6 +551,12 @@ class SkippingModel(SkippingPreTrainedModel):
                 raise ValueError("tokens are skipped in inference only; call model.eval(), or pass spts=False")
             if wants_every_layer(self.config, kwargs):
                 raise ValueError("hidden states and attentions of every layer need spts=False")
+            if not all(hasattr(layer, "proxy") for layer in self.layers[request.schedule.start :]):
+                raise ValueError("the spts block was set or changed after this model was built; load it again")
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            if is_packed(position_ids, attention_mask, past_key_values, kwargs):
+                raise ValueError("skipping can't handle several sequences packed into one row; pass spts=False")
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             lengths = request.prompt_lengths(attention_mask, *inputs_embeds.shape[:2])
@@ -553,7 +572,7 @@ class SkippingModel(SkippingPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
-        if past_key_values is not None and any(isinstance(c, SkippedCacheLayer) for c in past_key_values.layers):
+        if not cache_empty and any(isinstance(held, SkippedCacheLayer) for held in past_key_values.layers):
             return self._continue(**inputs, **kwargs)
         return super().forward(**inputs, **kwargs)
 
@@ -578,13 +597,14 @@ class SkippingModel(SkippingPreTrainedModel):
             position_ids = torch.arange(slots, device=device)[None]
         if request.behind:
             end = slots - request.behind
+            cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
             prompt = self._prefill(
                 replace(request, last=1, behind=0),
                 lengths,
                 inputs_embeds[:, :end],
                 None if attention_mask is None else attention_mask[:, :end],
                 position_ids[:, :end],
-                past_key_values,
+                cache,
                 use_cache,
                 **kwargs,
             )
@@ -592,9 +612,10 @@ class SkippingModel(SkippingPreTrainedModel):
                 inputs_embeds=inputs_embeds[:, end:],
                 attention_mask=attention_mask,
                 position_ids=position_ids[:, end:],
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 **kwargs,
             )
+            prompt.past_key_values = past_key_values
             prompt.last_hidden_state = torch.cat([prompt.last_hidden_state, rest.last_hidden_state], dim=1)
             return prompt
 
@@ -617,18 +638,19 @@ class SkippingModel(SkippingPreTrainedModel):
 
         width = max(lengths)
         every = states.clone() if request.last is None else None
-        where = torch.arange(slots - width, slots, device=device)[None]  # prompt slots of the candidates
-        states, cos, sin = states[:, -width:], rotary[0][:, -width:], rotary[1][:, -width:]
+        where = torch.arange(slots - width, slots, device=device).expand(states.shape[0], -1)  # the candidates' slots
+        # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
+        states, cos, sin = states[:, -width:].clone(), rotary[0][:, -width:], rotary[1][:, -width:]
         masks: dict[int, Any] = {}
         for layer, plan in zip(self.layers[schedule.start :], plans, strict=True):
             active = plan.active
-            if active.width not in masks:
+            if id(active) not in masks:  # not by width: rows may be filled differently
                 shape = states.new_empty(states.shape[0], active.width, 0)
-                masks = {active.width: create_causal_mask(self.config, shape, active.valid, None)}
+                masks = {id(active): create_causal_mask(self.config, shape, active.valid, None)}
             states, chosen, keep = layer(
                 states,
                 plan=plan,
-                attention_mask=masks[active.width],
+                attention_mask=masks[id(active)],
                 position_embeddings=(cos, sin),
                 past_key_values=past_key_values,
             )
@@ -755,6 +777,15 @@ def wants_every_layer(config: Any, kwargs: dict) -> bool:
     """Whether a call asks for hidden states or attentions of every layer, which only a dense pass has."""
     names = ("output_hidden_states", "output_attentions")
     return any(kwargs.get(name, getattr(config, name, False)) for name in names)
+
+
+def is_packed(position_ids: torch.Tensor | None, mask: Any, cache: Cache | None, kwargs: dict) -> bool:
+    """Whether a call means several sequences in one row, by what the stock model takes as a sign of it."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return True
+    if position_ids is None or mask is not None or cache is not None:
+        return False
+    return bool((position_ids[:, 1:] - position_ids[:, :-1] != 1).any())
 
 
 def layer_plans(schedule: Any, num_layers: int, lengths: list[int], device: torch.device) -> list[LayerPlan]:
