@@ -5,11 +5,18 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -84,9 +91,26 @@ def check_family(config: Any, name: str) -> None:
 
 def resolve_config(section: ModelSection) -> Any:
     """The base's configuration alone, for a plan: cheap, and checked for its family."""
-    name = section.path or section.package or ""
     folder, gguf = _locate(section, weights=False)
-    config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    return _read_config(folder, section.path or section.package or "", gguf)
+
+
+def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
+    """The checked configuration in `folder`; the family is looked up before transformers is asked for it."""
+    if gguf is None:
+        try:
+            family = json.loads((folder / "config.json").read_text()).get("model_type")
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no config.json, so this is not a model folder") from None
+        except (ValueError, AttributeError, OSError) as error:
+            raise UserError(f"{folder / 'config.json'}: can't be read: {error}") from None
+        check_family(SimpleNamespace(model_type=family), name)
+    try:
+        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    except ImportError:
+        raise UserError("reading GGUF files needs the package gguf: pip install 'spts-compress[quickstart]'") from None
+    except (ValueError, OSError, StrictDataclassError) as error:
+        raise UserError(f"{folder}: not a usable configuration: {str(error).splitlines()[0]}") from None
     check_family(config, name)
     return config
 
@@ -107,10 +131,7 @@ def resolve(section: ModelSection, store: Store) -> Base:
             with writing(converted) as partial:
                 _convert_gguf(folder, gguf, section.dtype, partial)
         folder = converted
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, so this is not a model folder")
-    config = AutoConfig.from_pretrained(folder)
-    check_family(config, name)
+    config = _read_config(folder, name)
     return Base(folder, name, revision, {file: file_hash(folder / file) for file in _weight_files(folder)}, config)
 
 
@@ -167,10 +188,6 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _convert_gguf(folder: Path, gguf: str, dtype: str, target: Path) -> None:
     """Write a GGUF model as a plain safetensors checkpoint with its tokenizer."""
-    try:
-        import gguf as _  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("reading GGUF files needs the package gguf: pip install 'spts-compress[quickstart]'") from None
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     # What was loaded from GGUF counts as quantised and refuses to be saved, so the weights move to a plain model.
     drop = ("quantization_config", "_name_or_path", "model_type", "architectures")

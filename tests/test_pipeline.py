@@ -173,6 +173,12 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     fails("family gpt2 is not supported; supported are llama, qwen2", model__path=str(tmp_path / "other"))
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "PanguEmbedded"}))
+    fails("family PanguEmbedded is not supported", model__path=str(tmp_path / "other"))
+    (tmp_path / "other" / "config.json").write_text("{")
+    fails("config.json: can't be read", model__path=str(tmp_path / "other"))
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    fails("not a usable configuration", model__path=str(tmp_path / "other"))
     assert config["model_type"] == "llama"
 
 
