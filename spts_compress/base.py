@@ -107,8 +107,6 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
         check_family(SimpleNamespace(model_type=family), name)
     try:
         config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-    except ImportError:
-        raise UserError("reading GGUF files needs the package gguf: pip install 'spts-compress[quickstart]'") from None
     except (ValueError, OSError, StrictDataclassError) as error:
         raise UserError(f"{folder}: not a usable configuration: {str(error).splitlines()[0]}") from None
     check_family(config, name)
@@ -161,6 +159,10 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
             raise UserError(f"model.path: {section.path} is no folder here, and the Hub gave: {reason}") from None
     else:
         raise UserError(f"model.path: {section.path} does not exist; give a folder or a Hub id such as org/model")
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if section.gguf_file and missing:
+        need = " and ".join(missing)
+        raise UserError(f"reading GGUF files needs {need}: pip install 'spts-compress[quickstart]'")
     if section.gguf_file and not (folder / section.gguf_file).is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
         raise UserError(f"model.gguf_file: no {section.gguf_file} in {folder}; GGUF files there: {there}")
