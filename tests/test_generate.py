@@ -591,3 +591,24 @@ def test_a_hooks_copy_of_a_layers_output_is_left_alone(model):
         model(prompt(), logits_to_keep=1)
     handle.remove()
     assert torch.equal(*held[0])
+
+
+def test_quantised_loading_leaves_the_proxies_alone(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    model, tokens = tiny_model(hidden_size=64), prompt()
+    options = dict(quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), dtype=torch.bfloat16)
+    stock_twin(model).save_pretrained(tmp_path / "stock")
+    model.save_pretrained(tmp_path / "spts")
+    stock = type(model).__bases__[1].from_pretrained(tmp_path / "stock", **options)
+    ours = type(model).from_pretrained(tmp_path / "spts", **options)
+    layer = ours.model.layers[2]
+    assert type(layer.self_attn.k_proj.weight) is not torch.nn.Parameter
+    assert type(layer.proxy.down) is torch.nn.Parameter
+    assert layer.proxy.down.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(ours(tokens, logits_to_keep=1, spts=False).logits, stock(tokens, logits_to_keep=1).logits)
+        out = ours(tokens, logits_to_keep=1)
+    assert [held.keys.shape[2] for held in out.past_key_values.layers] == [40, 12, 12, 8, 8]
+    assert new_tokens(ours, tokens).shape == (1, 6)
