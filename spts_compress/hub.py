@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from .checkpoint import read_config
 from .errors import UserError
@@ -24,6 +24,7 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
         )
     except LocalTokenNotFoundError:
         raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{repo_id}: the Hub refused: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # transport errors have no common type across versions of the client
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repo_id}: not uploaded: {reason}") from error
     return str(done)

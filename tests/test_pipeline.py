@@ -127,6 +127,17 @@ def test_inspect_shows_it(built):
     assert "no spts block" in run("inspect", base, code=2)
 
 
+def test_push_names_what_is_wrong_in_one_line(built, monkeypatch):
+    folder, base, _, _ = built
+    assert "no spts block" in run("push", base, "user/name", code=2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("refused"))
+    )
+    output = run("push", folder / "out", "user/name", code=2)
+    assert output.splitlines()[-1] == "error: user/name: not uploaded: refused"
+
+
 def test_an_existing_output_is_kept_without_force(built):
     folder, _, recipe, _ = built
     before = file_hash(folder / "out" / "config.json")
