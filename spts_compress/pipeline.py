@@ -19,7 +19,7 @@ from .errors import UserError
 from .modeling.configuration_spts import Schedule
 from .recipe import Recipe
 from .report import measure_all
-from .store import Store, fingerprint, writing
+from .store import Store, fingerprint, sweep, writing
 from .tables import size
 from .text import Blocks, blocks, documents, from_files
 
@@ -68,14 +68,17 @@ def run(
     schedule = recipe.read_schedule(config.num_hidden_layers)
     _check_room(recipe, config, schedule, output, device)
     store = Store(work or output.with_name(output.name + ".work"))
+    new = output.with_name(output.name + ".new")
     with store.lock():
+        sweep(output.parent, new.name)
+        shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
         base = resolve(recipe.model, store)
         tokenizer = base.tokenizer()
         sequences = blocks(recipe.calibration, texts, tokenizer)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences.fit[0][:8], base.name)
         parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
-        with writing(output.with_name(output.name + ".new")) as staging:
+        with writing(new) as staging:
             staging.mkdir()
             say("writing the checkpoint")
             export.write(base, schedule, parameters, staging)
@@ -89,7 +92,7 @@ def run(
             (staging / "README.md").write_text(card.render(base, schedule, fits, report))
             (staging / "recipe.yaml").write_text(verbatim)
             (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base))
-        _move_into_place(output.with_name(output.name + ".new"), output)
+        _move_into_place(new, output)
     return report
 
 
@@ -184,6 +187,7 @@ def _move_into_place(new: Path, output: Path) -> None:
     """Give the finished folder its final name; an old one is removed only after that."""
     old = output.with_name(f"{output.name}.old")
     if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(output, old)
     os.replace(new, output)
     shutil.rmtree(old, ignore_errors=True)

@@ -56,6 +56,17 @@ def writing(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what `writing` left half-done for `name` in `folder`, by processes that are gone."""
+    for leftover in folder.glob(f".{name}.*.partial"):
+        try:
+            os.kill(int(leftover.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except PermissionError:  # somebody else's, and alive
+            continue
+
+
 class Store:
     """Finished units in one folder. A unit is named, and found again only under the same fingerprint."""
 
@@ -75,8 +86,7 @@ class Store:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"{self.root}: another run is using this work folder; wait for it to end") from None
-            for leftover in self.root.glob(".*.partial"):  # of a run that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            sweep(self.root)
             yield
 
     def path(self, name: str, key: str, suffix: str = "") -> Path:

@@ -211,9 +211,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_checkpoint(built, corpus, tmp
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "out").exists()
+    (tmp_path / ".out.new.999999999.partial").mkdir()  # a kill while the checkpoint was being written
+    (tmp_path / "out.new").mkdir()  # and one just before it got its name
+    (tmp_path / "out.new" / "file").touch()
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.work").glob("proxy-*.safetensors")}
     assert kept
     run("recipe", recipe)
+    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out", "out.work"]
     assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
     assert contents(tmp_path / "out") == contents(folder / "out")
 
