@@ -168,7 +168,7 @@ def main():
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(["python", "recipes/results/gpu.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "recipes/results/gpu.py", *sys.argv[1:]]).replace(str(args.out), "DIR"),
     }
     scale = 64 if args.tiny else 1
     for name in args.models:
