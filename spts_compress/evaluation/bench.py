@@ -26,6 +26,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def kv_bytes(cache: Any) -> int:
+    """Bytes of all keys and values that a cache holds."""
+    return sum(t.numel() * t.element_size() for held in cache.layers for t in (held.keys, held.values))
+
+
 def seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
     """Wall-clock time of greedy `generate` with exactly `new_tokens` tokens, device work included."""
     synchronize(ids.device)
@@ -46,7 +51,7 @@ def memory(model: Any, ids: torch.Tensor) -> dict[str, int]:
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats(ids.device)
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    found = {"kv_bytes": sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))}
+    found = {"kv_bytes": kv_bytes(cache)}
     if ids.is_cuda:
         found["peak_bytes"] = torch.cuda.max_memory_allocated(ids.device) - held
     return found

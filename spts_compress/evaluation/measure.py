@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .bench import kv_bytes, synchronize
 from .ruler import Item, score
 
 
@@ -18,8 +19,7 @@ def encode(tokenizer: Any, text: str, device: torch.device) -> dict[str, torch.T
 
 def clock(device: torch.device) -> float:
     """Seconds, after all work given to the device has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -53,8 +53,7 @@ def alternate(dense: Any, spts: Any, inputs: dict[str, torch.Tensor], pairs: int
 @torch.no_grad()
 def cache_bytes(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     """Bytes of the keys and values after the prefill."""
-    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return kv_bytes(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values)
 
 
 @torch.no_grad()
