@@ -1,4 +1,4 @@
-"""Feed-forward inputs on calibration text, layer by layer: the dense model's states, one layer at a time."""
+"""What feed-forward networks do on calibration text, layer by layer: the dense model, one layer at a time."""
 
 from collections.abc import Iterator
 
@@ -9,17 +9,16 @@ from transformers.masking_utils import create_causal_mask
 
 from .errors import UserError
 from .store import Store
-from .text import Blocks
 
 HIDDEN = "hidden"
 
 
 @torch.no_grad()
-def feed_forward_inputs(
-    model: PreTrainedModel, blocks: Blocks, layers: list[int], store: Store, key: str
+def feed_forward(
+    model: PreTrainedModel, sequences: list[torch.Tensor], layers: list[int], store: Store, key: str
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each of `layers` in turn: (layer, states to fit on (N, D), states to check on (N', D)), both being the
-    residual states in front of the feed-forward norm.
+    """For each of `layers` in turn: (layer, residual states in front of the feed-forward norm (N, D), norms of the
+    feed-forward outputs (N,) in float32) for the N tokens of `sequences`.
 
     Only one layer's inputs and one hidden state a token are held. Hidden states in front of the layer being worked on
     are kept in `store`, so that a killed run goes on there.
@@ -28,9 +27,7 @@ def feed_forward_inputs(
         UserError: if the model's states are not finite.
     """
     decoder = model.model
-    sequences = blocks.fit + blocks.held_out
     sizes = [len(s) for s in sequences]
-    split = sum(map(len, blocks.fit))
     first = next((n for n in range(min(layers), 0, -1) if store.path(f"{HIDDEN}-{n}", key, ".safetensors").exists()), 0)
     kept = store.tensors(f"{HIDDEN}-{first}", key) if first else None
     if kept is None:
@@ -48,9 +45,17 @@ def feed_forward_inputs(
     ):
         layer = decoder.layers[number]
         inputs: list[torch.Tensor] = []
-        handle = layer.post_attention_layernorm.register_forward_pre_hook(
-            lambda _, args, kept=inputs: kept.append(args[0][0])
-        )
+        norms: list[torch.Tensor] = []
+        handles = [
+            layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda _, args, kept=inputs: kept.append(args[0][0])
+            ),
+            layer.mlp.register_forward_hook(
+                lambda _, args, output, kept=norms: kept.append(
+                    torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32)
+                )
+            ),
+        ]
         try:
             states = torch.cat(
                 [
@@ -59,14 +64,14 @@ def feed_forward_inputs(
                 ]
             )
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not torch.isfinite(states).all():
             raise UserError(
                 f"layer {number}: the model's states are not finite on the calibration text; check its weights"
             )
         if number in layers:
-            joined = torch.cat(inputs)
-            yield number, joined[:split], joined[split:]
+            yield number, torch.cat(inputs), torch.cat(norms)
             store.put_tensors(f"{HIDDEN}-{number + 1}", key, {"states": states})
             store.drop(f"{HIDDEN}-{number}", key)
     store.drop(f"{HIDDEN}-{max(layers) + 1}", key)

@@ -51,13 +51,10 @@ def recipe(
 
     path = find(file)
     read = load(path, edits)
-    import transformers
-
     from . import pipeline
     from .report import quality_table, speed_table
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quiet()
     if dry_run:
         click.echo(pipeline.describe(read))
         return
@@ -79,6 +76,35 @@ def inspect(folder: Path) -> None:
 
 
 @main.command()
+@click.argument("file", metavar="FILE.yaml")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for tables, JSON and pictures.")
+@click.option("--layers", metavar="N,N,...", help="Layers to study [default: four of the skipping ones].")
+@click.option("--vary", multiple=True, metavar="FACTOR", help="Only this factor; may be repeated [default: all].")
+@click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="One more source of text; may be repeated.")
+@click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+def sweep(
+    file: str,
+    output: Path,
+    layers: str | None,
+    texts: tuple[str, ...],
+    vary: tuple[str, ...],
+    edits: tuple[str, ...],
+    device: str,
+) -> None:
+    """Study how size, rho, calibration and objective change the proxies' fidelity."""
+    from . import sensitivity
+    from .recipe import find, load
+
+    _quiet()
+    _check_device(device)
+    study = sensitivity.run(
+        load(find(file), edits), _numbers("--layers", layers), _named_files(texts), output / "work", device, vary
+    )
+    click.echo(sensitivity.save(study, output))
+
+
+@main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
@@ -88,6 +114,33 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None) -> Non
     from . import hub
 
     click.echo(hub.push(folder, repo_id, private, revision))
+
+
+def _quiet() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """A list of whole numbers, from 1,2,3."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: give whole numbers, separated by commas") from None
+
+
+def _named_files(texts: tuple[str, ...]) -> dict[str, Path]:
+    found = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"--text {text}: give it as NAME=FILE")
+        found[name] = Path(path)
+    return found
 
 
 def _check_device(device: str) -> None:

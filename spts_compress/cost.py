@@ -7,7 +7,7 @@ language-model head (one position) are left out.
 from dataclasses import dataclass
 from typing import Any
 
-from .modeling.configuration_spts import Schedule
+from .modeling.configuration_spts import Proxy, Schedule
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class LayerShape:
 
     def feed_forward(self, tokens: int) -> float:
         return 6.0 * tokens * self.hidden * self.intermediate
+
+    def proxy(self, size: Proxy) -> float:
+        """Operations of a proxy, a token."""
+        return 4.0 * size.rank * (self.hidden + size.channels) + 5.0 * self.hidden
 
     def dense(self, tokens: int) -> float:
         """Operations of one stock layer."""
@@ -68,8 +72,8 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         probing = 0.0
         if active < entering or leaving < entering:
             probing += 2.0 * schedule.probe.queries * entering * shape.heads * shape.head_dim
-        if active < entering and schedule.feed_forward == "proxy":
-            probing += 4.0 * entering * schedule.proxy.rank * (shape.hidden + schedule.proxy.channels)
+        if active < entering and schedule.feed_forward in ("proxy", "relative"):
+            probing += entering * shape.proxy(schedule.proxy_of(layer))
         attention = (
             shape.project(entering, shape.kv_heads)
             + shape.project(active, shape.kv_heads)

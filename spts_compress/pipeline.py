@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from . import __version__, capture, card, export, fidelity, plan, proxies
+from . import __version__, capture, card, export, fidelity, plan
 from .base import Base, resolve, resolve_config
+from .choose import choose
 from .errors import UserError
-from .modeling.configuration_spts import Schedule
+from .modeling.configuration_spts import Proxy, Schedule
+from .proxies import FeedForward, Tokens
 from .recipe import Recipe
 from .report import measure_all
 from .store import Store, fingerprint, sweep, writing
@@ -35,6 +38,7 @@ def describe(recipe: Recipe) -> str:
     documents(recipe.calibration)
     config = resolve_config(recipe.model)
     schedule = recipe.read_schedule(config.num_hidden_layers)
+    plan.check_share(config, recipe.proxy)
     name = recipe.model.path or str(recipe.model.gguf_file)
     return plan.describe(name, config, schedule, recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens)
 
@@ -66,6 +70,7 @@ def run(
     prose = "\n\n".join(from_files(Path(recipe.report.text))) if recipe.report.text else None
     config = resolve_config(recipe.model)
     schedule = recipe.read_schedule(config.num_hidden_layers)
+    plan.check_share(config, recipe.proxy)
     _check_room(recipe, config, schedule, output, device)
     store = Store(work or output.with_name(output.name + ".work"))
     new = output.with_name(output.name + ".new")
@@ -77,7 +82,7 @@ def run(
         sequences = blocks(recipe.calibration, texts, tokenizer)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences.fit[0][:8], base.name)
-        parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
+        schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
         with writing(new) as staging:
             staging.mkdir()
             say("writing the checkpoint")
@@ -87,6 +92,9 @@ def run(
             say("checking it in a fresh process")
             export.check(staging, base, recipe.model.dtype, schedule)
             measured = _report(recipe, base, staging, tokenizer, prose or sequences.unseen, device, store, parameters)
+            for fit in fits:
+                if found := measured["skipped_states"].get(str(fit["layer"])):
+                    fit["skipped"] = found
             report = {"proxies": fits, **measured}
             (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
             (staging / "README.md").write_text(card.render(base, schedule, fits, report))
@@ -98,29 +106,46 @@ def run(
 
 def fit_proxies(
     model: PreTrainedModel, base: Base, recipe: Recipe, schedule: Schedule, sequences: Blocks, store: Store
-) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Proxies of all skipping layers: parameters by their name in the exported model, and each layer's fidelity."""
+) -> tuple[Schedule, dict[str, torch.Tensor], list[dict]]:
+    """Proxies of all skipping layers: the schedule with their sizes, parameters by their name in the exported model,
+    and for each layer what was tried and how well it ranks tokens that nothing was fitted or chosen on."""
     text = [s.tolist() for s in sequences.fit + sequences.held_out]
     data_key = fingerprint(base.key, recipe.model.dtype, text, __version__)
     layers = range(schedule.start, base.config.num_hidden_layers)
-    keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer) for layer in layers}
+    relative = schedule.feed_forward == "relative"
+    shares = {}
+    for layer in layers:
+        entering, active, _ = schedule.counts(layer, max(recipe.report.lengths))
+        shares[layer] = active / entering
+    keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
     missing = [layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None]
     if missing:
-        for layer, states, held_out in capture.feed_forward_inputs(model, sequences, missing, store, data_key):
-            ffn = proxies.FeedForward.of(model.model.layers[layer], base.config)
-            proxy = proxies.fit(ffn, states, recipe.proxy.channels, recipe.proxy.rank, recipe.proxy.top)
-            norms = fidelity.norms(proxy, ffn, held_out)
-            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **norms})
-    parameters, fits = {}, []
+        everything = sequences.fit + sequences.held_out
+        fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
+        for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key):
+            ffn = FeedForward.of(model.model.layers[layer], base.config)
+            tokens, check, judge = (
+                Tokens.of(ffn, *part)
+                for part in zip(*(x.split([fitted, kept // 2, kept - kept // 2]) for x in (states, norms)), strict=True)
+            )
+            proxy, tried = choose(ffn, tokens, check, recipe.proxy, shares[layer], relative)
+            store.put_json(f"choice-{layer}", keys[layer], tried)
+            proxy.to(getattr(torch, recipe.model.dtype))  # judged as it is exported
+            judged = {f"judged.{name}": value for name, value in fidelity.norms(proxy, ffn, judge).items()}
+            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged})
+    parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])
-        if unit is None:
+        tried = store.json(f"choice-{layer}", keys[layer], lambda: None)
+        if unit is None or tried is None:
             raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
-        entering, active, _ = schedule.counts(layer, max(recipe.report.lengths))
-        fits.append({"layer": layer, **fidelity.of(unit, active / entering)})
-        for name in ("down", "gate", "up"):
-            parameters[f"model.layers.{layer}.proxy.{name}"] = unit[name].to(getattr(torch, recipe.model.dtype))
-    return parameters, fits
+        judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
+        fits.append({"layer": layer, "share": shares[layer], **fidelity.of(judged, shares[layer], relative), **tried})
+        chosen = tried["candidates"][tried["chosen"]]
+        sizes.append(Proxy(max(1, chosen["channels"]), chosen["rank"]))
+        for name, value in unit.items():
+            parameters[f"model.layers.{layer}.proxy.{name}"] = value
+    return replace(schedule, proxy=tuple(sizes)), parameters, fits
 
 
 def _report(
@@ -137,7 +162,16 @@ def _report(
     dense = base.load(recipe.model.dtype, device)
     spts = export.load(folder, base.family, device, recipe.model.dtype)
     sums = {name: float(tensor.double().sum()) for name, tensor in parameters.items()}
-    key = fingerprint(base.key, recipe.spts_block(), recipe.report.model_dump(), sums, device, prose, __version__)
+    key = fingerprint(
+        base.key,
+        recipe.spts_block(),
+        recipe.proxy.model_dump(),
+        recipe.report.model_dump(),
+        sums,
+        device,
+        prose,
+        __version__,
+    )
 
     def keep(name: str, make: Callable[[], Any]) -> Any:
         return store.json(name, key, make)

@@ -3,7 +3,8 @@
 from typing import Any
 
 from .cost import LayerShape, layer_costs, predicted
-from .modeling.configuration_spts import Schedule
+from .errors import UserError
+from .modeling.configuration_spts import Proxy, Schedule
 from .tables import size, table
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -19,8 +20,9 @@ def parameters(config: Any) -> int:
 
 def proxy_parameters(config: Any, schedule: Schedule) -> int:
     """Number of parameters of all proxies."""
-    size_ = schedule.proxy
-    return (config.num_hidden_layers - schedule.start) * 2 * size_.rank * (config.hidden_size + size_.channels)
+    sizes = [schedule.proxy_of(layer) for layer in range(schedule.start, config.num_hidden_layers)]
+    hidden = config.hidden_size
+    return sum(2 * size_.rank * (hidden + size_.channels) + 2 * hidden + 1 for size_ in sizes)
 
 
 def schedule_table(config: Any, schedule: Schedule, lengths: list[int]) -> str:
@@ -55,6 +57,24 @@ def memory_need(config: Any, dtype: str, tokens: int) -> int:
     return 2 * BYTES[dtype] * parameters(config) + 12 * tokens * config.hidden_size
 
 
+def check_share(config: Any, section: Any) -> None:
+    """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network."""
+    shape = LayerShape.of(config)
+    full = shape.proxy(Proxy(section.channels, section.rank))
+    share = full / shape.feed_forward(1)
+    if share > section.share:
+        fits = int(section.rank * section.share / share)
+        raise UserError(
+            f"proxy: {section.channels} channels and rank {section.rank} cost {share:.1%} of the dense feed-forward "
+            f"network, proxy.share allows {section.share:.1%}: take a rank of at most {fits}, or raise proxy.share"
+        )
+
+
+def _sizes(schedule: Schedule) -> str:
+    ranks = sorted({(size_.channels, size_.rank) for size_ in schedule.proxy})
+    return ", ".join(f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in ranks)
+
+
 def describe(name: str, config: Any, schedule: Schedule, lengths: list[int], dtype: str, tokens: int) -> str:
     """The plan as text."""
     probes = proxy_parameters(config, schedule)
@@ -65,8 +85,8 @@ def describe(name: str, config: Any, schedule: Schedule, lengths: list[int], dty
             f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, probe: last "
             f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, pooled over {schedule.probe.pool}; "
             f"first {schedule.keep_first} and last {schedule.always_last} tokens always active",
-            f"proxies   {config.num_hidden_layers - schedule.start} layers, {schedule.proxy.channels} channels, rank "
-            f"{schedule.proxy.rank}: {probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
+            f"proxies   {config.num_hidden_layers - schedule.start} layers, {_sizes(schedule)}: "
+            f"{probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
             f"needs     about {size(memory_need(config, dtype, tokens))} of memory and "
             f"{size(disk_need(config, schedule, dtype, tokens))} of disk",
             "",

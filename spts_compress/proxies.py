@@ -1,4 +1,7 @@
-"""Proxies that predict the norm of a feed-forward network's output, fitted from its weights and calibration states."""
+"""Proxies that predict the norm of a feed-forward network's output, made from its weights and calibration tokens.
+
+What needs no gradient steps is here: channel pruning, truncated SVD, and a regression; `refine.py` goes on from that.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modeling.configuration_spts import Proxy
 from .modeling.spts import FeedForwardProxy
 
 CHANNELS_AT_ONCE = 1024  # bounds the saliencies held at a time to N x 1024 numbers
+RATING_TOKENS = 4096  # channels are rated on that many tokens, evenly spread
+PENALTIES = (1e-4, 1e-3, 1e-2)  # of the ridge regression, in units of each feature's variance
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,35 @@ class FeedForward:
         return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.eps)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What one layer's feed-forward network does to N tokens.
+
+    `unit` (N, D): the states in front of it, of unit RMS; `rms` (N,): what they were divided by; `log_norm` (N,):
+    `log ||FFN(x)||`. All float32.
+    """
+
+    unit: torch.Tensor
+    rms: torch.Tensor
+    log_norm: torch.Tensor
+
+    @classmethod
+    def of(cls, ffn: FeedForward, states: torch.Tensor, norms: torch.Tensor) -> "Tokens":
+        """From residual states (N, D) and the norms (N,) of the network's outputs for them."""
+        rms = (states.float().square().mean(-1) + ffn.eps).sqrt()
+        return cls(ffn.unit(states), rms, norms.float().clamp_min(1e-20).log())
+
+    @classmethod
+    def cat(cls, parts: "list[Tokens]") -> "Tokens":
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("unit", "rms", "log_norm")))
+
+    def __getitem__(self, index: Any) -> "Tokens":
+        return Tokens(self.unit[index], self.rms[index], self.log_norm[index])
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+
 def channel_importance(ffn: FeedForward, act: nn.Module, unit: torch.Tensor, top: float) -> torch.Tensor:
     """Importance of each channel (D_ff): mean of the top fraction `top` of its saliencies
     `|act(x W_gate)_j * (x W_up)_j|` over the tokens `unit` (N, D)."""
@@ -49,29 +84,109 @@ def channel_importance(ffn: FeedForward, act: nn.Module, unit: torch.Tensor, top
     )
 
 
-def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best approximation of `matrix` (m, n) by `left @ right`, (m, rank) and (rank, n) (Eckart and Young)."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+def truncated_svd(
+    matrix: torch.Tensor, rank: int, inputs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best approximation of `matrix` (m, n) by `left @ right`, (m, rank) and (rank, n).
+
+    Without `inputs` the error is the Frobenius norm of the difference (Eckart and Young). With `inputs` (N, n) it is
+    the mean squared error of what the matrix gives for them: directions count as much as the data uses them.
+    """
+    if inputs is None:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        spread, axes = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
+        spread = spread.clamp_min(spread.max() * 1e-7).sqrt()
+        left, values, right = torch.linalg.svd(matrix @ axes * spread, full_matrices=False)
+        right = right / spread @ axes.T
     root = values[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def fit(ffn: FeedForward, states: torch.Tensor, channels: int, rank: int, top: float) -> FeedForwardProxy:
-    """Channel pruning, then low rank: the proxy of one layer, in float32.
+class Regression:
+    """Ridge regression of a number a token on its state `u` of unit RMS and on `u * u`: closed form, made once for all
+    numbers."""
 
-    Args:
-        ffn: the layer's feed-forward network.
-        states: residual states in front of it on calibration text, (N, D).
-        channels: D_low.
-        rank: r, at most D and D_low.
-        top: rho, the fraction of most salient tokens that rates a channel.
-    """
-    proxy = FeedForwardProxy(ffn.gate.shape[1], channels, rank, ffn.activation, ffn.eps)
-    importance = channel_importance(ffn, proxy.activation, ffn.unit(states), top)
-    kept = importance.topk(channels).indices.sort().values
-    gate, gate_down = truncated_svd(ffn.gate[kept], rank)
-    up, up_down = truncated_svd(ffn.up[kept], rank)
-    with torch.no_grad():
-        for parameter, value in ((proxy.gate, gate), (proxy.up, up), (proxy.down, torch.cat([gate_down, up_down]))):
-            parameter.copy_(value)
-    return proxy.eval()
+    def __init__(self, unit: torch.Tensor):
+        features = torch.cat([unit, unit.square()], dim=1)
+        self.mean = features.mean(0)
+        features -= self.mean
+        self.features, self.gram = features, features.T @ features
+        self.variance = self.gram.diagonal().clamp_min(1e-12)
+
+    def solve(self, target: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights of `u` and of `u * u`, (D,) each, and the constant, for `target` (N,)."""
+        gram = self.gram + torch.diag(penalty * self.variance)
+        moment = self.features.T @ (target - target.mean())
+        weights = torch.cholesky_solve(moment[:, None], torch.linalg.cholesky(gram))[:, 0]
+        linear, square = weights.chunk(2)
+        return linear, square, target.mean() - self.mean @ weights
+
+
+@torch.no_grad()
+def predict(proxy: FeedForwardProxy, unit: torch.Tensor) -> torch.Tensor:
+    """Predicted norms (N,) of states (N, D), a few at a time, in the proxy's own type."""
+    parts = unit.to(proxy.down.dtype).split(4096)
+    return torch.cat([proxy(part) for part in parts]).clamp_min(1e-20)
+
+
+def log_error(proxy: FeedForwardProxy, tokens: Tokens) -> float:
+    """Mean squared error of the predicted log norms."""
+    return float((predict(proxy, tokens.unit).log() - tokens.log_norm).square().mean())
+
+
+def most_important(ffn: FeedForward, tokens: Tokens, channels: int, top: float) -> torch.Tensor:
+    """The `channels` most important channels, in order."""
+    sample = tokens.unit[:: max(1, len(tokens) // RATING_TOKENS)]
+    act = FeedForwardProxy(1, 1, 0, ffn.activation, ffn.eps).activation
+    return channel_importance(ffn, act, sample, top).topk(channels).indices.sort().values
+
+
+@torch.no_grad()
+def blank(ffn: FeedForward, size: Proxy) -> FeedForwardProxy:
+    """A proxy of that size, in float32, whose parameters are 0 but for the power, which is 1."""
+    proxy = FeedForwardProxy(ffn.gate.shape[1], size.channels, size.rank, ffn.activation, ffn.eps)
+    for parameter in proxy.parameters():
+        parameter.zero_()
+    proxy.constants[1] = 1
+    return proxy.to(ffn.gate.device).eval()
+
+
+@torch.no_grad()
+def low_rank(ffn: FeedForward, kept: torch.Tensor, rank: int, inputs: torch.Tensor | None = None) -> FeedForwardProxy:
+    """The paper's proxy: the channels `kept` (D_low), their matrices of rank `rank` by truncated SVD; weighted by the
+    states `inputs` (N, D) if they are given."""
+    proxy = blank(ffn, Proxy(len(kept), rank))
+    gate, gate_down = truncated_svd(ffn.gate[kept], rank, inputs)
+    up, up_down = truncated_svd(ffn.up[kept], rank, inputs)
+    proxy.gate.copy_(gate)
+    proxy.up.copy_(up)
+    proxy.down[:-1] = torch.cat([gate_down, up_down])
+    return proxy
+
+
+@torch.no_grad()
+def centre(proxy: FeedForwardProxy, tokens: Tokens) -> None:
+    """Set the constant so that the mean error of the log norm is 0."""
+    proxy.constants[0] += (tokens.log_norm - predict(proxy, tokens.unit).log()).mean()
+
+
+@torch.no_grad()
+def regress(ffn: FeedForward, regression: Regression, tokens: Tokens, check: Tokens) -> FeedForwardProxy:
+    """The proxy of rank 0: ridge regression of the log norm, with the penalty that is best on `check`."""
+    made = []
+    for penalty in PENALTIES:
+        proxy = blank(ffn, Proxy(1, 0))
+        proxy.down[-1], proxy.square[:], proxy.constants[0] = regression.solve(tokens.log_norm, penalty)
+        made.append(proxy)
+    return min(made, key=lambda proxy: log_error(proxy, check))
+
+
+@torch.no_grad()
+def blend(low: FeedForwardProxy, regressed: FeedForwardProxy) -> None:
+    """Make `low` the geometric mean of itself and the regression. The two err in different ways, most of all on text
+    unlike the calibration's, so that the mean is better than either."""
+    low.down[-1] = (low.down[-1] + regressed.down[-1]) / 2
+    low.square[:] = (low.square + regressed.square) / 2
+    low.constants[0] = (low.constants[0] + regressed.constants[0]) / 2
+    low.constants[1] /= 2

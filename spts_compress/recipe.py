@@ -37,11 +37,20 @@ class ModelSection(Section):
         return self
 
 
-class CalibrationSection(Section):
-    """Text the proxies are fitted on: `python-docs` (ships with CPython), `files` (.txt, .jsonl or a folder of them),
-    or `dataset` (a name for `datasets.load_dataset`)."""
+Source = Literal["python-docs", "python-code", "files", "dataset"]
 
-    source: Literal["python-docs", "files", "dataset"] = "python-docs"
+
+def _as_list(value: Any) -> Any:
+    """One name stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class CalibrationSection(Section):
+    """Text the proxies are fitted on, `tokens` of it, in equal parts from one or more sources: `python-docs` and
+    `python-code` (ship with CPython), `files` (.txt, .jsonl or a folder of them), `dataset` (a name for
+    `datasets.load_dataset`)."""
+
+    source: Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_list)] = ["python-docs"]
     path: str | None = None
     dataset: str | None = None
     config: str | None = None
@@ -58,17 +67,28 @@ class CalibrationSection(Section):
     def source_named(self) -> "CalibrationSection":
         for source, key in (("files", "path"), ("dataset", "dataset")):
             given = getattr(self, key) is not None
-            if given != (self.source == source):
+            if given != (source in self.source):
                 raise ValueError(f"{key} goes with source: {source}" + ("" if given else f", so {key} is missing"))
         return self
 
 
 class ProxySection(Section):
-    """Size of the proxies (D_low and r of the paper), and the share of most salient tokens that rates a channel."""
+    """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper), which may cost at most
+    `share` of the dense feed-forward network's operations; a layer gets a smaller one if its recall of the tokens that
+    count is at most `tolerance` worse. `top`: the share of most salient tokens that rates a channel. `start`: plain or
+    activation-weighted SVD; `regression`: whether a regression mends it; `steps` of refinement (0: none) lessen
+    `objective`. The paper's own proxies: `regression: false`, `steps: 0`."""
 
     channels: Positive
     rank: Positive
+    share: Annotated[float, Field(gt=0, le=1)] = 0.03
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
     top: Annotated[float, Field(gt=0, le=1)] = 0.2
+    start: Literal["svd", "weighted-svd"] = "weighted-svd"
+    regression: bool = True
+    steps: Natural = 300
+    objective: Literal["log-norm", "ranking", "representation"] = "log-norm"
+    seed: Natural = 0
 
 
 class AmountSection(Section):
@@ -103,7 +123,7 @@ class ScheduleSection(Section):
     probe: ProbeSection = ProbeSection()
     keep_first: Natural = 0
     keep_last: Positive = 1
-    feed_forward: Literal["proxy", "attention", "all"] = "proxy"
+    feed_forward: Literal["proxy", "relative", "attention", "all"] = "proxy"
     min_length: Natural = 0
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, fidelity
 from .cost import predicted
 from .evaluation import measure
 from .evaluation.ruler import Needles, chat, longest, needle_items, sentences
@@ -100,12 +100,21 @@ def measure_all(
             progress.update()
             return {"prompt_tokens": inputs["input_ids"].shape[1], **measure.agreement(dense, spts, inputs, own)}
 
+        def states() -> dict:
+            if schedule.feed_forward not in ("proxy", "relative"):
+                return {}
+            [text] = text_prompts(tokenizer, prose, quality, 1)
+            relative = schedule.feed_forward == "relative"
+            found = fidelity.on_skipped_states(spts, measure.encode(tokenizer, text, spts.device), relative)
+            return {str(layer): ranking for layer, ranking in found.items()}
+
         rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]
         needles = Needles(keys=section.keys)
         items = needle_items(tokenizer, prose, quality, section.needles, section.seed, needles, NEEDLE_TOKENS)
         found = [keep(f"needle-{i}", partial(needle, i)) for i in range(section.needles)]
         prompts = text_prompts(tokenizer, prose, quality, section.answers)
         agreed = [keep(f"agreement-{i}", partial(agree, i)) for i in range(section.answers)]
+        skipped = keep("skipped-states", states)
     return {
         "hardware": hardware(str(dense.device)),
         "dtype": str(spts.dtype).removeprefix("torch."),
@@ -113,6 +122,7 @@ def measure_all(
         "speed": rows,
         "needles": {"keys": section.keys, "items": found},
         "agreement": {"items": agreed},
+        "skipped_states": skipped,
     }
 
 
@@ -159,15 +169,13 @@ def quality_table(report: dict) -> str:
 
 
 def fidelity_table(fits: list[dict]) -> str:
-    rows = [
-        [
-            f["layer"],
-            f"{f['proxy']['spearman']:.2f}",
-            f"{f['input_norm']['spearman']:.2f}",
-            f"{f['share']:.0%}",
-            f"{f['proxy']['recall']:.2f}",
-            f"{f['input_norm']['recall']:.2f}",
-        ]
-        for f in fits
-    ]
-    return table(["layer", "Spearman", "(input norm)", "budget", "recall", "(input norm)"], rows)
+    rows = []
+    for f in fits:
+        chosen = f["candidates"][f["chosen"]]
+        size_ = f"{chosen['channels']} channels, rank {chosen['rank']}" if chosen["rank"] else "regression"
+        numbers = [f"{f[who][what]:.2f}" for what in ("spearman", "recall") for who in ("proxy", "input_norm")]
+        skipped = [f"{f['skipped'][what]:.2f}" for what in ("spearman", "recall")] if "skipped" in f else ["", ""]
+        budget = f"{f['share']:.0%}"
+        rows.append([f["layer"], size_, f"{chosen['cost']:.2%}", budget, *numbers, *skipped, f["reason"]])
+    names = ["layer", "proxy", "of dense FLOPs", "budget", "Spearman", "(input norm)", "recall", "(input norm)"]
+    return table([*names, "Spearman, skipped states", "recall, skipped states", "why this size"], rows)

@@ -100,10 +100,12 @@ class Store:
                 return json.loads(path.read_text())
             except ValueError:
                 path.unlink()
-        made = make()
-        with writing(path) as partial:
-            partial.write_text(json.dumps(made))
-        return made
+        return self.put_json(name, key, make())
+
+    def put_json(self, name: str, key: str, data: Any) -> Any:
+        with writing(self.path(name, key, ".json")) as partial:
+            partial.write_text(json.dumps(data))
+        return data
 
     def tensors(self, name: str, key: str) -> dict[str, torch.Tensor] | None:
         """The unit's tensors; None if it is not there yet or can't be read."""

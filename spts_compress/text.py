@@ -1,7 +1,8 @@
-"""Calibration text: documents from the Python language reference, from files, or from a dataset; then token blocks."""
+"""Calibration text: documents that ship with Python, from files, or from a dataset; then token blocks."""
 
 import json
 import random
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +27,41 @@ def python_docs() -> list[str]:
     return documents
 
 
-def documents(section: CalibrationSection) -> list[str]:
-    """All documents of the source, in the source's order.
+def python_code() -> list[str]:
+    """Source files of CPython's standard library."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+
+def documents(section: CalibrationSection) -> list[list[str]]:
+    """Documents of each source, in the source's order, as many as `section.tokens` can need.
 
     Raises:
-        UserError: if the source is missing, empty or malformed, with file and line.
+        UserError: if a source is missing, empty or malformed, with file and line.
     """
-    if section.source == "python-docs":
-        return python_docs()
-    found = from_files(Path(section.path or "")) if section.source == "files" else _from_dataset(section)
-    kept = [text for text in found if text.strip()]
-    if not kept:
-        raise UserError(f"calibration: {section.path or section.dataset} holds no text")
-    return kept
+    found = []
+    for source in section.source:
+        if source == "python-docs":
+            found.append(python_docs())
+        elif source == "python-code":
+            found.append(python_code())
+        else:
+            texts = from_files(Path(section.path or "")) if source == "files" else _from_dataset(section)
+            name = section.path if source == "files" else section.dataset
+            found.append(list(_enough((text for text in texts if text.strip()), section.tokens)))
+            if not found[-1]:
+                raise UserError(f"calibration: {name} holds no text")
+    return found
+
+
+def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
+    """The first documents, until there are many more characters than `tokens` need; memory stays bounded."""
+    characters = 0
+    for text in texts:
+        yield text
+        characters += len(text)
+        if characters > 32 * tokens:
+            return
 
 
 def from_files(path: Path) -> Iterator[str]:
@@ -86,7 +109,7 @@ def _from_dataset(section: CalibrationSection) -> Iterator[str]:
 class Blocks:
     """Token sequences, each 1-dimensional, to fit on and to check on; the documents of the two don't overlap.
 
-    `unseen`: the text of all documents that nothing was fitted on.
+    `unseen`: the text of all documents of the first source that nothing was fitted on.
     """
 
     fit: list[torch.Tensor]
@@ -94,16 +117,29 @@ class Blocks:
     unseen: str
 
 
-def blocks(section: CalibrationSection, texts: list[str], tokenizer: Any) -> Blocks:
-    """Tokenise documents in a seeded order into blocks of at most `section.length` tokens, up to `section.tokens`.
+def blocks(section: CalibrationSection, sources: list[list[str]], tokenizer: Any) -> Blocks:
+    """Tokenise documents in a seeded order into blocks of at most `section.length` tokens, `section.tokens` in all.
 
     Raises:
         UserError: if there are too few tokens for both parts.
     """
+    made = [_of_one_source(section, texts, tokenizer, section.tokens // len(sources)) for texts in sources]
+    fit = [sequence for part in made for sequence in part.fit]
+    held_out = [sequence for part in made for sequence in part.held_out]
+    have, kept = (sum(map(len, part)) for part in (fit, held_out))
+    if have < 256 or kept < 64:
+        raise UserError(
+            f"calibration: only {have} tokens to fit on and {kept} to check on; "
+            "at least 256 and 64 are needed: give more or longer documents, or raise calibration.tokens"
+        )
+    return Blocks(fit, held_out, made[0].unseen)
+
+
+def _of_one_source(section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int) -> Blocks:
     order = list(range(len(texts)))
     random.Random(section.seed).shuffle(order)
-    wanted = {"held_out": round(section.tokens * section.held_out)}
-    wanted["fit"] = section.tokens - wanted["held_out"]
+    wanted = {"held_out": round(tokens * section.held_out)}
+    wanted["fit"] = tokens - wanted["held_out"]
     parts: dict[str, list[torch.Tensor]] = {"held_out": [], "fit": []}
     remaining = iter(order)
     fitted: set[int] = set()
@@ -125,12 +161,6 @@ def blocks(section: CalibrationSection, texts: list[str], tokenizer: Any) -> Blo
                 running = running[size:] if section.pack else []
         if running and section.pack and have < goal and len(running) >= 16:
             parts[part].append(torch.tensor(running[: goal - have]))
-    got = {part: sum(map(len, made)) for part, made in parts.items()}
-    if got["fit"] < 256 or got["held_out"] < 64:
-        raise UserError(
-            f"calibration: only {got['fit']} tokens to fit on and {got['held_out']} to check on; "
-            "at least 256 and 64 are needed: give more or longer documents, or raise calibration.tokens"
-        )
     unseen = "\n\n".join(texts[number] for number in order if number not in fitted)
     return Blocks(parts["fit"], parts["held_out"], unseen)
 

@@ -53,10 +53,15 @@ class Reference:
     def predicted_norm(self, x, layer):
         """From the residual state in front of the feed-forward norm, whose weight is part of `down`."""
         p = f"model.layers.{layer}.proxy."
-        low = self.w[p + "down"] @ (x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps))
+        unit = x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps)
+        low = self.w[p + "down"] @ unit
         r = low.numel() // 2
-        product = torch.nn.functional.silu(self.w[p + "gate"] @ low[:r]) * (self.w[p + "up"] @ low[r:])
-        return float(torch.sqrt((product**2).sum()))
+        constant, power = self.w[p + "constants"].tolist()
+        made = math.exp(float(low[-1]) + float(self.w[p + "square"] @ unit**2) + constant)
+        if r:
+            product = torch.nn.functional.silu(self.w[p + "gate"] @ low[:r]) * (self.w[p + "up"] @ low[r:-1])
+            made *= math.sqrt(float((product**2).sum())) ** power
+        return made
 
     def attend(self, q, keys, values):
         """One token's attention: q (H, d) over lists of keys and values (G, d)."""
@@ -155,8 +160,11 @@ class Reference:
             choice = self.s.get("feed_forward", "proxy")
             if skipping and last_budget < len(x) and choice != "all":
                 change = score
-                if choice == "proxy":
+                if choice != "attention":
                     change = [self.predicted_norm(v, layer) * s for v, s in zip(x, score, strict=True)]
+                if choice == "relative":
+                    size = [torch.sqrt((v * v).mean() + self.c.rms_norm_eps) for v in x]
+                    change = [c / float(s) for c, s in zip(change, size, strict=True)]
                 places = self.top(change, raw, last_budget)
             for i in places:
                 x[i] = x[i] + self.ffn(normed[i], layer)

@@ -27,10 +27,11 @@ def schedules(draw, layers: int = 5):
         for stage in stages[:-1]:
             if "prune_to" in stage:
                 stage["prune_to"] = {"fraction": fraction, "floor": 22}
+    sizes = [{"channels": 12, "rank": 4}, {"channels": 1, "rank": 0}]
     return dict(
         start=start,
         stages=stages,
-        proxy={"channels": 12, "rank": 4},
+        proxy=draw(st.sampled_from([sizes[0], [sizes[i % 2] for i in range(5 - start)]])),
         probe={
             "queries": draw(st.sampled_from([1, 1, 2, 5])),
             "heads": draw(st.sampled_from(["mean", "max"])),
@@ -38,7 +39,7 @@ def schedules(draw, layers: int = 5):
         },
         keep_first=draw(st.integers(0, 3)),
         keep_last=draw(st.integers(1, 4)),
-        feed_forward=draw(st.sampled_from(["proxy", "proxy", "proxy", "attention", "all"])),
+        feed_forward=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
     )
 
 

@@ -36,7 +36,7 @@ def recipe_for(base, corpus, folder, **changes):
     data = {
         "model": {"path": str(base)},
         "calibration": {"source": "files", "path": str(corpus), "tokens": 1200, "length": 128},
-        "proxy": {"channels": 12, "rank": 4},
+        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 20},
         "schedule": {
             "start": 2,
             "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}],

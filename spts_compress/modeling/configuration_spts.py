@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 HEAD_REDUCTIONS = ("mean", "max")
-FEED_FORWARD_CHOICES = ("proxy", "attention", "all")
+FEED_FORWARD_CHOICES = ("proxy", "relative", "attention", "all")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Proxy:
-    """Size of the proxies that predict the feed-forward norm: `channels` is D_low, `rank` is r."""
+    """Size of a layer's proxy, which predicts the feed-forward norm: `channels` is D_low, `rank` is r; with rank 0 the
+    prediction is a mere regression."""
 
     channels: int
     rank: int
@@ -74,14 +75,16 @@ class Schedule:
     """Which layers skip which tokens. `start` is the first skipping layer; layers are numbered from 0.
 
     `keep_first` and `keep_last` tokens are always active, inside the budgets; the probe's queries always are too.
-    `feed_forward` says which candidates the feed-forward network runs on: those that "proxy" times attention score
-    ranks highest (LTP), those that the "attention" score alone ranks highest, or "all". Prompts shorter than
-    `min_length` run dense, and all do if `enabled` is false.
+    `proxy` holds one size for every skipping layer, or one for each.
+    `feed_forward` says which candidates the feed-forward network runs on: those with the highest attention score times
+    predicted norm ("proxy", the paper's LTP) or predicted norm over the state's own ("relative"), those that the
+    "attention" score alone ranks highest, or "all". Prompts shorter than `min_length` run dense, and all do if
+    `enabled` is false.
     """
 
     start: int
     stages: tuple[Stage, ...]
-    proxy: Proxy
+    proxy: tuple[Proxy, ...]
     probe: Probe = Probe()
     keep_first: int = 0
     keep_last: int = 1
@@ -92,6 +95,10 @@ class Schedule:
     @property
     def always_last(self) -> int:
         return max(self.keep_last, self.probe.queries)
+
+    def proxy_of(self, layer: int) -> Proxy:
+        """Size of the proxy of a skipping layer."""
+        return self.proxy[0] if len(self.proxy) == 1 else self.proxy[layer - self.start]
 
     def stage_of(self, layer: int) -> int:
         """Index of the stage that `layer` belongs to; layers after the last stage end belong to the last stage."""
@@ -132,6 +139,7 @@ class Schedule:
                 if amount is not None and not amount["fraction"] and amount["cap"] is None:
                     stage[name] = amount["floor"]
         block["stages"] = list(block["stages"])
+        block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else list(block["proxy"])
         return block
 
     @classmethod
@@ -198,8 +206,11 @@ class Schedule:
         check(self.keep_first >= 0, f"keep_first is {self.keep_first}; it must not be negative")
         check(self.keep_last >= 1, f"keep_last is {self.keep_last}; the last token is always active")
         check(self.min_length >= 0, f"min_length is {self.min_length}; it must not be negative")
-        check(self.proxy.channels >= 1, f"proxy.channels is {self.proxy.channels}; it must be at least 1")
-        check(self.proxy.rank >= 1, f"proxy.rank is {self.proxy.rank}; it must be at least 1")
+        layers = num_layers - self.start
+        check(len(self.proxy) in (1, layers), f"proxy has {len(self.proxy)} sizes for {layers} skipping layers")
+        for size in self.proxy:
+            check(size.channels >= 1, f"proxy.channels is {size.channels}; it must be at least 1")
+            check(size.rank >= 0, f"proxy.rank is {size.rank}; it must not be negative")
         return found
 
 
@@ -212,14 +223,17 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
         return None
     known = {f.name: f for f in fields(kind)}
     faults += [f"{where}.{key} is unknown; known are {', '.join(known)}" for key in value if key not in known]
-    nested = {"budget": Amount, "prune_to": Amount, "probe": Probe, "proxy": Proxy}
+    nested = {"budget": Amount, "prune_to": Amount, "probe": Probe}
+    lists = {"stages": Stage, "proxy": Proxy}
     built = {}
     for key in known:
         if key not in value:
             continue
         item = value[key]
-        if key == "stages" and isinstance(item, list | tuple):
-            built[key] = tuple(_read(Stage, part, f"{where}.stages[{i}]", faults) for i, part in enumerate(item))
+        if key in lists and isinstance(item, list | tuple):
+            built[key] = tuple(_read(lists[key], part, f"{where}.{key}[{i}]", faults) for i, part in enumerate(item))
+        elif key == "proxy":
+            built[key] = (_read(Proxy, item, f"{where}.{key}", faults),)
         elif key in nested and not (key == "prune_to" and item is None):
             built[key] = _read(nested[key], item, f"{where}.{key}", faults)
         else:

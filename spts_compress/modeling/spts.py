@@ -173,32 +173,45 @@ def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: 
 class FeedForwardProxy(nn.Module):
     """Low-rank Transformation Probing (LTP): predicts `||FFN(norm(x))||` from the residual state `x`.
 
-    `f(x) = act(x' U_g V_g) * (x' U_u V_u)` with `x' = x / rms(x)`; `U_g`, `U_u` of rank r are one matrix, `down`, which
-    holds the norm's weight too, so that candidates need not be normalised one by one. The norm of `f` is taken in the
-    pruned width D_low; 4 r (D + D_low) floating-point operations a token.
+    With `x' = x / rms(x)` the prediction is `exp(x' a + (x' * x') b + c) ||f(x)||^p`, where
+    `f(x) = act(x' U_g V_g) * (x' U_u V_u)` has the width D_low, as in the paper, and the rest is a regression's.
+    `U_g`, `U_u` of rank r and `a` (D) are one matrix, `down`; `square` (D) is `b`, `constants` are c and p. They hold
+    the norm's weight too, so that candidates need not be normalised one by one. 4 r (D + D_low) + 5 D floating-point
+    operations a token; with rank 0 only the regression is left.
     """
 
     def __init__(self, hidden_size: int, channels: int, rank: int, activation: str, eps: float):
         super().__init__()
-        self.eps = eps
-        self.down = nn.Parameter(torch.empty(2 * rank, hidden_size))
-        self.gate = nn.Parameter(torch.empty(channels, rank))
-        self.up = nn.Parameter(torch.empty(channels, rank))
+        self.eps, self.rank = eps, rank
+        self.down = nn.Parameter(torch.empty(2 * rank + 1, hidden_size))
+        self.square = nn.Parameter(torch.empty(hidden_size))
+        self.constants = nn.Parameter(torch.empty(2))
+        if rank:
+            self.gate = nn.Parameter(torch.empty(channels, rank))
+            self.up = nn.Parameter(torch.empty(channels, rank))
         self.activation = ACT2FN[activation]
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Predicted norms in float32, (B, T), of residual states (B, T, D) in front of the feed-forward norm."""
-        precision = torch.promote_types(states.dtype, torch.float32)
-        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=precision)
-        scale = torch.rsqrt(length.square() / states.shape[-1] + self.eps).to(states.dtype)
+    def forward(self, states: torch.Tensor, relative: bool = False) -> torch.Tensor:
+        """Predicted norms in float32, (B, T), of residual states (B, T, D) in front of the feed-forward norm;
+        `relative`: divided by the root mean square of the state itself."""
+        squares = states.float().square() if states.dtype == torch.float16 else states.square()
+        sums = nn.functional.linear(squares, torch.stack([torch.ones_like(self.square), self.square]).to(squares))
+        mean, squared = (sums.double() if sums.dtype == torch.float64 else sums.float()).unbind(-1)
+        mean = mean / states.shape[-1] + self.eps
+        scale = torch.rsqrt(mean)
         if states.dtype == torch.float16:  # whose range a large residual state would leave
-            low = nn.functional.linear(states * scale, self.down)
+            low = nn.functional.linear(states * scale[..., None].to(states.dtype), self.down)
         else:
-            low = nn.functional.linear(states, self.down) * scale
-        gate, up = low.chunk(2, dim=-1)
-        product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
-        norms = torch.linalg.vector_norm(product, dim=-1, dtype=torch.promote_types(product.dtype, torch.float32))
-        return norms.float().nan_to_num()  # a prediction out of range must not outrank the always active tokens
+            low = nn.functional.linear(states, self.down) * scale[..., None].to(states.dtype)
+        constant, power = self.constants.to(mean)
+        norm = torch.exp(low[..., -1].to(mean) + squared / mean + constant)
+        if self.rank:
+            gate, up = low[..., :-1].chunk(2, dim=-1)
+            product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
+            norm = norm * torch.linalg.vector_norm(product, dim=-1, dtype=mean.dtype) ** power
+        if relative:
+            norm = norm * scale
+        return norm.float().nan_to_num()  # a prediction out of range must not outrank the always active tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,7 +480,9 @@ class SkippingDecoderLayer:
         if chosen is None or plan.feed_forward == "all":
             hidden_states = hidden_states + self.mlp(normalise(self.post_attention_layernorm, hidden_states))
         else:
-            change = plan.pin(self.proxy(hidden_states) * score) if plan.feed_forward == "proxy" else ranked
+            change = ranked
+            if plan.feed_forward != "attention":
+                change = plan.pin(self.proxy(hidden_states, plan.feed_forward == "relative") * score)
             changed = select(change, raw, active.width, active.rows, entering.valid)
             states = take(hidden_states, changed)
             states = states + self.mlp(normalise(self.post_attention_layernorm, states))
@@ -521,7 +536,7 @@ class SkippingModel(SkippingPreTrainedModel):
             schedule = config.schedule()
             for index in range(schedule.start, config.num_hidden_layers):
                 layer = self.layer_class(config, index)
-                size = schedule.proxy
+                size = schedule.proxy_of(index)
                 shape = config.hidden_size, size.channels, size.rank
                 layer.proxy = FeedForwardProxy(*shape, config.hidden_act, config.rms_norm_eps)
                 self.layers[index] = layer

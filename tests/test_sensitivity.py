@@ -1,0 +1,95 @@
+"""The sensitivity study on a tiny model."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from tiny import TEXT, tiny_base
+
+from spts_compress import sensitivity
+from spts_compress.cli import main
+from spts_compress.modeling.configuration_spts import Proxy
+from spts_compress.recipe import ProxySection
+
+RECIPE = """
+model: {path: BASE}
+calibration: {source: python-docs, tokens: 2000, length: 256}
+proxy: {channels: 12, rank: 4, share: 1.0, steps: 6}
+schedule: {start: 2, stages: [{end: 4, budget: 100}]}
+report: {lengths: [128]}
+export: {path: out}
+"""
+
+
+def sweep(folder, *options):
+    return CliRunner().invoke(main, ["sweep", str(folder / "recipe.yaml"), "--output", str(folder / "out"), *options])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("matplotlib")
+    tiny_base(tmp_path / "base")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("BASE", str(tmp_path / "base")))
+    (tmp_path / "fox.jsonl").write_text("\n".join([json.dumps({"text": TEXT * 10})] * 30))
+    return tmp_path
+
+
+def test_a_study_writes_table_numbers_and_picture_and_goes_on_where_it_stopped(folder, monkeypatch):
+    options = ("--layers", "2,4", "--text", f"fox={folder / 'fox.jsonl'}")
+    first = sweep(folder, *options)
+    assert first.exit_code == 0, first.output
+    study = json.loads((folder / "out/sweep.json").read_text())
+    assert study["setting"]["sources"] == ["python-docs", "python-code", "fox"]
+    assert {row["layer"] for row in study["rows"]} == {2, 4}
+    for row in study["rows"]:
+        assert set(row["ranked"]) == {"python-docs", "python-code", "fox"}
+        assert 0 <= row["ranked"]["fox"]["norm"]["proxy"]["recall"] <= 1
+    factors = {row["factor"] for row in study["rows"]}
+    assert {"size", "rho", "tokens", "objective", "fitted on", "start", "paper's, no step"} <= factors
+    assert "(recommended)" in (folder / "out/sweep.md").read_text()
+    assert (folder / "out/sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+    def refuse(*_, **__):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(sensitivity, "fit", refuse)
+    again = sweep(folder, *options)
+    assert again.exit_code == 0 and again.output.strip() in first.output
+    only = sweep(folder, *options, "--vary", "rho")
+    assert "rho" in only.output and "objective" not in only.output
+
+
+def test_bad_options_are_named(folder):
+    for options, message in (
+        (("--layers", "two"), "--layers two: give whole numbers"),
+        (("--layers", "9"), "--layers: give numbers from 1 to 4"),
+        (("--vary", "colour"), "--vary colour: give one of size,"),
+        (("--text", "nowhere"), "--text nowhere: give it as NAME=FILE"),
+        (("--text", "a=nowhere.txt"), "nowhere.txt does not exist"),
+    ):
+        result = sweep(folder, *options)
+        assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_one_thing_is_changed_at_a_time():
+    section = ProxySection(channels=64, rank=16)
+    made = sensitivity.variants(section, ("a",), ["a", "b", "c"])
+    for variant in made:
+        changed = {k for k, v in variant.section.model_dump().items() if v != getattr(section, k)}
+        others = (variant.size != Proxy(64, 16)) + (variant.sources != ("a",)) + (variant.part != 1)
+        if variant.factor == "paper's, no step":
+            assert changed - {"start"} == {"regression", "steps"}
+        else:
+            assert len(changed) + others == (0 if variant.factor == "recipe" else 1), variant
+    mixes = {variant.sources for variant in made if variant.factor == "fitted on"}
+    assert mixes == {("b",), ("c",), ("a", "b", "c"), ("b", "c"), ("a", "c"), ("a", "b")}
+
+
+def test_the_recommended_size_is_the_cheapest_good_one():
+    rows = [
+        {"factor": "size", "value": name, "cost": cost, "own_recall": own, "other_recall": other}
+        for name, cost, own, other in (("s", 0.1, 0.70, 0.60), ("m", 0.2, 0.79, 0.69), ("l", 0.4, 0.80, 0.70))
+    ]
+    assert sensitivity.recommended(rows, 0.02)["value"] == "m"
+    assert sensitivity.recommended(rows, 0.0)["value"] == "l"
+    assert sensitivity.recommended(rows, 0.2)["value"] == "s"
