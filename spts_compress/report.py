@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from . import __version__, fidelity
 from .cost import predicted
-from .evaluation import measure
-from .evaluation.ruler import Needles, chat, longest, needle_items, sentences
+from .evaluation import measure, ruler
+from .evaluation.items import chat, longest, sentences
+from .evaluation.runner import encode
 from .recipe import ReportSection
 from .tables import size, table
 
@@ -79,7 +80,7 @@ def measure_all(
 
         def speed(length: int) -> dict:
             [text] = text_prompts(tokenizer, prose, length, 1)
-            inputs = measure.encode(tokenizer, text, dense.device)
+            inputs = encode(tokenizer, [text], dense.device)
             made = measure.alternate(dense, spts, inputs, section.pairs, progress.update)
             tokens = made["tokens"]
             kv = {name: measure.cache_bytes(m, inputs) for name, m in (("dense", dense), ("spts", spts))}
@@ -87,15 +88,12 @@ def measure_all(
 
         def needle(number: int) -> dict:
             item = items[number]
-            got = {
-                name: measure.retrieval(m, tokenizer, item, NEEDLE_TOKENS)
-                for name, m in (("dense", dense), ("spts", spts))
-            }
+            got = {name: measure.retrieval(m, tokenizer, item) for name, m in (("dense", dense), ("spts", spts))}
             progress.update()
-            return {"outputs": item.outputs, "tokens": item.length, **got}
+            return {"outputs": item.outputs, "tokens": item.tokens, **got}
 
         def agree(number: int) -> dict:
-            inputs = measure.encode(tokenizer, prompts[number], dense.device)
+            inputs = encode(tokenizer, [prompts[number]], dense.device)
             own = measure.answer(dense, inputs, section.answer_tokens)
             progress.update()
             return {"prompt_tokens": inputs["input_ids"].shape[1], **measure.agreement(dense, spts, inputs, own)}
@@ -105,12 +103,12 @@ def measure_all(
                 return {}
             [text] = text_prompts(tokenizer, prose, quality, 1)
             relative = schedule.feed_forward == "relative"
-            found = fidelity.on_skipped_states(spts, measure.encode(tokenizer, text, spts.device), relative)
+            found = fidelity.on_skipped_states(spts, encode(tokenizer, [text], spts.device), relative)
             return {str(layer): ranking for layer, ranking in found.items()}
 
         rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]
-        needles = Needles(keys=section.keys)
-        items = needle_items(tokenizer, prose, quality, section.needles, section.seed, needles, NEEDLE_TOKENS)
+        needles = ruler.Needles(keys=section.keys)
+        items = ruler.items("needles", tokenizer, prose, quality, section.needles, section.seed, NEEDLE_TOKENS, needles)
         found = [keep(f"needle-{i}", partial(needle, i)) for i in range(section.needles)]
         prompts = text_prompts(tokenizer, prose, quality, section.answers)
         agreed = [keep(f"agreement-{i}", partial(agree, i)) for i in range(section.answers)]

@@ -9,8 +9,7 @@ from tiny import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spts_compress import text
-from spts_compress.evaluation import measure
-from spts_compress.evaluation.ruler import needle_items
+from spts_compress.evaluation import measure, ruler
 from spts_compress.modeling.configuration_spts import Schedule
 
 pytestmark = pytest.mark.real
@@ -54,8 +53,8 @@ def test_needles_are_found_as_by_the_dense_model(models):
     stock, model, tokenizer = models
     prose = "\n\n".join(text.python_docs())
     dense = kept = 0
-    for item in needle_items(tokenizer, prose, 3000, 3, seed=5, answer_tokens=32):
-        found = [measure.retrieval(m, tokenizer, item, 24)["score"] for m in (stock, model)]
+    for item in ruler.items("niah_single_2", tokenizer, prose, 3000, 3, seed=5, answer_tokens=32):
+        found = [measure.retrieval(m, tokenizer, item)["score"] for m in (stock, model)]
         dense += found[0]
         kept += found[0] * found[1]
     assert dense >= 2

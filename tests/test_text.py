@@ -23,7 +23,7 @@ def test_sources_share_the_tokens_and_never_a_document(tmp_path):
 
     def named(sequences):
         words = " ".join(tokenizer.decode(s) for s in sequences).split()
-        return {word for word in words if word.startswith("document") and word[8:].isdigit()}
+        return {word for word in words if word.startswith("document") and words.count(word) > 5}  # none cut short
 
     fitted, kept = named(blocks.fit), named(blocks.held_out)
     assert fitted and kept and not any(f"{name} {name}" in blocks.unseen for name in fitted)

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 
 from .bench import kv_bytes, synchronize
-from .ruler import Item, score
-
-
-def encode(tokenizer: Any, text: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Token ids and mask of a prompt that already carries its chat template."""
-    special = not getattr(tokenizer, "chat_template", None)
-    return dict(tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False).to(device))
+from .items import Item
+from .runner import answers
+from .scorers import score
 
 
 def clock(device: torch.device) -> float:
@@ -63,10 +59,10 @@ def answer(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Te
     return out[0, inputs["input_ids"].shape[1] :]
 
 
-def retrieval(model: Any, tokenizer: Any, item: Item, tokens: int) -> dict:
-    """One needle item answered: the text and its score."""
-    text = tokenizer.decode(answer(model, encode(tokenizer, item.text, model.device), tokens), skip_special_tokens=True)
-    return {"answer": text, "score": score(text, item.outputs)}
+def retrieval(model: Any, tokenizer: Any, item: Item) -> dict:
+    """One item answered: the text and its score."""
+    [text] = answers(model, tokenizer, [item], None)
+    return {"answer": text, "score": score(item.scorer, text, item.outputs, item.classes)}
 
 
 @torch.no_grad()
