@@ -104,6 +104,72 @@ def sweep(
     click.echo(sensitivity.save(study, output))
 
 
+def _request_options(command: Any) -> Any:
+    """Options that say which prompts an evaluation runs on."""
+    for option in (
+        click.option("--haystack", help="A .txt or .jsonl file or a folder [default: CPython's language reference]."),
+        click.option("--longbench", metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."),
+        click.option("--items", default=8, show_default=True, help="Prompts a task and length."),
+        click.option("--seed", default=1, show_default=True, help="Of the generated prompts."),
+        click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated."),
+        click.option("--batch", default=1, show_default=True, help="Prompts at a time."),
+        click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16"),
+        click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."),
+        click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for answers and tables."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--suite", "suites", multiple=True, help="ruler, longbench, diversity, fidelity; may be repeated.")
+@click.option("--lengths", default="4096", show_default=True, help="Prompt lengths in tokens, answers included.")
+@click.option("--rescore", is_flag=True, help="Only score the answers that are there; no model is run.")
+@click.option("--certify", is_flag=True, help="Put the result into the checkpoint's model card and a file beside it.")
+@_request_options
+def evaluate(
+    folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
+) -> None:
+    """Scores of the dense and the skipping model on the same prompts. A stopped run goes on."""
+    from . import evaluate as work
+
+    device, dtype = options.pop("device"), options.pop("dtype")
+    if suites:
+        options["suites"] = suites
+    request = work.Request(lengths=tuple(_numbers("--lengths", lengths) or ()), **options).checked()
+    model, tokenizer = work.load(folder, None if rescore else device, dtype)
+    if warning := work.stale(folder):
+        click.echo(f"warning: {warning}", err=True)
+    if not rescore:
+        work.collect(model, tokenizer, folder, request, output)
+    result = work.summarise(output, tokenizer)
+    click.echo(work.save(result, output))
+    if certify:
+        work.certify(folder, result)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--length", default=8192, show_default=True, help="Prompt length in tokens.")
+@click.option("--pairs", default=3, show_default=True, help="Timed rounds, all variants in turn.")
+@click.option("--new-tokens", default="16,128", show_default=True, help="For the end-to-end times.")
+@_request_options
+def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path, **options: Any) -> None:
+    """The method's parts one after another: time, KV cache and scores."""
+    from . import ablate as work
+    from . import evaluate as evaluation
+
+    device, dtype = options.pop("device"), options.pop("dtype")
+    options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
+    suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
+    request = evaluation.Request(suites=suites, lengths=(length,), **options).checked()
+    model, tokenizer = evaluation.load(folder, device, dtype)
+    numbers = tuple(_numbers("--new-tokens", new_tokens) or ())
+    result = work.ablate(model, tokenizer, folder, request, output, pairs, numbers)
+    click.echo(work.save(result, output))
+
+
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")

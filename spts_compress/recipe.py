@@ -86,7 +86,7 @@ class ProxySection(Section):
     top: Annotated[float, Field(gt=0, le=1)] = 0.2
     start: Literal["svd", "weighted-svd"] = "weighted-svd"
     regression: bool = True
-    steps: Natural = 300
+    steps: Natural = 200
     objective: Literal["log-norm", "ranking", "representation"] = "log-norm"
     seed: Natural = 0
 

@@ -12,14 +12,12 @@ from tqdm import tqdm
 
 from . import __version__, fidelity
 from .cost import predicted
-from .evaluation import measure, ruler
-from .evaluation.items import chat, longest, sentences
+from .evaluation import agreement, measure, ruler
 from .evaluation.runner import encode
 from .recipe import ReportSection
 from .tables import size, table
 
 NEEDLE_TOKENS = 32
-QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -44,21 +42,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def text_prompts(tokenizer: Any, prose: str, length: int, count: int, question: str = QUESTION) -> list[str]:
-    """`count` prompts of about `length` tokens: a question and a stretch of `prose`, each from another place."""
-    parts = sentences(prose)
-
-    def build(start: int, amount: int) -> str:
-        text = " ".join(parts[(start + i) % len(parts)] for i in range(amount))
-        return chat(tokenizer, question.format(context=text))
-
-    prompts = []
-    for number in range(count):
-        start = number * len(parts) // count
-        prompts.append(build(start, longest(partial(build, start), tokenizer, length, most=length)))
-    return prompts
-
-
 def measure_all(
     dense: Any,
     spts: Any,
@@ -79,8 +62,8 @@ def measure_all(
     with tqdm(total=steps, desc="measuring", unit="step") as progress:
 
         def speed(length: int) -> dict:
-            [text] = text_prompts(tokenizer, prose, length, 1)
-            inputs = encode(tokenizer, [text], dense.device)
+            [item] = agreement.items(tokenizer, prose, length, 1, 1)
+            inputs = encode(tokenizer, [item.text], dense.device)
             made = measure.alternate(dense, spts, inputs, section.pairs, progress.update)
             tokens = made["tokens"]
             kv = {name: measure.cache_bytes(m, inputs) for name, m in (("dense", dense), ("spts", spts))}
@@ -93,24 +76,26 @@ def measure_all(
             return {"outputs": item.outputs, "tokens": item.tokens, **got}
 
         def agree(number: int) -> dict:
-            inputs = encode(tokenizer, [prompts[number]], dense.device)
-            own = measure.answer(dense, inputs, section.answer_tokens)
+            inputs = encode(tokenizer, [prompts[number].text], dense.device)
+            start = inputs["input_ids"].shape[1]
+            own = dense.generate(**inputs, max_new_tokens=section.answer_tokens, do_sample=False)
+            logs = [agreement.log_probabilities(m, own[:, :-1], own.shape[1] - start, None) for m in (dense, spts)]
             progress.update()
-            return {"prompt_tokens": inputs["input_ids"].shape[1], **measure.agreement(dense, spts, inputs, own)}
+            return {"prompt_tokens": start, "tokens": own.shape[1] - start, **agreement.agreement(*logs)}
 
         def states() -> dict:
             if schedule.feed_forward not in ("proxy", "relative"):
                 return {}
-            [text] = text_prompts(tokenizer, prose, quality, 1)
+            [item] = agreement.items(tokenizer, prose, quality, 1, 1)
             relative = schedule.feed_forward == "relative"
-            found = fidelity.on_skipped_states(spts, encode(tokenizer, [text], spts.device), relative)
+            found = fidelity.on_skipped_states(spts, encode(tokenizer, [item.text], spts.device), relative)
             return {str(layer): ranking for layer, ranking in found.items()}
 
         rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]
         needles = ruler.Needles(keys=section.keys)
         items = ruler.items("needles", tokenizer, prose, quality, section.needles, section.seed, NEEDLE_TOKENS, needles)
         found = [keep(f"needle-{i}", partial(needle, i)) for i in range(section.needles)]
-        prompts = text_prompts(tokenizer, prose, quality, section.answers)
+        prompts = agreement.items(tokenizer, prose, quality, section.answers, section.answer_tokens)
         agreed = [keep(f"agreement-{i}", partial(agree, i)) for i in range(section.answers)]
         skipped = keep("skipped-states", states)
     return {

@@ -291,7 +291,7 @@ def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, target: P
                 if group == "own":
                     axes.annotate(row["value"], (max(row["cost"], 1e-4) * 100, row[f"{group}_{what}"]), fontsize=7)
         axes.set_xscale("log")
-        axes.set_xlabel("operations, % of the dense feed-forward network (free ones at 0.01)")
+        axes.set_xlabel("% of the dense operations (free ones at 0.01)")
         axes.set_ylabel("Spearman correlation" if what == "spearman" else f"recall of the top {SHARE:.0%}")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -31,13 +31,13 @@ def kv_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for held in cache.layers for t in (held.keys, held.values))
 
 
-def seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
+def seconds(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> float:
     """Wall-clock time of greedy `generate` with exactly `new_tokens` tokens, device work included."""
     synchronize(ids.device)
     begin = time.perf_counter()
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-        do_sample=False, pad_token_id=0,
+        do_sample=False, pad_token_id=0, **options,
     )  # fmt: skip
     synchronize(ids.device)
     return time.perf_counter() - begin

@@ -52,35 +52,7 @@ def cache_bytes(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     return kv_bytes(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values)
 
 
-@torch.no_grad()
-def answer(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
-    """Greedy answer token ids, (at most `tokens`,)."""
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return out[0, inputs["input_ids"].shape[1] :]
-
-
 def retrieval(model: Any, tokenizer: Any, item: Item) -> dict:
     """One item answered: the text and its score."""
     [text] = answers(model, tokenizer, [item], None)
     return {"answer": text, "score": score(item.scorer, text, item.outputs, item.classes)}
-
-
-@torch.no_grad()
-def agreement(dense: Any, spts: Any, inputs: dict[str, torch.Tensor], continuation: torch.Tensor) -> dict[str, float]:
-    """Next-token agreement along a continuation (K,), teacher-forced after each model's own prefill of the prompt.
-
-    Returns:
-        `top1`: share of positions with the same most likely token; `kl`: mean KL(dense || SPTS) in nats.
-    """
-    ids = torch.cat([inputs["input_ids"][0], continuation[:-1]])[None]
-    logs = []
-    for model in (dense, spts):
-        # The last K positions are asked for, so the prompt is prefilled alone and the continuation follows it.
-        logits = model(input_ids=ids, use_cache=True, logits_to_keep=len(continuation)).logits[0]
-        logs.append(torch.log_softmax(logits.float(), dim=-1))
-    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-    return {
-        "top1": float((logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean()),
-        "kl": float(kl.mean()),
-        "tokens": len(continuation),
-    }

@@ -1,0 +1,121 @@
+"""The method's parts one after another on one checkpoint: time, KV cache and scores of each, beside dense."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .cost import predicted
+from .evaluate import Request, all_items, base_key, checkpoint_key
+from .evaluation.bench import kv_bytes, seconds
+from .evaluation.recovery import score_rows, summary
+from .evaluation.runner import Answers, encode, run
+from .modeling.configuration_spts import Amount, Schedule, Stage
+from .report import hardware
+from .store import fingerprint
+from .tables import table
+
+
+def variants(schedule: Schedule, num_layers: int, length: int) -> dict[str, Schedule]:
+    """Schedules that add the parts one by one, and two that replace a part: the feed-forward network's tokens chosen by
+    attention alone, and one budget for all layers that keeps as many tokens active in total."""
+    unpruned = tuple(replace(stage, prune_to=None) for stage in schedule.stages)
+    active = [schedule.counts(layer, length)[1] for layer in range(schedule.start, num_layers)]
+    even = (Stage(num_layers - 1, Amount(floor=round(sum(active) / len(active)))),)
+    return {
+        "+PAP": replace(schedule, stages=unpruned, feed_forward="all"),
+        "+PAP+LTP": replace(schedule, stages=unpruned),
+        "+PAP+LTP+MSDP": schedule,
+        "attention chooses FFN tokens": replace(schedule, feed_forward="attention"),
+        "uniform budgets": replace(schedule, stages=even),
+    }
+
+
+def argument(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as the model's `spts` argument."""
+    return {k: v for k, v in schedule.to_dict().items() if k not in ("start", "proxy")}
+
+
+def ablate(
+    model: Any, tokenizer: Any, folder: Path, request: Request, output: Path, pairs: int, new_tokens: tuple[int, ...]
+) -> dict[str, Any]:
+    """Measure every variant on a prompt of the request's first length and on its tasks.
+
+    Args:
+        pairs: rounds in which all variants are timed in turn, after a warm-up.
+        new_tokens: end-to-end times are taken with these.
+    """
+    length = request.lengths[0]
+    schedule = model.config.schedule()
+    tried = variants(schedule, model.config.num_hidden_layers, length)
+    modes: dict[str, Any] = {"dense": False, **{name: argument(s) for name, s in tried.items()}}
+    items = all_items(request, tokenizer)
+    how = [str(model.dtype), model.device.type, model.config._attn_implementation]
+    keys = {name: fingerprint(checkpoint_key(folder), how, argument(s)) for name, s in tried.items()}
+    keys["dense"] = fingerprint(base_key(folder), how)
+    kept = Answers(output / "answers.jsonl")
+    scored = score_rows(list(run(model, tokenizer, items, keys, kept, request.batch, modes)))
+    ids = encode(tokenizer, [items[0].text], model.device)["input_ids"]
+    times = _times(model, ids, modes, pairs, (1, *new_tokens))
+    rows = []
+    for name, spts in modes.items():
+        with torch.no_grad():
+            cache = model(ids, use_cache=True, logits_to_keep=1, spts=spts).past_key_values
+        counted = 1.0 if name == "dense" else predicted(model.config, tried[name], ids.shape[1])["speedup"]
+        ratios = {
+            str(n): median(d / s for d, s in zip(times["dense"][n], times[name][n], strict=True)) for n in times[name]
+        }
+        tasks = {} if name == "dense" else {row["task"]: row[name] for row in summary(scored, name)}
+        if name == "dense":
+            tasks = {row["task"]: row["dense"] for row in summary(scored, "+PAP")}
+        rows.append(
+            {
+                "variant": name,
+                "seconds": {str(n): median(v) for n, v in times[name].items()},
+                "speedup": ratios,
+                "counted": counted,
+                "kv_bytes": kv_bytes(cache),
+                "scores": tasks,
+            }
+        )
+    setting = {"hardware": hardware(str(model.device)), "how": how, "tokens": ids.shape[1], "pairs": pairs}
+    return {"setting": {**setting, "items": request.items, "length": length}, "rows": rows}
+
+
+def _times(
+    model: Any, ids: torch.Tensor, modes: dict[str, Any], pairs: int, new_tokens: tuple[int, ...]
+) -> dict[str, dict[int, list[float]]]:
+    """Seconds of `generate` by mode and number of new tokens, all modes in turn."""
+    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in new_tokens} for name in modes}
+    for turn in tqdm(range(pairs + 1), desc="timing", unit="round"):
+        for name, spts in modes.items():
+            for n in new_tokens if turn else (1,):
+                taken = seconds(model, ids, n, spts=spts)
+                if turn:
+                    times[name][n].append(taken)
+    return times
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The ablation as a Markdown table."""
+    rows, dense = [], result["rows"][0]
+    numbers = list(dense["seconds"])
+    for row in result["rows"]:
+        times = [f"{row['speedup'][n]:.2f}x" for n in numbers]
+        scores = [f"{100 * row['scores'][task]:.1f}" for task in dense["scores"]]
+        kv = row["kv_bytes"] / dense["kv_bytes"]
+        rows.append([row["variant"], *times, f"{row['counted']:.2f}x", f"{kv:.0%}", *scores])
+    names = ["TTFT", *(f"{n} tokens" for n in numbers[1:])]
+    return table([f"{result['setting']['tokens']} tokens", *names, "counted", "KV cache", *dense["scores"]], rows)
+
+
+def save(result: dict[str, Any], output: Path) -> str:
+    """Write `ablation.json` and `ablation.md` into `output`, and return the table."""
+    made = as_table(result)
+    (output / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "ablation.md").write_text(made + "\n")
+    return made

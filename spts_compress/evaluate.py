@@ -1,0 +1,318 @@
+"""Evaluating a checkpoint: suites of tasks, dense beside SPTS, with tables, pictures and a certificate."""
+
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import text
+from .checkpoint import read_config
+from .errors import UserError
+from .evaluation import agreement, diversity, longbench, recovery, ruler
+from .evaluation.items import Item, sentences
+from .evaluation.runner import Answers, run
+from .report import hardware
+from .store import file_hash, fingerprint, writing
+from .tables import table
+
+SUITES = ("ruler", "longbench", "diversity", "fidelity")
+CERTIFICATE = "spts_evaluation.json"
+MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
+FREE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run. `tasks`: only these (none: all of the suites). `lengths` in tokens, answers included. `items` a task
+    and length. `haystack`: a .txt or .jsonl file or a folder of them (none: CPython's language reference). `longbench`:
+    LongBench's folder. `batch`: prompts at a time; rows equal their own runs."""
+
+    suites: tuple[str, ...] = ("ruler", "diversity", "fidelity")
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (4096,)
+    items: int = 8
+    seed: int = 1
+    haystack: str | None = None
+    longbench: str | None = None
+    batch: int = 1
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> "Request":
+        """From `asdict`, as JSON gives it back."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
+
+    def checked(self) -> "Request":
+        """Raises UserError for unknown or contradictory values."""
+        for suite in self.suites:
+            if suite not in SUITES:
+                raise UserError(f"--suite {suite}: unknown; there are {', '.join(SUITES)}")
+        known = [*ruler.TASKS, *diversity.TASKS, *longbench.TASKS]
+        for task in self.tasks:
+            if task not in known:
+                raise UserError(f"--task {task}: unknown; there are {', '.join(known)}")
+        if "longbench" in self.suites and self.longbench is None:
+            raise UserError("--suite longbench needs --longbench FOLDER, where LongBench's files are")
+        if min(self.lengths) < 256 or self.items < 1 or self.batch < 1:
+            raise UserError("--lengths must be at least 256, --items and --batch at least 1")
+        return self
+
+
+def prose_of(request: Request) -> str:
+    """The haystack."""
+    parts = text.from_files(Path(request.haystack)) if request.haystack else text.python_docs()
+    return "\n\n".join(parts)
+
+
+def all_items(request: Request, tokenizer: Any) -> list[Item]:
+    """Every item of the suites but `fidelity`, made anew from the request alone."""
+    prose, made = prose_of(request), []
+    bench = longbench.LongBench(request.longbench) if request.longbench else None
+    for length in request.lengths:
+        wanted: list[tuple[str, Iterable[str]]] = [
+            ("ruler", ruler.TASKS),
+            ("diversity", diversity.TASKS),
+            ("longbench", bench.tasks() if bench else ()),
+        ]
+        for suite, tasks in wanted:
+            if suite not in request.suites:
+                continue
+            for task in tasks:
+                if request.tasks and task not in request.tasks:
+                    continue
+                if suite == "longbench" and bench is not None:
+                    made += bench.items(task, tokenizer, length, request.items)
+                else:
+                    maker = ruler.items if suite == "ruler" else diversity.items
+                    made += maker(task, tokenizer, prose, length, request.items, request.seed)
+    return made
+
+
+def free_items(request: Request, tokenizer: Any, length: int) -> list[Item]:
+    """The prompts of the suite `fidelity`."""
+    return agreement.items(tokenizer, prose_of(request), length, request.items, FREE_TOKENS)
+
+
+def load(folder: Path, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """The checkpoint with its own code, and its tokenizer; no model if `device` is None.
+
+    Raises:
+        UserError: if the folder holds no checkpoint of this toolkit.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    if device is None:
+        return None, tokenizer
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    return model.to(device).eval(), tokenizer
+
+
+def checkpoint_key(folder: Path) -> str:
+    """Fingerprint of everything in a checkpoint that decides its answers."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".py") or p.name.endswith(".json"))
+    kept = [p for p in files if p.name not in (CERTIFICATE, "spts_report.json")]
+    return fingerprint([(p.name, file_hash(p)) for p in kept])
+
+
+def base_key(folder: Path) -> str:
+    """Fingerprint of the base's weights in a checkpoint: dense answers depend on nothing else of it."""
+    kept = sorted(p for p in folder.glob("*.safetensors") if p.name != "proxies.safetensors")
+    return fingerprint([file_hash(p) for p in kept])
+
+
+def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: Path) -> None:
+    """Run everything; each answer is in `output`/answers.jsonl at once, and what is there is not run again."""
+    kept = Answers(output / "answers.jsonl")
+    how = [str(model.dtype), model.device.type, model.config._attn_implementation]
+    keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
+    items = all_items(request, tokenizer)
+    for _ in run(model, tokenizer, items, keys, kept, request.batch):
+        pass
+    if "fidelity" in request.suites:
+        prose = "\n\n".join(sentences(prose_of(request)))
+        todo = [item for length in request.lengths for item in free_items(request, tokenizer, length)]
+        for item in tqdm(todo, desc="fidelity", unit="prompt"):
+            key = fingerprint("fidelity", keys["spts"], item.text, FREE_TOKENS)
+            if key not in kept.rows:
+                begin = item.index * len(prose) // request.items
+                following = prose[begin:] + prose[:begin]
+                found = agreement.measure(model, tokenizer, item, following, None)
+                kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
+    wanted = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
+    (output / "setting.json").write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+def summarise(output: Path, tokenizer: Any) -> dict[str, Any]:
+    """Score the answers kept in `output`; no model is run.
+
+    Raises:
+        UserError: if there are none.
+    """
+    try:
+        setting = json.loads((output / "setting.json").read_text())
+    except OSError:
+        raise UserError(f"{output}: no finished evaluation there") from None
+    request = Request.from_plain(setting["request"])
+    kept, keys, rows = Answers(output / "answers.jsonl"), setting["keys"], []
+    for item in all_items(request, tokenizer):
+        for mode in ("dense", "spts"):
+            key = fingerprint(keys[mode], item.text, item.follow_up, item.answer_tokens)
+            if key in kept.rows:
+                rows.append({**kept.rows[key], **item.plain(), "mode": mode})
+    scored = recovery.score_rows(rows)
+    result: dict[str, Any] = {"setting": setting, "tasks": recovery.summary(scored), "fidelity": []}
+    for length in request.lengths if "fidelity" in request.suites else ():
+        found = [
+            kept.rows[key]
+            for item in free_items(request, tokenizer, length)
+            if (key := fingerprint("fidelity", keys["spts"], item.text, FREE_TOKENS)) in kept.rows
+        ]
+        if found:
+            result["fidelity"].append({"length": length, **_fidelity(found)})
+    result["depths"] = [
+        {k: row[k] for k in ("task", "limit", "depth", "mode", "score")} for row in scored if row["depth"] is not None
+    ]
+    return result
+
+
+def _fidelity(rows: list[dict]) -> dict[str, Any]:
+    def mean(values: Iterable[float]) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    modes = ("dense", "spts")
+    return {
+        "items": len(rows),
+        "kl": mean(r["kl"] for r in rows),
+        "top1": mean(r["top1"] for r in rows),
+        "repeats": {m: sum(r["repeats"][m] for r in rows) for m in modes},
+        "perplexity": {m: float(torch.tensor(mean(r["loss"][m] for r in rows)).exp()) for m in modes},
+    }
+
+
+def as_tables(result: dict[str, Any]) -> str:
+    """The result as Markdown tables."""
+    lines = []
+    for row in result["tasks"]:
+        low_high = f" ({row['interval'][0]:.2f}-{row['interval'][1]:.2f})" if row["interval"] else ""
+        recovered = "" if row["recovery"] is None else f"{row['recovery']:.2f}{low_high}"
+        scores = (f"{100 * row[mode]:.1f}" for mode in ("dense", "spts"))
+        lines.append([row["task"], row["length"], row["items"], *scores, recovered])
+    heads = ["task", "tokens", "items", "dense", "SPTS", "recovery (95% interval)"]
+    parts = [table(heads, lines)] if lines else []
+    if result["fidelity"]:
+        lines = [
+            [
+                row["length"],
+                row["items"],
+                f"{row['top1']:.0%}",
+                f"{row['kl']:.3f}",
+                *(f"{row['repeats'][m]}" for m in ("dense", "spts")),
+                *(f"{row['perplexity'][m]:.2f}" for m in ("dense", "spts")),
+            ]
+            for row in result["fidelity"]
+        ]
+        heads = ["free answers, tokens", "items", "next token as dense", "KL, nats", "repeating, dense", "SPTS"]
+        parts.append(table([*heads, "perplexity of following text, dense", "SPTS"], lines))
+    return "\n\n".join(parts)
+
+
+def save(result: dict[str, Any], output: Path) -> str:
+    """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables."""
+    tables = as_tables(result)
+    (output / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "evaluation.md").write_text(tables + "\n")
+    if result["tasks"] and importlib.util.find_spec("matplotlib"):
+        draw(result, output / "evaluation.png")
+    return tables
+
+
+def draw(result: dict[str, Any], target: Path) -> None:
+    """Mean score by length for every task, and needles by depth and length, dense beside SPTS."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in result["tasks"]))
+    figure = Figure(figsize=(11, 4 if not result["depths"] else 7.5), layout="constrained")
+    rows = 2 if result["depths"] else 1
+    axes = figure.subplots(rows, 2, squeeze=False)
+    for axis, mode in zip(axes[0], ("dense", "spts"), strict=True):
+        for task in tasks:
+            found = sorted((r["length"], r[mode]) for r in result["tasks"] if r["task"] == task)
+            axis.plot([str(x) for x, _ in found], [100 * y for _, y in found], "o-", label=task)
+        axis.set(title=f"{mode}: score by length", xlabel="tokens", ylim=(-3, 103))
+    axes[0][1].legend(fontsize=6, ncol=2)
+    if result["depths"]:
+        lengths = sorted({row["limit"] for row in result["depths"]})
+        for axis, mode in zip(axes[1], ("dense", "spts"), strict=True):
+            grid = [
+                [
+                    _mean(
+                        [
+                            r["score"]
+                            for r in result["depths"]
+                            if r["mode"] == mode and r["limit"] == n and int(min(r["depth"], 0.999) * 5) == d
+                        ]
+                    )
+                    for n in lengths
+                ]
+                for d in range(5)
+            ]
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set(title=f"{mode}: one needle by depth (grey: none there)", xlabel="tokens", ylabel="depth")
+            axis.set_facecolor("lightgrey")
+            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+            axis.set_yticks(range(5), [f"{20 * d}-{20 * d + 20}%" for d in range(5)])
+        figure.colorbar(image, ax=list(axes[1]))
+    figure.savefig(target, dpi=120)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def certify(folder: Path, result: dict[str, Any]) -> None:
+    """Put the result into the checkpoint: a file for machines, and a section of the model card."""
+    key = checkpoint_key(folder)
+    data = {"checkpoint": key, **{name: result[name] for name in ("setting", "tasks", "fidelity")}}
+    with writing(folder / CERTIFICATE) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+    card = folder / "README.md"
+    whole = card.read_text(encoding="utf-8") if card.is_file() else ""
+    begin, end = MARKS
+    if begin in whole and end in whole:
+        whole = whole[: whole.index(begin)].rstrip() + "\n" + whole[whole.index(end) + len(end) :]
+    setting = result["setting"]
+    machine, request = setting["hardware"], setting["request"]
+    haystack = "a folder of the user's" if request["haystack"] else "the Python language reference"
+    tried = {row["task"] for row in result["tasks"]}
+    missing = [task for task in (*ruler.TASKS, *longbench.TASKS, *diversity.TASKS) if task not in tried]
+    section = f"""{begin}
+## Evaluation
+
+Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: {haystack}; seed {request["seed"]};
+{machine["device"]}, torch {machine["torch"]}, transformers {machine["transformers"]}, {setting["how"][0]}.
+
+{as_tables(result)}
+
+Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolkit's own tasks"}; other lengths.
+{end}"""
+    with writing(card) as partial:
+        partial.write_text(f"{whole.rstrip()}\n\n{section}\n", encoding="utf-8")
+
+
+def stale(folder: Path) -> str | None:
+    """A warning if the checkpoint was changed since its certificate was written."""
+    path = folder / CERTIFICATE
+    if not path.is_file():
+        return None
+    if json.loads(path.read_text()).get("checkpoint") == checkpoint_key(folder):
+        return None
+    return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"

@@ -1,0 +1,89 @@
+"""Fidelity without labels: how far the skipping model's next tokens are from the dense model's.
+
+- along the dense model's own free answer: KL(dense || SPTS) and top-1 agreement, teacher-forced after each prefill;
+- how often free answers fall into repetition;
+- perplexity of the text that follows a long prompt.
+"""
+
+from typing import Any
+
+import torch
+
+from .items import Item, chat, filled, sentences, token_count
+from .runner import encode
+
+QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
+REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
+
+
+def items(tokenizer: Any, prose: str, length: int, count: int, answer_tokens: int) -> list[Item]:
+    """`count` prompts of at most `length` tokens, answer included, that ask for a free answer about a stretch of
+    `prose`, each from another place."""
+    parts = sentences(prose)
+    made = []
+    for index in range(count):
+        start = index * len(parts) // count
+
+        def build(size: int, rest: str, start: int = start) -> str:
+            lines = [parts[(start + i) % len(parts)] for i in range(size)]
+            return chat(tokenizer, QUESTION.format(context=" ".join([*lines, rest] if rest else lines)))
+
+        def unit(number: int, start: int = start) -> str:
+            return parts[(start + number) % len(parts)]
+
+        text = filled(build, unit, tokenizer, length - answer_tokens)
+        made.append(Item("free_answer", index, text, [], token_count(tokenizer, text), length, answer_tokens))
+    return made
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, ids: torch.Tensor, count: int, spts: Any) -> torch.Tensor:
+    """Log probabilities (count, vocabulary), in float32, at the last `count` positions of `ids` (1, n): what comes
+    before them is the prompt, and they follow it on its cache."""
+    extra = {} if spts is None else {"spts": spts}
+    logits = model(input_ids=ids, use_cache=True, logits_to_keep=count, **extra).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def agreement(dense: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
+    """`kl`: mean KL(dense || other) in nats; `top1`: share of positions with the same most likely token."""
+    kl = (dense.exp() * (dense - other)).sum(-1)
+    return {"kl": float(kl.mean()), "top1": float((dense.argmax(-1) == other.argmax(-1)).float().mean())}
+
+
+def repeats(tokens: list[int]) -> bool:
+    """Whether an answer repeats itself."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return len(grams) >= 8 and len(set(grams)) < REPEATED * len(grams)
+
+
+def measure(model: Any, tokenizer: Any, item: Item, following: str, mode_spts: Any) -> dict[str, Any]:
+    """All measures of one prompt.
+
+    Args:
+        item: a prompt that asks for a free answer.
+        following: text whose first part is taken as a prompt, and whose last 128 tokens are predicted after it.
+        mode_spts: the `spts` argument of the skipping mode.
+    """
+    inputs = encode(tokenizer, [item.text], model.device)
+    extra = {} if mode_spts is None else {"spts": mode_spts}
+    with torch.no_grad():
+        free = {
+            name: model.generate(**inputs, do_sample=False, max_new_tokens=item.answer_tokens, **options)[0]
+            for name, options in (("dense", {"spts": False}), ("spts", extra))
+        }
+    start = inputs["input_ids"].shape[1]
+    own = free["dense"]
+    logs = [log_probabilities(model, own[None, :-1], len(own) - start, spts) for spts in (False, mode_spts)]
+    ids = tokenizer(following, return_tensors="pt", verbose=False)["input_ids"][:, : item.tokens].to(model.device)
+    target = ids[0, -128:, None]
+    losses = [
+        -float(log_probabilities(model, ids[:, :-1], 128, spts).gather(1, target).mean()) for spts in (False, mode_spts)
+    ]
+    return {
+        **agreement(*logs),
+        "tokens": len(own) - start,
+        "repeats": {name: repeats(row[start:].tolist()) for name, row in free.items()},
+        "answers": {name: tokenizer.decode(row[start:], skip_special_tokens=True) for name, row in free.items()},
+        "loss": {"dense": losses[0], "spts": losses[1]},
+    }

@@ -1,0 +1,391 @@
+"""Tasks, scorers and runs of the evaluation."""
+
+import json
+import re
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TEXT, tiny_base, tiny_model, tiny_tokenizer
+
+from spts_compress import evaluate, export
+from spts_compress.base import resolve
+from spts_compress.cli import main
+from spts_compress.errors import UserError
+from spts_compress.evaluation import agreement, diversity, longbench, recovery, ruler, runner
+from spts_compress.evaluation.items import Item, token_count
+from spts_compress.evaluation.scorers import score
+from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.recipe import ModelSection
+from spts_compress.store import Store
+
+PROSE = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(300))
+TOKENIZER = tiny_tokenizer()
+
+
+def made(task, length=6000, count=2, seed=3):
+    maker = ruler.items if task in ruler.TASKS else diversity.items
+    return maker(task, TOKENIZER, PROSE, length, count, seed)
+
+
+@pytest.mark.parametrize("task", [*ruler.TASKS, *diversity.TASKS])
+def test_prompts_hit_their_length_and_are_the_same_for_the_same_seed(task):
+    length = 9000  # the tiny tokenizer spends a token on almost every letter
+    items = made(task, length)
+    assert items == made(task, length) and items != made(task, length, seed=4)
+    for item in items:
+        assert item.tokens == token_count(TOKENIZER, item.text)
+        asked = item.answer_tokens
+        if item.follow_up:
+            asked = 2 * asked + token_count(TOKENIZER, item.follow_up)
+        slack = {"cwe": 60, "fwe": 80, "repository": 80}.get(task, 40)  # one unit of tiny tokens
+        assert length - asked - slack <= item.tokens <= length - asked
+        assert item.text.endswith(item.answer_prefix)
+
+
+def context(item):
+    return item.text.split("\n", 1)[1].rsplit("\nWhat ", 1)[0]
+
+
+@pytest.mark.parametrize("task", list(ruler.NEEDLES))
+def test_needles_follow_the_published_definition(task):
+    plan = ruler.NEEDLES[task]
+    for item in made(task, count=3):
+        text = context(item)
+        kind = plan.value_kind
+        needles = re.findall(rf"One of the special magic {kind} for (\S+) is: (\S+)\.", text)
+        asked = set(re.findall(r"[\w-]+", item.text.rsplit("\nWhat ", 1)[1].split(" for ")[1].split(" mentioned")[0]))
+        asked -= {"and"}
+        assert len(asked) == plan.queries
+        per_key = Counter(key for key, _ in needles)
+        assert all(per_key[key] == plan.values for key in asked)
+        assert len(item.outputs) == plan.queries * plan.values
+        for output in item.outputs:  # the answer is there once, under a key that is asked for
+            assert text.count(output) == 1
+            assert {key for key, value in needles if value == output} <= asked
+        if plan.haystack == "needles":
+            assert len(needles) > 20 and len(per_key) == len(needles)
+            rest = re.sub(rf"One of the special magic {kind} for \S+ is: \S+\.", "", text).split()
+            assert len(rest) < 15  # but for one needle cut short to hit the length
+        else:
+            assert len(needles) == plan.keys * plan.values
+        if plan.haystack == "noise":
+            assert text.count("The grass is green.") > 20
+        if plan.value_kind == "uuids":
+            assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", o) for o in item.outputs)
+        else:
+            assert all(re.fullmatch(r"\d{7}", output) for output in item.outputs)
+
+
+def test_depths_spread_and_are_where_they_say():
+    items = ruler.items("niah_single_2", TOKENIZER, PROSE, 4000, 40, 0)
+    depths = [item.depth for item in items]
+    assert min(depths) < 0.15 and max(depths) > 0.85
+    for item in items:
+        text = context(item)
+        assert abs(text.index(item.outputs[0]) / len(text) - item.depth) < 0.12
+
+
+def test_variables_form_one_chain():
+    for item in made("vt", count=5):
+        lines = re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", item.text)
+        names = [name for name, _ in lines]
+        assert sorted(names) == sorted(item.outputs) and len(names) == 5
+        known, value = {}, re.search(r"assigned the value (\d{5})", item.text)[1]
+        for name, source in lines:  # in the order of the text, each source is known
+            known[name] = known.get(source, source)
+        assert set(known.values()) == {value}
+
+
+def test_word_lists_have_the_published_counts():
+    for item in made("cwe", 12000):
+        listed = Counter(re.findall(r"\d+\. (\w+)", item.text))
+        assert {word for word, n in listed.items() if n == 30} == set(item.outputs) and len(item.outputs) == 10
+        assert {n for word, n in listed.items() if word not in item.outputs} == {3}
+    for item in made("fwe", 12000):
+        listed = Counter(item.text.split("coded words. ")[1].split("\nQuestion")[0].split())
+        assert [word for word, _ in listed.most_common(4)] == ["...", *item.outputs]
+        counts = [n for _, n in listed.most_common(4)]
+        assert abs(counts[0] / counts[1] - 4) < 0.3 and abs(counts[0] / counts[3] - 16) < 2
+
+
+@pytest.mark.parametrize("task", diversity.TASKS)
+def test_answers_of_the_other_tasks_follow_from_their_text(task):
+    for item in made(task, count=6):
+        text, [answer] = item.text, item.outputs
+        if task == "multi_hop":
+            who = re.search(r"in which (\w+) lives\?", text)[1]
+            town = re.search(rf"{who} lives in the town of (\w+)\.", text)[1]
+            assert re.search(rf"the town of {town} lies on the river (\w+)\.", text)[1] == answer
+        elif task == "arithmetic":
+            one, two = re.search(r"sell to (\w+) and to (\w+) together", text).groups()
+            bought = {name: int(n) for n, name in re.findall(r"The shop sold (\d+) boxes to (\w+)\.", text)}
+            assert bought[one] + bought[two] == int(answer)
+        elif task == "counting":
+            colour = re.search(r"say that a (\w+) car", text)[1]
+            assert text.count(f"Report: a {colour} car passed the gate.") == int(answer)
+        elif task == "multi_turn":
+            name = re.search(r"code of (\w+) mentioned", item.follow_up)[1]
+            assert re.search(rf"The code of {name} is (\d{{7}})\.", text)[1] == answer
+            assert name not in text.rsplit("\n\n", 1)[1]
+        else:
+            module = re.search(r"for which check_(\w+) returns", text)[1]
+            used = re.search(rf"def check_{module}\(amount\):\n    return amount <= (\w+)", text)[1]
+            assert re.search(rf"^{used} = (\d+)$", text, re.M)[1] == answer
+
+
+def test_a_task_that_does_not_fit_says_what_it_needs():
+    with pytest.raises(UserError, match="cwe does not fit into 500 tokens: the least it needs is"):
+        made("cwe", 500)
+
+
+def test_scorers_on_cases_worked_by_hand():
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("rapidfuzz")
+    pytest.importorskip("jieba")
+    cases = [
+        ("contains", "It is ABC and def.", ["abc", "xyz"], [], 0.5),
+        ("number", "It is 1,204 boxes of 3.", ["1204"], [], 1.0),
+        ("number", "3 of 1204", ["1204"], [], 0.0),
+        ("f1", "The cat sat on a mat.", ["cat on the mat", "dog"], [], 6 / 7),  # cat sat on mat: 3 of 4, 3 of 3
+        ("f1", "nothing alike", ["cat"], [], 0.0),
+        ("f1_chinese", "我,爱 北京!", ["我爱北京"], [], 1.0),
+        ("rouge", "a b c d", ["a c d e"], [], 0.75),
+        ("rouge", "", ["a"], [], 0.0),
+        ("rouge_chinese", "我爱北京", ["我爱北京"], [], 1.0),
+        ("classification", "It is Food and Number", ["Food"], ["Food", "Number", "City"], 0.5),
+        ("classification", "Other entity", ["Other entity"], ["Other entity", "entity"], 1.0),
+        ("classification", "City", ["Food"], ["Food", "City"], 0.0),
+        ("count", "There are 7, or 8, or 7.", ["7"], [], 2 / 3),
+        ("paragraph", "Paragraph 12", ["Paragraph 12"], [], 1.0),
+        ("paragraph", "Paragraph 1 or 12", ["Paragraph 12"], [], 0.5),
+        ("paragraph", "no number", ["段落3"], [], 0.0),
+        ("code", "```python\n# first\nreturn x\nmore", ["return x"], [], 1.0),
+        ("code", "return y", ["return x"], [], 7 / 8),
+    ]
+    for scorer, answer, outputs, classes, expected in cases:
+        found = score(scorer, answer, outputs, classes)
+        assert found == pytest.approx(expected, abs=1e-6), (scorer, answer)
+    assert longbench.judged_part("trec", "\nFood\nNumber") == "Food"
+    assert longbench.judged_part("qasper", "a\nb") == "a\nb"
+
+
+def bench_folder(folder, rows=3):
+    line = {"input": "Who?", "context": TEXT * 30, "answers": ["fox"], "all_classes": None, "length": 5, "_id": "1"}
+    (folder / "qasper.jsonl").write_text("\n".join(json.dumps(line) for _ in range(rows)))
+    (folder / "trec.jsonl").write_text(json.dumps({**line, "all_classes": ["fox", "owl"]}))
+    (folder / "dataset2prompt.json").write_text(json.dumps(dict.fromkeys(("qasper", "trec"), "{context}\nQ: {input}")))
+    (folder / "dataset2maxlen.json").write_text(json.dumps({"qasper": 8, "trec": 4}))
+    return folder
+
+
+def test_longbench_is_cut_in_the_middle_and_dressed_by_rule(tmp_path):
+    bench = longbench.LongBench(str(bench_folder(tmp_path)))
+    assert bench.tasks() == ["qasper", "trec"]
+    [item] = bench.items("qasper", TOKENIZER, 400, 1)
+    assert item.text.startswith("<s>") and item.text.endswith("Q: Who?") and "<s>The quick" in item.text
+    assert 380 <= item.tokens <= 392 and item.scorer == "f1"
+    [plain] = bench.items("trec", TOKENIZER, 400, 5)
+    assert not plain.text.startswith("<s>") and plain.classes == ["fox", "owl"]
+    [whole] = bench.items("trec", TOKENIZER, 100_000, 1)
+    assert whole.text == TEXT * 30 + "\nQ: Who?"
+
+
+def test_faults_of_longbench_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        longbench.LongBench(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"dataset2prompt\.json is missing"):
+        longbench.LongBench(str(tmp_path))
+    bench = longbench.LongBench(str(bench_folder(tmp_path)))
+    with pytest.raises(UserError, match=r"lcc is not in .*; it has qasper, trec"):
+        bench.items("lcc", TOKENIZER, 400, 1)
+    with (tmp_path / "qasper.jsonl").open("a") as stream:
+        stream.write('\n{"input": "x"}\nnot json')
+    with pytest.raises(UserError, match=r"qasper\.jsonl:4: no context, answers, all_classes"):
+        bench.items("qasper", TOKENIZER, 400, 9)
+
+
+def test_recovery_and_its_interval():
+    rows = [
+        {"task": "t", "limit": 64, "index": i, "mode": mode, "score": value}
+        for mode, values in (("dense", [1, 1, 0.5, 1]), ("spts", [1, 0, 0.5, 1]))
+        for i, value in enumerate(values)
+    ]
+    [found] = recovery.summary(rows)
+    assert found["items"] == 4 and found["recovery"] == pytest.approx(2.5 / 3.5)
+    low, high = found["interval"]
+    assert 0.2 <= low < 2.5 / 3.5 < high <= 1.0
+    assert recovery.interval([1.0], [1.0]) is None and recovery.interval([0, 0], [1, 1]) is None
+    same = recovery.interval([1.0, 0.5, 1.0], [1.0, 0.5, 1.0])
+    assert same == (1.0, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.1, 1), st.floats(0, 1)), min_size=2, max_size=12))
+def test_intervals_contain_the_ratio_of_means(pairs):
+    dense, other = zip(*pairs, strict=True)
+    low, high = recovery.interval(list(dense), list(other))
+    assert low - 1e-9 <= sum(other) / sum(dense) * 1.0001 and sum(other) / sum(dense) <= high * 1.0001 + 0.35
+
+
+def test_answers_survive_a_torn_line_and_are_not_made_twice(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    kept = runner.Answers(path)
+    kept.add({"key": "a", "answer": "one"})
+    kept.add({"key": "b", "answer": "two"})
+    path.write_bytes(path.read_bytes()[:-5])
+    again = runner.Answers(path)
+    assert set(again.rows) == {"a"}
+    again.add({"key": "c", "answer": "three"})
+    assert set(runner.Answers(path).rows) == {"a", "c"}
+
+
+def item_of(text, index=0, tokens=6, **more):
+    return Item("qasper", index, text, ["x"], 10, 64, tokens, **more)
+
+
+def test_batches_answer_as_single_prompts_do(tmp_path):
+    model = tiny_model(vocab_size=300).eval()
+    items = [item_of(TEXT[: 40 + 20 * i], i, tokens=4 + i) for i in range(3)]
+    modes = {"dense": False, "spts": None}
+    found = []
+    for batch in (1, 3):
+        kept = runner.Answers(tmp_path / f"{batch}.jsonl")
+        found.append(list(runner.run(model, TOKENIZER, items, dict.fromkeys(modes, "k") | {"spts": "s"}, kept, batch)))
+    answers = [{(row["mode"], row["index"]): row["answer"] for row in rows} for rows in found]
+    assert len(answers[0]) == 6 and answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("spts", [False, None])
+def test_a_further_turn_runs_on_the_first_ones_cache(spts):
+    model = tiny_model(vocab_size=300).eval()
+    item = item_of(TEXT[:60], follow_up=" And then?")
+    [answer] = runner.answers(model, TOKENIZER, [item], spts)
+    extra = {} if spts is None else {"spts": spts}
+    ids = runner.encode(TOKENIZER, [item.text], model.device)["input_ids"]
+    with torch.no_grad():
+        out = model(ids, logits_to_keep=1, use_cache=True, **extra)
+
+        def greedy(out, count):
+            tokens = []
+            for _ in range(count):
+                tokens.append(int(out.logits[0, -1].argmax()))
+                if tokens[-1] == 2 or len(tokens) == count:
+                    break
+                out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values)
+            return tokens
+
+        first = greedy(out, 6)
+        first = first[:-1] if first[-1] == 2 else first
+        later = TOKENIZER(item.follow_up, add_special_tokens=False)["input_ids"]
+        seen = out.past_key_values.get_seq_length()
+        chunk = torch.tensor([[*first, *later][seen - ids.shape[1] :]])
+        expected = greedy(model(chunk, past_key_values=out.past_key_values), 6)
+    assert answer == TOKENIZER.decode(expected, skip_special_tokens=True)
+
+
+def test_agreement_and_repetition_by_hand():
+    dense = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))
+    other = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.9]]))
+    found = agreement.agreement(dense, other)
+    assert found["top1"] == 0.5
+    assert found["kl"] == pytest.approx((0.9 * torch.log(torch.tensor(9.0)) - 0.1 * torch.log(torch.tensor(9.0))) / 2)
+    assert agreement.repeats([1, 2, 3] * 10) and not agreement.repeats(list(range(30)))
+
+
+def test_unknown_suites_tasks_and_folders_are_named(tmp_path):
+    for options, message in (
+        (["--suite", "rular"], "--suite rular: unknown; there are ruler, longbench"),
+        (["--task", "niah"], "--task niah: unknown; there are niah_single_1"),
+        (["--suite", "longbench"], "needs --longbench FOLDER"),
+        (["--lengths", "4k"], "--lengths 4k: give whole numbers"),
+        ([], "no readable config.json"),
+    ):
+        result = CliRunner().invoke(main, ["evaluate", str(tmp_path), "--output", str(tmp_path / "out"), *options])
+        assert result.exit_code == 2 and message in result.output, result.output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An exported tiny checkpoint, without the pipeline around it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_base(folder / "base")
+    store = Store(folder / "work")
+    base = resolve(ModelSection(path=str(folder / "base")), store)
+    stages = [{"end": 2, "budget": 100, "prune_to": 120}, {"end": 4, "budget": 80}]
+    block = {"start": 1, "stages": stages, "proxy": {"channels": 1, "rank": 0}, "keep_last": 4}
+    schedule = Schedule.from_dict(block, 5)
+    parameters = {
+        f"model.layers.{n}.proxy.{name}": torch.zeros(shape, dtype=torch.bfloat16)
+        for n in range(1, 5)
+        for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
+    }
+    (folder / "out").mkdir()
+    export.write(base, schedule, parameters, folder / "out")
+    (folder / "out/README.md").write_text("# A card\n")
+    (folder / "prose.txt").write_text(PROSE)
+    return folder / "out"
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    common = ["evaluate", folder, "--output", tmp_path / "out", "--haystack", checkpoint.parent / "prose.txt"]
+    options = ["--items", 2, "--lengths", "1500", "--task", "niah_single_2", "--task", "counting", "--dtype", "float32"]
+    suites = ["--suite", "ruler", "--suite", "diversity", "--suite", "fidelity"]
+    first = invoke(*common, *options, *suites)
+    tables = (tmp_path / "out/evaluation.md").read_text()
+    assert tables in first
+    lines = (tmp_path / "out/answers.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2 * 2 + 2 and "niah_single_2" in first and "KL, nats" in first
+    result = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert {row["task"] for row in result["tasks"]} == {"niah_single_2", "counting"}
+    assert result["fidelity"][0]["kl"] > 0 and len(result["depths"]) == 4
+
+    whole = runner.answers
+    monkeypatch.setattr(runner, "answers", None)  # nothing is answered again
+    assert tables in invoke(*common, *options, *suites)
+    (tmp_path / "out/answers.jsonl").write_text("\n".join(lines[2:]) + "\n")
+    monkeypatch.setattr(runner, "answers", whole)
+    assert tables in invoke(*common, *options, *suites)
+    assert sorted((tmp_path / "out/answers.jsonl").read_text().splitlines()) == sorted(lines)
+
+    rows = [json.loads(line) for line in lines]  # scoring anew reads the answers, whoever wrote them
+    for row in rows:
+        if row["task"] == "counting":
+            row["answer"] = row["outputs"][0] if row["mode"] == "dense" else "none"
+    (tmp_path / "out/answers.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    again = invoke(*common, *options, *suites, "--rescore", "--certify")
+    assert re.search(r"counting +\| 1500 +\| 2 +\| 100\.0 +\| 0\.0", again)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# A card") and card.count("## Evaluation") == 1 and "Not measured: niah_single_1" in card
+    invoke(*common, *options, *suites, "--rescore", "--certify")
+    assert (folder / "README.md").read_text() == card
+    assert evaluate.stale(folder) is None
+    config = json.loads((folder / "config.json").read_text())
+    config["spts"]["keep_first"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "was changed since the evaluation" in invoke(*common, *options, *suites, "--rescore")
+
+
+def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
+    options = ["--length", 1500, "--items", 1, "--pairs", 1, "--new-tokens", 2, "--task", "niah_single_2"]
+    haystack = ["--haystack", checkpoint.parent / "prose.txt"]
+    shown = invoke("ablate", checkpoint, "--output", tmp_path, *options, *haystack)
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
+    names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
+    assert list(rows) == names and all(name in shown for name in names)
+    counted = [rows[name]["counted"] for name in names[:4]]
+    assert counted == sorted(counted) and counted[0] == 1
+    kv = [rows[name]["kv_bytes"] for name in names]
+    assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
+    assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and set(rows["+PAP"]["seconds"]) == {"1", "2"}
