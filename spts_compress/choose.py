@@ -59,7 +59,7 @@ def choose(
 
     Returns:
         The proxy, and what was tried: `candidates` (size, share of the dense network's operations, ranking of `check`),
-        the plain SVD's ranking, and the `reason` in words.
+        the number of the one `chosen`, and the `reason` in words.
     """
     hidden, wide = ffn.down.shape
     shape = LayerShape(hidden, wide, 0, 0, 0)

@@ -16,6 +16,7 @@ from .errors import UserError
 from .evaluation import agreement, diversity, longbench, recovery, ruler
 from .evaluation.items import Item, sentences
 from .evaluation.runner import Answers, run
+from .export import PROXIES
 from .report import hardware
 from .store import file_hash, fingerprint, writing
 from .tables import table
@@ -124,7 +125,7 @@ def checkpoint_key(folder: Path) -> str:
 
 def base_key(folder: Path) -> str:
     """Fingerprint of the base's weights in a checkpoint: dense answers depend on nothing else of it."""
-    kept = sorted(p for p in folder.glob("*.safetensors") if p.name != "proxies.safetensors")
+    kept = sorted(p for p in folder.glob("*.safetensors") if p.name != PROXIES)
     return fingerprint([file_hash(p) for p in kept])
 
 

@@ -53,8 +53,9 @@ def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int) -> int:
 
 
 def memory_need(config: Any, dtype: str, tokens: int) -> int:
-    """Bytes of the base model twice (dense and SPTS, for the report) and of one layer's calibration inputs."""
-    return 2 * BYTES[dtype] * parameters(config) + 12 * tokens * config.hidden_size
+    """Bytes of the base model twice (dense and SPTS, for the report) and of one layer's calibration: its states in the
+    model's type thrice, and in float32 with the regression's features."""
+    return 2 * BYTES[dtype] * parameters(config) + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
 
 
 def check_share(config: Any, section: Any) -> None:

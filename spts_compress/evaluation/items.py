@@ -1,7 +1,6 @@
 """What every task makes: prompts of a given length with known answers."""
 
 import re
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,8 +50,15 @@ def token_count(tokenizer: Any, text: str) -> int:
 
 
 def longest(build: Callable[[int], str], tokenizer: Any, limit: int, most: int) -> int:
-    """The largest size up to `most` for which `build(size)` has at most `limit` tokens."""
-    return bisect_right(range(1, most + 1), limit, key=lambda size: token_count(tokenizer, build(size)))
+    """The largest size up to `most` for which `build(size)` has at most `limit` tokens; 0 if there is none."""
+    low, high, guess, steps = 0, most + 1, min(32, most), 0
+    while low + 1 < high:
+        count = token_count(tokenizer, build(guess))
+        low, high = (guess, high) if count <= limit else (low, guess)
+        steps += 1  # a guess by proportion needs few prompts to be made; halving ends what it does not
+        guess = round(guess * limit / count) if steps < 6 else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+    return low
 
 
 def filled(build: Callable[[int, str], str], filler: Callable[[int], str], tokenizer: Any, limit: int) -> str:

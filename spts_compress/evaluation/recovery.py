@@ -1,10 +1,11 @@
 """Scores of two modes on the same items, and how much of the dense score is recovered."""
 
+import warnings
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from .longbench import judged_part
 from .scorers import score
@@ -28,15 +29,17 @@ def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[flo
         bottom = np.mean(a, axis=axis)
         return np.where(bottom > 0, np.mean(b, axis=axis) / np.where(bottom > 0, bottom, 1), np.nan)
 
-    made = bootstrap(
-        (np.array(dense), np.array(other)),
-        ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=2000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # equal items have an interval of one point
+        made = bootstrap(
+            (np.array(dense), np.array(other)),
+            ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=2000,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     drawn = made.bootstrap_distribution[np.isfinite(made.bootstrap_distribution)]
     return (float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))) if len(drawn) else None
 
