@@ -118,7 +118,12 @@ def fit_proxies(
         entering, active, _ = schedule.counts(layer, max(recipe.report.lengths))
         shares[layer] = active / entering
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
-    missing = [layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None]
+    missing = [
+        layer
+        for layer in layers
+        if store.tensors(f"proxy-{layer}", keys[layer]) is None
+        or not store.path(f"choice-{layer}", keys[layer], ".json").exists()
+    ]
     if missing:
         everything = sequences.fit + sequences.held_out
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
@@ -129,10 +134,10 @@ def fit_proxies(
                 for part in zip(*(x.split([fitted, kept // 2, kept - kept // 2]) for x in (states, norms)), strict=True)
             )
             proxy, tried = choose(ffn, tokens, check, recipe.proxy, shares[layer], relative)
-            store.put_json(f"choice-{layer}", keys[layer], tried)
             proxy.to(getattr(torch, recipe.model.dtype))  # judged as it is exported
             judged = {f"judged.{name}": value for name, value in fidelity.norms(proxy, ffn, judge).items()}
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged})
+            store.put_json(f"choice-{layer}", keys[layer], tried)
     parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])

@@ -112,13 +112,17 @@ class Regression:
         self.mean = features.mean(0)
         features -= self.mean
         self.features, self.gram = features, features.T @ features
-        self.variance = self.gram.diagonal().clamp_min(1e-12)
+        diagonal = self.gram.diagonal()
+        self.variance = diagonal.clamp_min(float(diagonal.max()) * 1e-9 + 1e-12)
 
     def solve(self, target: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weights of `u` and of `u * u`, (D,) each, and the constant, for `target` (N,)."""
-        gram = self.gram + torch.diag(penalty * self.variance)
-        moment = self.features.T @ (target - target.mean())
-        weights = torch.cholesky_solve(moment[:, None], torch.linalg.cholesky(gram))[:, 0]
+        moment = (self.features.T @ (target - target.mean())).double()
+        factor, failed = torch.linalg.cholesky_ex((self.gram + torch.diag(penalty * self.variance)).double())
+        while failed:  # fewer tokens than features, or equal features
+            penalty *= 10
+            factor, failed = torch.linalg.cholesky_ex((self.gram + torch.diag(penalty * self.variance)).double())
+        weights = torch.cholesky_solve(moment[:, None], factor)[:, 0].float()
         linear, square = weights.chunk(2)
         return linear, square, target.mean() - self.mean @ weights
 

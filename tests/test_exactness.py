@@ -24,9 +24,10 @@ def schedules(draw, layers: int = 5):
     if draw(st.booleans()):
         fraction = draw(st.sampled_from([0.5, 0.25]))
         stages[-1]["budget"] = {"fraction": fraction, "floor": 3, "cap": 20}
-        for stage in stages[:-1]:
+        for stage, following in itertools.pairwise(stages):
             if "prune_to" in stage:
-                stage["prune_to"] = {"fraction": fraction, "floor": 22}
+                least = 22 if following is stages[-1] else following["budget"]
+                stage["prune_to"] = {"fraction": fraction, "floor": least}
     sizes = [{"channels": 12, "rank": 4}, {"channels": 1, "rank": 0}]
     return dict(
         start=start,

@@ -105,7 +105,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder / "out")!r}, trust_remote_code=True)
 stock = AutoModelForCausalLM.from_pretrained({str(base)!r})
-assert AutoModel.from_pretrained({str(folder / "out")!r}, trust_remote_code=True).layers[2].proxy.gate.abs().sum() > 0
+assert AutoModel.from_pretrained({str(folder / "out")!r}, trust_remote_code=True).layers[2].proxy.down.abs().sum() > 0
 for length, equal in ((20, True), (200, False)):
     ids = torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -125,6 +125,15 @@ def test_the_regression_is_ridge_regression():
     assert abs(float(constant) - (target.mean() - features.mean(0) @ weights)) < 2e-2
 
 
+@pytest.mark.parametrize("count", [2, 20])
+def test_the_regression_copes_with_few_tokens_and_equal_features(count):
+    x = states(count, 4)
+    x[:, 3], x[:, 5] = 0, x[:, 4]
+    unit = network().unit(x)
+    made = proxies.Regression(unit).solve(torch.randn(count, generator=torch.Generator().manual_seed(1)), 1e-4)
+    assert all(torch.isfinite(part).all() for part in made)
+
+
 def test_the_exported_regression_predicts_what_was_solved():
     ffn, x = network(), states(300, 5)
     tokens, check = tokens_of(ffn, x[:200]), tokens_of(ffn, x[200:])
