@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from .cost import predicted
-from .evaluate import Request, all_items, base_key, checkpoint_key
+from .evaluate import Request, all_items, base_key, checkpoint_key, computed_how
 from .evaluation.bench import kv_bytes, seconds
 from .evaluation.recovery import score_rows, summary
 from .evaluation.runner import Answers, encode, run
@@ -54,8 +54,8 @@ def ablate(
     tried = variants(schedule, model.config.num_hidden_layers, length)
     modes: dict[str, Any] = {"dense": False, **{name: argument(s) for name, s in tried.items()}}
     items = all_items(request, tokenizer)
-    how = [str(model.dtype), model.device.type, model.config._attn_implementation]
-    keys = {name: fingerprint(checkpoint_key(folder), how, argument(s)) for name, s in tried.items()}
+    how, checkpoint = computed_how(model), checkpoint_key(folder)  # which reads all of the weights
+    keys = {name: fingerprint(checkpoint, how, argument(s)) for name, s in tried.items()}
     keys["dense"] = fingerprint(base_key(folder), how)
     kept = Answers(output / "answers.jsonl")
     scored = score_rows(list(run(model, tokenizer, items, keys, kept, request.batch, modes)))
@@ -69,9 +69,8 @@ def ablate(
         ratios = {
             str(n): median(d / s for d, s in zip(times["dense"][n], times[name][n], strict=True)) for n in times[name]
         }
-        tasks = {} if name == "dense" else {row["task"]: row[name] for row in summary(scored, name)}
-        if name == "dense":
-            tasks = {row["task"]: row["dense"] for row in summary(scored, "+PAP")}
+        other = "+PAP" if name == "dense" else name  # a summary compares dense with another
+        tasks = {row["task"]: row[name] for row in summary(scored, other)}
         rows.append(
             {
                 "variant": name,

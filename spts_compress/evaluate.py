@@ -15,9 +15,9 @@ from .checkpoint import read_config
 from .errors import UserError
 from .evaluation import agreement, diversity, longbench, recovery, ruler
 from .evaluation.items import Item, sentences
-from .evaluation.runner import Answers, run
+from .evaluation.runner import Answers, answer_key, run
 from .export import PROXIES
-from .report import hardware
+from .report import hardware, mean
 from .store import file_hash, fingerprint, writing
 from .tables import table
 
@@ -129,10 +129,20 @@ def base_key(folder: Path) -> str:
     return fingerprint([file_hash(p) for p in kept])
 
 
+def computed_how(model: Any) -> list[str]:
+    """What answers depend on beside weights, code and prompt: type, kind of device and attention."""
+    return [str(model.dtype), model.device.type, model.config._attn_implementation]
+
+
+def free_key(spts_key: str, item: Item) -> str:
+    """Where the measures of a free answer are kept."""
+    return fingerprint("fidelity", spts_key, item.text, FREE_TOKENS)
+
+
 def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: Path) -> None:
     """Run everything; each answer is in `output`/answers.jsonl at once, and what is there is not run again."""
     kept = Answers(output / "answers.jsonl")
-    how = [str(model.dtype), model.device.type, model.config._attn_implementation]
+    how = computed_how(model)
     keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
     items = all_items(request, tokenizer)
     for _ in run(model, tokenizer, items, keys, kept, request.batch):
@@ -141,11 +151,11 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
         prose = "\n\n".join(sentences(prose_of(request)))
         todo = [item for length in request.lengths for item in free_items(request, tokenizer, length)]
         for item in tqdm(todo, desc="fidelity", unit="prompt"):
-            key = fingerprint("fidelity", keys["spts"], item.text, FREE_TOKENS)
+            key = free_key(keys["spts"], item)
             if key not in kept.rows:
                 begin = item.index * len(prose) // request.items
                 following = prose[begin:] + prose[:begin]
-                found = agreement.measure(model, tokenizer, item, following, None)
+                found = agreement.measure(model, tokenizer, item, following)
                 kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
     wanted = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
     (output / "setting.json").write_text(json.dumps(wanted, indent=1) + "\n")
@@ -165,7 +175,7 @@ def summarise(output: Path, tokenizer: Any) -> dict[str, Any]:
     kept, keys, rows = Answers(output / "answers.jsonl"), setting["keys"], []
     for item in all_items(request, tokenizer):
         for mode in ("dense", "spts"):
-            key = fingerprint(keys[mode], item.text, item.follow_up, item.answer_tokens)
+            key = answer_key(keys[mode], item)
             if key in kept.rows:
                 rows.append({**kept.rows[key], **item.plain(), "mode": mode})
     scored = recovery.score_rows(rows)
@@ -174,7 +184,7 @@ def summarise(output: Path, tokenizer: Any) -> dict[str, Any]:
         found = [
             kept.rows[key]
             for item in free_items(request, tokenizer, length)
-            if (key := fingerprint("fidelity", keys["spts"], item.text, FREE_TOKENS)) in kept.rows
+            if (key := free_key(keys["spts"], item)) in kept.rows
         ]
         if found:
             result["fidelity"].append({"length": length, **_fidelity(found)})
@@ -185,17 +195,13 @@ def summarise(output: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def _fidelity(rows: list[dict]) -> dict[str, Any]:
-    def mean(values: Iterable[float]) -> float:
-        values = list(values)
-        return sum(values) / len(values)
-
     modes = ("dense", "spts")
     return {
         "items": len(rows),
-        "kl": mean(r["kl"] for r in rows),
-        "top1": mean(r["top1"] for r in rows),
+        "kl": mean([r["kl"] for r in rows]),
+        "top1": mean([r["top1"] for r in rows]),
         "repeats": {m: sum(r["repeats"][m] for r in rows) for m in modes},
-        "perplexity": {m: float(torch.tensor(mean(r["loss"][m] for r in rows)).exp()) for m in modes},
+        "perplexity": {m: float(torch.tensor(mean([r["loss"][m] for r in rows])).exp()) for m in modes},
     }
 
 
@@ -255,7 +261,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
         for axis, mode in zip(axes[1], ("dense", "spts"), strict=True):
             grid = [
                 [
-                    _mean(
+                    mean(
                         [
                             r["score"]
                             for r in result["depths"]
@@ -273,10 +279,6 @@ def draw(result: dict[str, Any], target: Path) -> None:
             axis.set_yticks(range(5), [f"{20 * d}-{20 * d + 20}%" for d in range(5)])
         figure.colorbar(image, ax=list(axes[1]))
     figure.savefig(target, dpi=120)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 def certify(folder: Path, result: dict[str, Any]) -> None:

@@ -57,28 +57,26 @@ def repeats(tokens: list[int]) -> bool:
     return len(grams) >= 8 and len(set(grams)) < REPEATED * len(grams)
 
 
-def measure(model: Any, tokenizer: Any, item: Item, following: str, mode_spts: Any) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, item: Item, following: str) -> dict[str, Any]:
     """All measures of one prompt.
 
     Args:
         item: a prompt that asks for a free answer.
         following: text whose first part is taken as a prompt, and whose last 128 tokens are predicted after it.
-        mode_spts: the `spts` argument of the skipping mode.
     """
     inputs = encode(tokenizer, [item.text], model.device)
-    extra = {} if mode_spts is None else {"spts": mode_spts}
     with torch.no_grad():
         free = {
             name: model.generate(**inputs, do_sample=False, max_new_tokens=item.answer_tokens, **options)[0]
-            for name, options in (("dense", {"spts": False}), ("spts", extra))
+            for name, options in (("dense", {"spts": False}), ("spts", {}))
         }
     start = inputs["input_ids"].shape[1]
     own = free["dense"]
-    logs = [log_probabilities(model, own[None, :-1], len(own) - start, spts) for spts in (False, mode_spts)]
+    logs = [log_probabilities(model, own[None, :-1], len(own) - start, spts) for spts in (False, None)]
     ids = tokenizer(following, return_tensors="pt", verbose=False)["input_ids"][:, : item.tokens].to(model.device)
     target = ids[0, -128:, None]
     losses = [
-        -float(log_probabilities(model, ids[:, :-1], 128, spts).gather(1, target).mean()) for spts in (False, mode_spts)
+        -float(log_probabilities(model, ids[:, :-1], 128, spts).gather(1, target).mean()) for spts in (False, None)
     ]
     return {
         **agreement(*logs),

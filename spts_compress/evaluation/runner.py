@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from ..store import fingerprint
-from .diversity import TASKS as DIVERSITY
 from .items import Item
 
 MODES: dict[str, Any] = {"dense": False, "spts": None}  # the `spts` argument; dense is the stock model bit for bit
@@ -41,6 +40,11 @@ class Answers:
             stream.flush()
             os.fsync(stream.fileno())
         self.rows[row["key"]] = row
+
+
+def answer_key(mode_key: str, item: Item) -> str:
+    """Where an item's answer is kept; `mode_key` is what the answer depends on beside the prompt."""
+    return fingerprint(mode_key, item.text, item.follow_up, item.answer_tokens)
 
 
 def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
@@ -107,7 +111,7 @@ def run(
     with tqdm(total=len(items) * len(modes), desc="answering", unit="answer") as progress:
         for group in _groups(items, batch):
             for mode, spts in modes.items():
-                unit = {fingerprint(keys[mode], i.text, i.follow_up, i.answer_tokens): i for i in group}
+                unit = {answer_key(keys[mode], item): item for item in group}
                 missing = {key: item for key, item in unit.items() if key not in kept.rows}
                 if missing:
                     made = answers(model, tokenizer, list(missing.values()), spts)
@@ -132,10 +136,3 @@ def _groups(items: list[Item], batch: int) -> Iterator[list[Item]]:
             group = []
     if group:
         yield group
-
-
-def suite_of(task: str) -> str:
-    """Which suite a task belongs to."""
-    from .longbench import TASKS as LONGBENCH
-
-    return "longbench" if task in LONGBENCH else "diversity" if task in DIVERSITY else "ruler"
