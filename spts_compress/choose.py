@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from . import fidelity, refine
-from .cost import LayerShape
+from .cost import proxy_share
 from .modeling.configuration_spts import Proxy
 from .modeling.spts import FeedForwardProxy
 from .proxies import FeedForward, Regression, Tokens, blend, centre, log_error, low_rank, most_important, regress
@@ -61,8 +61,6 @@ def choose(
         The proxy, and what was tried: `candidates` (size, share of the dense network's operations, ranking of `check`),
         the number of the one `chosen`, and the `reason` in words.
     """
-    hidden, wide = ffn.down.shape
-    shape = LayerShape(hidden, wide, 0, 0, 0)
     regressed = regress(ffn, Regression(tokens.unit), tokens, check) if section.regression else None
 
     def rank(proxy: FeedForwardProxy) -> dict[str, float]:
@@ -74,7 +72,7 @@ def choose(
         if proxy is None or size.rank:
             proxy, improved = fit(ffn, size, tokens, check, section, regressed, share)
         row = {"channels": size.channels if size.rank else 0, "rank": size.rank, "improved": improved}
-        rows.append({**row, "cost": shape.proxy(size) / shape.feed_forward(1), **rank(proxy)})
+        rows.append({**row, "cost": proxy_share(ffn.down.shape[0], ffn.down.shape[1], size), **rank(proxy)})
         made.append(proxy)
     best = max(row["recall"] for row in rows)
     number = next(i for i, row in enumerate(rows) if row["recall"] >= best - section.tolerance)

@@ -47,6 +47,12 @@ class LayerShape:
         return projections + self.attention(tokens) + self.feed_forward(tokens)
 
 
+def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
+    """Operations of a proxy as a share of the dense feed-forward network's."""
+    shape = LayerShape(hidden, intermediate, 0, 0, 0)
+    return shape.proxy(size) / shape.feed_forward(1)
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One layer of one prefill: tokens (candidates in, active, candidates out) and operations by part."""

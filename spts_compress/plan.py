@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .cost import LayerShape, layer_costs, predicted
+from .cost import LayerShape, layer_costs, predicted, proxy_share
 from .errors import UserError
 from .modeling.configuration_spts import Proxy, Schedule
 from .tables import size, table
@@ -60,9 +60,7 @@ def memory_need(config: Any, dtype: str, tokens: int) -> int:
 
 def check_share(config: Any, section: Any) -> None:
     """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network."""
-    shape = LayerShape.of(config)
-    full = shape.proxy(Proxy(section.channels, section.rank))
-    share = full / shape.feed_forward(1)
+    share = proxy_share(config.hidden_size, config.intermediate_size, Proxy(section.channels, section.rank))
     if share > section.share:
         fits = int(section.rank * section.share / share)
         raise UserError(

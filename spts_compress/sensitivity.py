@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import __version__, capture, fidelity
 from .base import resolve
 from .choose import fit
-from .cost import LayerShape
+from .cost import proxy_share
 from .errors import UserError
 from .modeling.configuration_spts import Proxy
 from .proxies import FeedForward, Regression, Tokens, regress
@@ -191,13 +191,15 @@ def _judge(
         proxy = regressed
         if proxy is None or variant.size.rank:
             proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)
-        hidden, wide = ffn.down.shape
-        shape = LayerShape(hidden, wide, 0, 0, 0)
         seconds, ranked = perf_counter() - begin, {}
         for name, part in kept.items():
             norms = fidelity.norms(proxy, ffn, part[len(part) // 2 :])
             ranked[name] = {kind: fidelity.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
-        return {"cost": shape.proxy(variant.size) / shape.feed_forward(1), "seconds": seconds, "ranked": ranked}
+        return {
+            "cost": proxy_share(ffn.down.shape[0], ffn.down.shape[1], variant.size),
+            "seconds": seconds,
+            "ranked": ranked,
+        }
 
     return judge
 

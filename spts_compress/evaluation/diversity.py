@@ -11,8 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import UserError
-from .items import Item, chat, filled, sentences, token_count
+from .items import Item, chat, counted, filled, sentences, token_count
 from .ruler import vocabulary
 
 COLOURS = ("red", "blue", "green", "white", "black", "yellow")
@@ -132,9 +131,7 @@ def _make(task: str, index: int, tokenizer: Any, filling: list[str], length: int
     follow = None if later is None else further_turn(tokenizer, later)
     room = ANSWER_TOKENS if follow is None else 2 * ANSWER_TOKENS + token_count(tokenizer, follow)
     text = filled(build, unit, tokenizer, length - room)
-    tokens = token_count(tokenizer, text)
-    if tokens > length - room:
-        raise UserError(f"{task} does not fit into {length} tokens: the least it needs is {tokens + room}")
+    tokens = counted(task, tokenizer, text, length, room)
     scorer = "number" if answer.isdigit() else "contains"
     return Item(task, index, text, [answer], tokens, length, ANSWER_TOKENS, prefix, scorer, follow_up=follow)
 

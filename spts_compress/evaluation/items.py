@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Item:
@@ -74,6 +76,18 @@ def filled(build: Callable[[int, str], str], filler: Callable[[int], str], token
         longest(lambda count: build(size, " ".join(words[:count])), tokenizer, limit, most=len(words)) if words else 0
     )
     return build(size, " ".join(words[:count]))
+
+
+def counted(task: str, tokenizer: Any, text: str, limit: int, room: int) -> int:
+    """Tokens of a prompt.
+
+    Raises:
+        UserError: if they leave less than `room` of `limit`.
+    """
+    tokens = token_count(tokenizer, text)
+    if tokens > limit - room:
+        raise UserError(f"{task} does not fit into {limit} tokens: the least it needs is {tokens + room}")
+    return tokens
 
 
 def sentences(prose: str) -> list[str]:

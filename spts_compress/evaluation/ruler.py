@@ -11,8 +11,7 @@ from typing import Any
 
 from wonderwords import RandomWord
 
-from ..errors import UserError
-from .items import Item, chat, filled, sentences, token_count
+from .items import Item, chat, counted, filled, sentences
 
 NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -136,9 +135,7 @@ def items(
 
 
 def _item(task: str, index: int, tokenizer: Any, text: str, limit: int, answer: int, **more: Any) -> Item:
-    tokens = token_count(tokenizer, text)
-    if tokens > limit - answer:
-        raise UserError(f"{task} does not fit into {limit} tokens: the least it needs is {tokens + answer}")
+    tokens = counted(task, tokenizer, text, limit, answer)
     return Item(task, index, text, tokens=tokens, limit=limit, answer_tokens=answer, **more)
 
 
