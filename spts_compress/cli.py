@@ -138,12 +138,12 @@ def evaluate(
     if suites:
         options["suites"] = suites
     request = work.Request(lengths=tuple(_numbers("--lengths", lengths) or ()), **options).checked()
-    model, tokenizer = work.load(folder, None if rescore else device, dtype)
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if not rescore:
+        model, tokenizer = work.load(folder, device, dtype)
         work.collect(model, tokenizer, folder, request, output)
-    result = work.summarise(output, tokenizer)
+    result = work.summarise(output)
     click.echo(work.save(result, output))
     if certify:
         work.certify(folder, result)

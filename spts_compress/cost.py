@@ -55,10 +55,11 @@ def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of one prefill: tokens (candidates in, active, candidates out) and operations by part."""
+    """One layer of one prefill: tokens (see `Counts`) and operations by part."""
 
     entering: int
     active: int
+    changed: int
     leaving: int
     probing: float
     attention: float
@@ -74,11 +75,12 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
     shape = LayerShape.of(config)
     costs = []
     for layer in range(config.num_hidden_layers):
-        entering, active, leaving = schedule.counts(layer, length)
+        entering, active, changed, leaving = schedule.counts(layer, length)
         probing = 0.0
-        if active < entering or leaving < entering:
+        carries = schedule.probe.carry > 0 and layer >= schedule.start and schedule.skips(length)
+        if min(active, changed, leaving) < entering or carries:
             probing += 2.0 * schedule.probe.queries * entering * shape.heads * shape.head_dim
-        if active < entering and schedule.feed_forward in ("proxy", "relative"):
+        if changed < entering and schedule.feed_forward in ("proxy", "relative"):
             probing += entering * shape.proxy(schedule.proxy_of(layer))
         attention = (
             shape.project(entering, shape.kv_heads)
@@ -86,8 +88,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
             + 2 * shape.project(active, shape.heads)
             + shape.attention(active)
         )
-        changed = entering if schedule.feed_forward == "all" else active
-        costs.append(LayerCost(entering, active, leaving, probing, attention, shape.feed_forward(changed)))
+        costs.append(LayerCost(entering, active, changed, leaving, probing, attention, shape.feed_forward(changed)))
     return costs
 
 

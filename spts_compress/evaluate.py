@@ -42,12 +42,6 @@ class Request:
     longbench: str | None = None
     batch: int = 1
 
-    @classmethod
-    def from_plain(cls, data: dict[str, Any]) -> "Request":
-        """From `asdict`, as JSON gives it back."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
-
     def checked(self) -> "Request":
         """Raises UserError for unknown or contradictory values."""
         for suite in self.suites:
@@ -94,13 +88,8 @@ def all_items(request: Request, tokenizer: Any) -> list[Item]:
     return made
 
 
-def free_items(request: Request, tokenizer: Any, length: int) -> list[Item]:
-    """The prompts of the suite `fidelity`."""
-    return agreement.items(tokenizer, prose_of(request), length, request.items, FREE_TOKENS)
-
-
-def load(folder: Path, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """The checkpoint with its own code, and its tokenizer; no model if `device` is None.
+def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    """The checkpoint with its own code, and its tokenizer.
 
     Raises:
         UserError: if the folder holds no checkpoint of this toolkit.
@@ -109,8 +98,6 @@ def load(folder: Path, device: str | None, dtype: str) -> tuple[Any, Any]:
 
     read_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    if device is None:
-        return None, tokenizer
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     return model.to(device).eval(), tokenizer
@@ -140,29 +127,35 @@ def free_key(spts_key: str, item: Item) -> str:
 
 
 def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: Path) -> None:
-    """Run everything; each answer is in `output`/answers.jsonl at once, and what is there is not run again."""
+    """Run everything; each answer is in `output`/answers.jsonl at once, and what is there is not run again.
+
+    `output`/setting.json says beforehand which answers belong to this evaluation, so that a stopped one can be scored.
+    """
     kept = Answers(output / "answers.jsonl")
     how = computed_how(model)
     keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
-    items = all_items(request, tokenizer)
+    items, free, prose = all_items(request, tokenizer), [], ""
+    if "fidelity" in request.suites:
+        prose = prose_of(request)
+        for length in request.lengths:
+            free += agreement.items(tokenizer, prose, length, request.items, FREE_TOKENS)
+        prose = "\n\n".join(sentences(prose))
+    wanted = {mode: [answer_key(key, item) for item in items] for mode, key in keys.items()}
+    wanted["fidelity"] = [free_key(keys["spts"], item) for item in free]
+    setting = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
+    with writing(output / "setting.json") as partial:
+        partial.write_text(json.dumps({**setting, "answers": wanted}))
     for _ in run(model, tokenizer, items, keys, kept, request.batch):
         pass
-    if "fidelity" in request.suites:
-        prose = "\n\n".join(sentences(prose_of(request)))
-        todo = [item for length in request.lengths for item in free_items(request, tokenizer, length)]
-        for item in tqdm(todo, desc="fidelity", unit="prompt"):
-            key = free_key(keys["spts"], item)
-            if key not in kept.rows:
-                begin = item.index * len(prose) // request.items
-                following = prose[begin:] + prose[:begin]
-                found = agreement.measure(model, tokenizer, item, following)
-                kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
-    wanted = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
-    (output / "setting.json").write_text(json.dumps(wanted, indent=1) + "\n")
+    for item, key in zip(tqdm(free, desc="fidelity", unit="prompt"), wanted["fidelity"], strict=True):
+        if key not in kept.rows:
+            begin = item.index * len(prose) // request.items
+            found = agreement.measure(model, tokenizer, item, prose[begin:] + prose[:begin])
+            kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
 
 
-def summarise(output: Path, tokenizer: Any) -> dict[str, Any]:
-    """Score the answers kept in `output`; no model is run.
+def summarise(output: Path) -> dict[str, Any]:
+    """Score the answers kept in `output`; no model is run and no prompt is made.
 
     Raises:
         UserError: if there are none.
@@ -170,24 +163,18 @@ def summarise(output: Path, tokenizer: Any) -> dict[str, Any]:
     try:
         setting = json.loads((output / "setting.json").read_text())
     except OSError:
-        raise UserError(f"{output}: no finished evaluation there") from None
-    request = Request.from_plain(setting["request"])
-    kept, keys, rows = Answers(output / "answers.jsonl"), setting["keys"], []
-    for item in all_items(request, tokenizer):
-        for mode in ("dense", "spts"):
-            key = answer_key(keys[mode], item)
-            if key in kept.rows:
-                rows.append({**kept.rows[key], **item.plain(), "mode": mode})
+        raise UserError(f"{output}: no evaluation there") from None
+    kept, wanted = Answers(output / "answers.jsonl").rows, setting.pop("answers")
+    found = {mode: [kept[key] for key in keys if key in kept] for mode, keys in wanted.items()}
+    missing = sum(len(keys) for keys in wanted.values()) - sum(len(rows) for rows in found.values())
+    rows = [{**row, "mode": mode} for mode in ("dense", "spts") for row in found[mode]]
     scored = recovery.score_rows(rows)
-    result: dict[str, Any] = {"setting": setting, "tasks": recovery.summary(scored), "fidelity": []}
-    for length in request.lengths if "fidelity" in request.suites else ():
-        found = [
-            kept.rows[key]
-            for item in free_items(request, tokenizer, length)
-            if (key := free_key(keys["spts"], item)) in kept.rows
-        ]
-        if found:
-            result["fidelity"].append({"length": length, **_fidelity(found)})
+    result: dict[str, Any] = {"setting": setting, "missing": missing, "tasks": recovery.summary(scored)}
+    result["fidelity"] = [
+        {"length": length, **_fidelity(measured)}
+        for length in setting["request"]["lengths"]
+        if (measured := [row for row in found["fidelity"] if row["limit"] == length])
+    ]
     result["depths"] = [
         {k: row[k] for k in ("task", "limit", "depth", "mode", "score")} for row in scored if row["depth"] is not None
     ]
@@ -215,6 +202,8 @@ def as_tables(result: dict[str, Any]) -> str:
         lines.append([row["task"], row["length"], row["items"], *scores, recovered])
     heads = ["task", "tokens", "items", "dense", "SPTS", "recovery (95% interval)"]
     parts = [table(heads, lines)] if lines else []
+    if result["missing"]:
+        parts.insert(0, f"Not finished: {result['missing']} answers are missing.")
     if result["fidelity"]:
         lines = [
             [
@@ -282,8 +271,16 @@ def draw(result: dict[str, Any], target: Path) -> None:
 
 
 def certify(folder: Path, result: dict[str, Any]) -> None:
-    """Put the result into the checkpoint: a file for machines, and a section of the model card."""
-    key = checkpoint_key(folder)
+    """Put the result into the checkpoint: a file for machines, and a section of the model card.
+
+    Raises:
+        UserError: if answers are missing, or are another checkpoint's.
+    """
+    key, setting = checkpoint_key(folder), result["setting"]
+    if setting["keys"]["spts"] != fingerprint(key, setting["how"]):
+        raise UserError(f"{folder}: these answers are another checkpoint's; run evaluate without --rescore")
+    if result["missing"]:
+        raise UserError(f"{folder}: {result['missing']} answers are missing; run evaluate without --rescore")
     data = {"checkpoint": key, **{name: result[name] for name in ("setting", "tasks", "fidelity")}}
     with writing(folder / CERTIFICATE) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")
@@ -292,7 +289,6 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     begin, end = MARKS
     if begin in whole and end in whole:
         whole = whole[: whole.index(begin)].rstrip() + "\n" + whole[whole.index(end) + len(end) :]
-    setting = result["setting"]
     machine, request = setting["hardware"], setting["request"]
     haystack = "a folder of the user's" if request["haystack"] else "the Python language reference"
     tried = {row["task"] for row in result["tasks"]}

@@ -115,8 +115,8 @@ def fit_proxies(
     relative = schedule.feed_forward == "relative"
     shares = {}
     for layer in layers:
-        entering, active, _ = schedule.counts(layer, max(recipe.report.lengths))
-        shares[layer] = active / entering
+        counts = schedule.counts(layer, max(recipe.report.lengths))
+        shares[layer] = counts.changed / counts.entering
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
     missing = [
         layer

@@ -25,15 +25,20 @@ def proxy_parameters(config: Any, schedule: Schedule) -> int:
     return sum(2 * size_.rank * (hidden + size_.channels) + 2 * hidden + 1 for size_ in sizes)
 
 
+def _counts(tokens: tuple[int, int, int]) -> str:
+    entering, active, changed = tokens
+    return f"{active} of {entering}" + (f", FFN {changed}" if changed != active else "")
+
+
 def schedule_table(config: Any, schedule: Schedule, lengths: list[int]) -> str:
-    """Candidates and active tokens per layer; runs of equal layers share a row."""
+    """Candidates and active tokens per layer (those of the FFN where they differ); equal layers share a row."""
     columns = [layer_costs(config, schedule, length) for length in lengths]
-    counts = list(zip(*[[(c.entering, c.active) for c in column] for column in columns], strict=True))
+    counts = list(zip(*[[(c.entering, c.active, c.changed) for c in column] for column in columns], strict=True))
     rows, first = [], 0
     for layer in range(1, len(counts) + 1):
         if layer == len(counts) or counts[layer] != counts[first]:
             name = f"{first}" if layer == first + 1 else f"{first}-{layer - 1}"
-            rows.append([name, *(f"{active} of {entering}" for entering, active in counts[first])])
+            rows.append([name, *map(_counts, counts[first])])
             first = layer
     return table(["layers", *(f"{n} tokens" for n in lengths)], rows)
 
@@ -82,7 +87,8 @@ def describe(name: str, config: Any, schedule: Schedule, lengths: list[int], dty
             f"model     {name}: {config.model_type}, {config.num_hidden_layers} layers, "
             f"hidden size {config.hidden_size}, {parameters(config) / 1e9:.2f}B parameters, {dtype}",
             f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, probe: last "
-            f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, pooled over {schedule.probe.pool}; "
+            f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, carrying {schedule.probe.carry:g}, "
+            f"pooled over {schedule.probe.pool}; "
             f"first {schedule.keep_first} and last {schedule.always_last} tokens always active",
             f"proxies   {config.num_hidden_layers - schedule.start} layers, {_sizes(schedule)}: "
             f"{probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",

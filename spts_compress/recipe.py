@@ -109,11 +109,13 @@ class StageSection(Section):
     end: Natural
     budget: Amount
     prune_to: Amount | None = None
+    ffn_budget: Amount | None = None
 
 
 class ProbeSection(Section):
     queries: Positive = 1
     heads: Literal["mean", "max"] = "mean"
+    carry: Annotated[float, Field(ge=0, le=1)] = 0.0
     pool: Positive = 1
 
 
@@ -284,6 +286,7 @@ def _known_keys(where: tuple) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "budget": AmountSection,
         "prune_to": AmountSection,
+        "ffn_budget": AmountSection,
         "probe": ProbeSection,
         "stages": StageSection,
     }

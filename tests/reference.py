@@ -104,7 +104,7 @@ class Reference:
                 self.margin = min(self.margin, gap if gap > 0 else float("inf"))
         return sorted(order[:count])
 
-    def probe(self, x, keys, positions, layer):
+    def probe(self, x, keys, positions, layer, carried):
         probe = self.s.get("probe", {})
         w = min(probe.get("queries", 1), len(x))
         group = self.c.num_attention_heads // self.c.num_key_value_heads
@@ -122,6 +122,8 @@ class Reference:
             raw = [sum(col) / len(per_head) for col in zip(*per_head, strict=True)]
         else:
             raw = [max(col) for col in zip(*per_head, strict=True)]
+        if carried is not None:
+            raw = [s + probe.get("carry", 0) * carried[p] for s, p in zip(raw, positions, strict=True)]
         reach = probe.get("pool", 1) // 2
         pooled = [max(raw[max(0, i - reach) : i + reach + 1]) for i in range(n)]
         return pooled, raw
@@ -132,7 +134,7 @@ class Reference:
         n = len(tokens)
         x = [self.w["model.embed_tokens.weight"][t] for t in tokens]
         positions = list(range(n))
-        last_budget = None
+        last_budget = carried = None
         pruned = {}
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
@@ -143,7 +145,8 @@ class Reference:
             if skipping:
                 stage = next((s for s in self.s["stages"] if layer <= s["end"]), self.s["stages"][-1])
                 last_budget = min(len(x), self.amount(stage["budget"], n))
-                score, raw = self.probe(normed, keys, positions, layer)
+                score, raw = self.probe(normed, keys, positions, layer, carried)
+                carried = dict(zip(positions, raw, strict=True))
                 places = self.top(score, raw, last_budget)
             held = {
                 "pos": [positions[i] for i in places],
@@ -158,14 +161,17 @@ class Reference:
             normed = [self.norm(v, p + "post_attention_layernorm") for v in x]
             places = range(len(x))
             choice = self.s.get("feed_forward", "proxy")
-            if skipping and last_budget < len(x) and choice != "all":
+            ffn_budget = len(x)
+            if skipping and choice != "all":
+                ffn_budget = min(len(x), self.amount(stage.get("ffn_budget") or stage["budget"], n))
+            if ffn_budget < len(x):
                 change = score
                 if choice != "attention":
                     change = [self.predicted_norm(v, layer) * s for v, s in zip(x, score, strict=True)]
                 if choice == "relative":
                     size = [torch.sqrt((v * v).mean() + self.c.rms_norm_eps) for v in x]
                     change = [c / float(s) for c, s in zip(change, size, strict=True)]
-                places = self.top(change, raw, last_budget)
+                places = self.top(change, raw, ffn_budget)
             for i in places:
                 x[i] = x[i] + self.ffn(normed[i], layer)
             if skipping and layer == stage["end"] and stage.get("prune_to") is not None:

@@ -28,6 +28,11 @@ def schedules(draw, layers: int = 5):
             if "prune_to" in stage:
                 least = 22 if following is stages[-1] else following["budget"]
                 stage["prune_to"] = {"fraction": fraction, "floor": least}
+    if draw(st.booleans()):  # of the feed-forward network alone; at most what pruning leaves
+        stages[-1]["ffn_budget"] = {"fraction": 0.2, "floor": 2, "cap": 8}
+        if len(stages) > 1 and "prune_to" in stages[-2]:
+            stages[-1]["ffn_budget"] = stages[-1]["budget"]
+        stages[0]["ffn_budget"] = draw(st.integers(1, 40))
     sizes = [{"channels": 12, "rank": 4}, {"channels": 1, "rank": 0}]
     return dict(
         start=start,
@@ -36,6 +41,7 @@ def schedules(draw, layers: int = 5):
         probe={
             "queries": draw(st.sampled_from([1, 1, 2, 5])),
             "heads": draw(st.sampled_from(["mean", "max"])),
+            "carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
             "pool": draw(st.sampled_from([1, 1, 3, 7])),
         },
         keep_first=draw(st.integers(0, 3)),

@@ -5,7 +5,7 @@ neither torch nor spts_compress.
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 HEAD_REDUCTIONS = ("mean", "max")
 FEED_FORWARD_CHOICES = ("proxy", "relative", "attention", "all")
@@ -40,12 +40,19 @@ class Amount:
 class Stage:
     """Layers that share one candidate set, up to layer `end` (inclusive).
 
-    `budget`: tokens active in each of the stage's layers. `prune_to`: candidates left after layer `end` (None: all).
+    `budget`: tokens active in each of the stage's layers, in attention and (unless there is an `ffn_budget`) in the
+    feed-forward network. `prune_to`: candidates left after layer `end` (None: all).
     """
 
     end: int
     budget: Amount
     prune_to: Amount | None = None
+    ffn_budget: Amount | None = None
+
+    @property
+    def changed(self) -> Amount:
+        """Tokens that the feed-forward network runs on."""
+        return self.budget if self.ffn_budget is None else self.ffn_budget
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,13 @@ class Probe:
     """Partial Attention Probing: how the last queries score the candidates.
 
     `queries`: number of last queries (the paper's: 1). `heads`: how the heads' scores are reduced, "mean" or "max".
-    `pool`: width of the max-pooling over neighbouring candidates (odd; 1: none).
+    `carry`: how much of the skipping layers' scores before is added to a layer's own, as S + carry * (the sum carried
+    so far): some layers rank badly. `pool`: width of the max-pooling over neighbouring candidates (odd; 1: none).
     """
 
     queries: int = 1
     heads: str = "mean"
+    carry: float = 0.0
     pool: int = 1
 
 
@@ -68,6 +77,16 @@ class Proxy:
 
     channels: int
     rank: int
+
+
+class Counts(NamedTuple):
+    """Tokens of a layer: candidates coming in, active ones in attention and in the feed-forward network, candidates
+    going on."""
+
+    entering: int
+    active: int
+    changed: int
+    leaving: int
 
 
 @dataclass(frozen=True)
@@ -108,33 +127,37 @@ class Schedule:
         """Tokens `amount` stands for in a prompt of `length` tokens; never fewer than the always active ones."""
         return min(length, max(amount.at(length), self.keep_first + self.always_last))
 
-    def counts(self, layer: int, length: int) -> tuple[int, int, int]:
-        """Candidates entering `layer`, active tokens in it, and candidates leaving it, for a prompt of `length`."""
+    def counts(self, layer: int, length: int) -> Counts:
+        """Tokens of `layer` for a prompt of `length` tokens."""
         entering = length
         if layer < self.start or not self.skips(length):
-            return length, length, length
+            return Counts(length, length, length, length)
         number = self.stage_of(layer)
         for stage in self.stages[:number]:
             if stage.prune_to is not None:
                 entering = min(entering, self.tokens(stage.prune_to, length))
         stage = self.stages[number]
         active = min(entering, self.tokens(stage.budget, length))
+        changed = entering if self.feed_forward == "all" else min(entering, self.tokens(stage.changed, length))
         leaving = entering
         if layer == stage.end and stage.prune_to is not None:
             leaving = min(entering, self.tokens(stage.prune_to, length))
-        return entering, active, leaving
+        return Counts(entering, active, changed, leaving)
 
     def skips(self, length: int) -> bool:
         """Whether a prompt of `length` tokens has any token to skip."""
         if not self.enabled or length < self.min_length:
             return False
-        return any(self.tokens(stage.budget, length) < length for stage in self.stages)
+        kept = (min(self.tokens(a, length) for a in (stage.budget, stage.changed)) for stage in self.stages)
+        return min(kept) < length
 
     def to_dict(self) -> dict[str, Any]:
         """The `spts` block: plain numbers where an amount is a plain count."""
         block = asdict(self)
         for stage in block["stages"]:
-            for name in ("budget", "prune_to"):
+            if stage["ffn_budget"] is None:
+                del stage["ffn_budget"]
+            for name in stage.keys() - {"end"}:
                 amount = stage[name]
                 if amount is not None and not amount["fraction"] and amount["cap"] is None:
                     stage[name] = amount["floor"]
@@ -175,7 +198,8 @@ class Schedule:
                 f"{where}.end is {stage.end}; it must be {previous + 1} to {num_layers - 1}",
             )
             previous = stage.end
-            for name, amount in (("budget", stage.budget), ("prune_to", stage.prune_to)):
+            for name in ("budget", "prune_to", "ffn_budget"):
+                amount = getattr(stage, name)
                 if amount is not None:
                     check(0 <= amount.fraction <= 1, f"{where}.{name}.fraction is {amount.fraction}; it must be 0 to 1")
                     check(amount.floor >= 0, f"{where}.{name}.floor is {amount.floor}; it must not be negative")
@@ -185,15 +209,17 @@ class Schedule:
                         f"{where}.{name}.cap is {amount.cap}; it must be at least the floor",
                     )
             if i + 1 < len(self.stages):
-                following = self.stages[i + 1].budget
-                check(
-                    stage.prune_to is None or stage.prune_to.covers(following),
-                    f"{where}.prune_to is less than stages[{i + 1}].budget; it must be at least that",
-                )
+                for name in ("budget", "ffn_budget"):
+                    following = getattr(self.stages[i + 1], name)
+                    check(
+                        stage.prune_to is None or following is None or stage.prune_to.covers(following),
+                        f"{where}.prune_to is less than stages[{i + 1}].{name}; it must be at least that",
+                    )
             else:
                 check(stage.prune_to is None, f"{where}.prune_to is set; nothing is pruned after the last stage")
         check(self.probe.queries >= 1, f"probe.queries is {self.probe.queries}; it must be at least 1")
         check(self.probe.heads in HEAD_REDUCTIONS, f"probe.heads is {self.probe.heads!r}; it must be mean or max")
+        check(0 <= self.probe.carry <= 1, f"probe.carry is {self.probe.carry}; it must be 0 to 1")
         check(
             self.probe.pool >= 1 and self.probe.pool % 2 == 1,
             f"probe.pool is {self.probe.pool}; it must be odd and at least 1",
@@ -223,7 +249,7 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
         return None
     known = {f.name: f for f in fields(kind)}
     faults += [f"{where}.{key} is unknown; known are {', '.join(known)}" for key in value if key not in known]
-    nested = {"budget": Amount, "prune_to": Amount, "probe": Probe}
+    nested = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe}
     lists = {"stages": Stage, "proxy": Proxy}
     built = {}
     for key in known:
@@ -234,13 +260,13 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
             built[key] = tuple(_read(lists[key], part, f"{where}.{key}[{i}]", faults) for i, part in enumerate(item))
         elif key == "proxy":
             built[key] = (_read(Proxy, item, f"{where}.{key}", faults),)
-        elif key in nested and not (key == "prune_to" and item is None):
+        elif key in nested and not (item is None and key in ("prune_to", "ffn_budget")):
             built[key] = _read(nested[key], item, f"{where}.{key}", faults)
         else:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
             text, flag = isinstance(item, str), isinstance(item, bool)
-            fits = {"fraction": number, "heads": text, "feed_forward": text, "enabled": flag}.get(key, whole)
+            fits = {"fraction": number, "carry": number, "heads": text, "feed_forward": text, "enabled": flag}.get(key, whole)
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
             built[key] = item

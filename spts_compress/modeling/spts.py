@@ -51,9 +51,8 @@ def probe_scores(
     key: torch.Tensor,
     scaling: float,
     heads: str = "mean",
-    pool: int = 1,
     valid: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Attention that the last queries pay to every candidate (PAP).
 
     Args:
@@ -61,11 +60,10 @@ def probe_scores(
         key: rotated keys of all candidates, (B, G, T, d).
         scaling: factor of the attention logits.
         heads: how heads are reduced, "mean" or "max".
-        pool: width of the max-pooling over neighbouring candidates (1: none).
         valid: which candidates are not padding, (B, T); None if all are.
 
     Returns:
-        Pooled and raw scores, both (B, T) in float32, zero on padding.
+        Scores (B, T) in float32, zero on padding.
     """
     batch, num_heads, window, _ = query.shape
     groups, candidates = key.shape[1:3]
@@ -82,12 +80,15 @@ def probe_scores(
         asking = valid[:, None, -window:, None]
         raw = (torch.softmax(logits, dim=-1) * asking).sum(dim=2) / asking.sum(dim=2)
     raw = raw.mean(dim=1) if heads == "mean" else raw.amax(dim=1)
-    if valid is not None:
-        raw = raw * valid
-    if pool == 1:
-        return raw, raw
-    pooled = nn.functional.max_pool1d(raw[:, None], pool, stride=1, padding=pool // 2)[:, 0]
-    return (pooled if valid is None else pooled * valid), raw
+    return raw if valid is None else raw * valid
+
+
+def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The largest score among `width` neighbouring candidates, (B, T); zero on padding."""
+    if width == 1:
+        return raw
+    pooled = nn.functional.max_pool1d(raw[:, None], width, stride=1, padding=width // 2)[:, 0]
+    return pooled if valid is None else pooled * valid
 
 
 def select(
@@ -320,10 +321,12 @@ class Count:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one skipping layer does: candidates coming in, active tokens, candidates going on to the next layer."""
+    """What one skipping layer does: candidates coming in, active ones in attention and in the feed-forward network
+    (`changed`), candidates going on to the next layer."""
 
     entering: Count
     active: Count
+    changed: Count
     leaving: Count
     keep_first: int
     keep_last: int
@@ -338,12 +341,16 @@ class LayerPlan:
     def prunes(self) -> bool:
         return self.leaving is not self.entering
 
+    @property
+    def ranks(self) -> bool:
+        """Whether candidates are scored: for a choice here, or (in every row of a batch alike) for later layers."""
+        return self.skips or self.prunes or self.changed is not self.entering or self.probe.carry > 0
+
     def to(self, device: Any, **_: Any) -> "LayerPlan":
         """The plan on a device; accelerate calls this where layers are on several."""
-        counts = (self.entering, self.active, self.leaving)
-        moved = {id(count): count.to(device) for count in counts}  # equal counts stay one object
-        entering, active, leaving = (moved[id(count)] for count in counts)
-        return replace(self, entering=entering, active=active, leaving=leaving)
+        names = ("entering", "active", "changed", "leaving")
+        moved = {id(count): count.to(device) for count in (getattr(self, name) for name in names)}
+        return replace(self, **{name: moved[id(getattr(self, name))] for name in names})  # equal ones stay one object
 
     def pin(self, score: torch.Tensor) -> torch.Tensor:
         """Scores (B, T) with those of the always active tokens raised above all others."""
@@ -422,8 +429,9 @@ class SkippingDecoderLayer:
     eager_attention: Any
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, plan: LayerPlan | None = None, **kwargs: Any) -> Any:
-        """Stock layer without `plan`; with it, three results: hidden states (B, T, D), places of the tokens active in
-        attention (B, M), and places of the candidates to go on with (B, T'); None for places means all candidates."""
+        """Stock layer without `plan`; with it, four results: hidden states (B, T, D), places of the tokens active in
+        attention (B, M), places of the candidates to go on with (B, T'), where None means all candidates, and their
+        scores (B, T) before pooling, None if nothing was ranked."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return self._skip(hidden_states, plan=plan, **kwargs)
@@ -439,10 +447,11 @@ class SkippingDecoderLayer:
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         attention = self.self_attn
         cos, sin = position_embeddings
-        entering, active = plan.entering, plan.active
+        entering, active, changed = plan.entering, plan.active, plan.changed
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
             return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
@@ -451,10 +460,13 @@ class SkippingDecoderLayer:
         normed = normalise(self.input_layernorm, hidden_states)
         key = self._rotate(heads(attention.k_proj(normed)), cos, sin)
         chosen = score = raw = None
-        if plan.skips or plan.prunes:
+        if plan.ranks:
             window = min(plan.probe.queries, entering.width)
             query = self._rotate(heads(attention.q_proj(normed[:, -window:])), cos[:, -window:], sin[:, -window:])
-            score, raw = probe_scores(query, key, attention.scaling, plan.probe.heads, plan.probe.pool, entering.valid)
+            raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid)
+            if plan.probe.carry and carried is not None:
+                raw = raw + plan.probe.carry * carried
+            score = pool_scores(raw, plan.probe.pool, entering.valid)
             ranked = plan.pin(score)
         if plan.skips:
             chosen = select(ranked, raw, active.width, active.rows, entering.valid)
@@ -477,21 +489,21 @@ class SkippingDecoderLayer:
             hidden_states = put(hidden_states, chosen, take(hidden_states, chosen) + output, active.valid)
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
-        if chosen is None or plan.feed_forward == "all":
+        if changed is entering:
             hidden_states = hidden_states + self.mlp(normalise(self.post_attention_layernorm, hidden_states))
         else:
             change = ranked
             if plan.feed_forward != "attention":
                 change = plan.pin(self.proxy(hidden_states, plan.feed_forward == "relative") * score)
-            changed = select(change, raw, active.width, active.rows, entering.valid)
-            states = take(hidden_states, changed)
+            where = select(change, raw, changed.width, changed.rows, entering.valid)
+            states = take(hidden_states, where)
             states = states + self.mlp(normalise(self.post_attention_layernorm, states))
-            hidden_states = put(hidden_states, changed, states, active.valid)
+            hidden_states = put(hidden_states, where, states, changed.valid)
 
         keep = None
         if plan.prunes:
             keep = select(ranked, raw, plan.leaving.width, plan.leaving.rows, entering.valid)
-        return hidden_states, chosen, keep
+        return hidden_states, chosen, keep, raw
 
 
 class SkippingPreTrainedModel:
@@ -657,18 +669,21 @@ class SkippingModel(SkippingPreTrainedModel):
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
         states, cos, sin = states[:, -width:].clone(), rotary[0][:, -width:], rotary[1][:, -width:]
         masks: dict[int, Any] = {}
+        carried = None
         for layer, plan in zip(self.layers[schedule.start :], plans, strict=True):
             active = plan.active
             if id(active) not in masks:  # not by width: rows may be filled differently
                 shape = states.new_empty(states.shape[0], active.width, 0)
                 masks = {id(active): create_causal_mask(self.config, shape, active.valid, None)}
-            states, chosen, keep = layer(
+            states, chosen, keep, scores = layer(
                 states,
                 plan=plan,
                 attention_mask=masks[id(active)],
                 position_embeddings=(cos, sin),
                 past_key_values=past_key_values,
+                carried=carried,
             )
+            carried = carried if scores is None else scores
             if request.positions and past_key_values is not None:
                 held = where if chosen is None else take(where, chosen.to(device))
                 note_positions(past_key_values.layers[layer.self_attn.layer_idx], held, slots, lengths)
@@ -677,6 +692,7 @@ class SkippingModel(SkippingPreTrainedModel):
                     every = put(every, where, states.to(device), plan.entering.valid)
                 here = keep.to(device)  # layers may be on several devices
                 states, cos, sin, where = take(states, keep), take(cos, here), take(sin, here), take(where, here)
+                carried = None if carried is None else take(carried, keep)
         states = states[:, -1:] if every is None else put(every, where, states.to(device), plan.leaving.valid)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
 
