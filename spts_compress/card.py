@@ -8,6 +8,7 @@ from .base import Base
 from .modeling.configuration_spts import Schedule
 from .plan import schedule_table
 from .report import fidelity_table, quality_table, speed_table
+from .search import findings
 
 CITATION = """@misc{spts2026,
   title = {Self-Predictive Token Skipping},
@@ -25,6 +26,21 @@ def license_of(base: Base) -> dict[str, Any]:
         return {}
     data = ModelCard.load(card).data.to_dict()
     return {name: data[name] for name in ("license", "license_name", "license_link", "language") if data.get(name)}
+
+
+def _searched(found: dict | None) -> str:
+    """The search's section, empty if the schedule was given."""
+    if found is None:
+        return ""
+    return f"""
+## Search
+
+The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one.
+
+{findings.as_text(found)}
+
+![Agreement with dense against cost; all candidates by start layer; tokens that the winners keep](search.png)
+"""
 
 
 def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> str:
@@ -76,11 +92,12 @@ your own task against `spts=False` before you rely on it.
 
 ## Schedule
 
-Active tokens of the candidates, per layer (probe: last {probe.queries} queries, {probe.heads} over heads, pooled over
-{probe.pool}; first {schedule.keep_first} and last {schedule.always_last} tokens always active):
+Active tokens of the candidates, per layer (probe: last {probe.queries} queries, {probe.heads} over heads, carrying
+{probe.carry:g}, pooled over {probe.pool}; first {schedule.keep_first} and last {schedule.always_last} tokens always
+active):
 
 {schedule_table(base.config, schedule, lengths)}
-
+{_searched(report.get("search"))}
 ## Proxies
 
 Ranking of calibration tokens that nothing was fitted or chosen on, by the predicted norm of the feed-forward output

@@ -10,6 +10,7 @@ from .modeling.configuration_spts import Schedule
 from .pipeline import REPORT
 from .plan import describe
 from .report import fidelity_table, quality_table, speed_table
+from .search import findings
 from .tables import size
 
 
@@ -44,4 +45,6 @@ def inspect(folder: Path) -> str:
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0), files]
     if report:
         parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
+        if report.get("search"):
+            parts.append(findings.as_text(report["search"]))
     return "\n\n".join(parts)

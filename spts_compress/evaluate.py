@@ -2,8 +2,9 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,19 @@ def all_items(request: Request, tokenizer: Any) -> list[Item]:
     return made
 
 
+def free_items(request: Request, tokenizer: Any) -> list[Item]:
+    """The prompts of the suite `fidelity`: about the haystack, and LongBench's if its folder is given."""
+    prose, made = prose_of(request), []
+    bench = longbench.LongBench(request.longbench) if request.longbench else None
+    for length in request.lengths:
+        made += agreement.items(tokenizer, prose, length, request.items, FREE_TOKENS)
+        for task in bench.tasks() if bench else ():
+            if not request.tasks or task in request.tasks:
+                found = bench.items(task, tokenizer, length, request.items)
+                made += [replace(item, answer_tokens=FREE_TOKENS) for item in found]
+    return made
+
+
 def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """The checkpoint with its own code, and its tokenizer.
 
@@ -136,10 +150,7 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
     keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
     items, free, prose = all_items(request, tokenizer), [], ""
     if "fidelity" in request.suites:
-        prose = prose_of(request)
-        for length in request.lengths:
-            free += agreement.items(tokenizer, prose, length, request.items, FREE_TOKENS)
-        prose = "\n\n".join(sentences(prose))
+        free, prose = free_items(request, tokenizer), "\n\n".join(sentences(prose_of(request)))
     wanted = {mode: [answer_key(key, item) for item in items] for mode, key in keys.items()}
     wanted["fidelity"] = [free_key(keys["spts"], item) for item in free]
     setting = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
@@ -150,7 +161,8 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
     for item, key in zip(tqdm(free, desc="fidelity", unit="prompt"), wanted["fidelity"], strict=True):
         if key not in kept.rows:
             begin = item.index * len(prose) // request.items
-            found = agreement.measure(model, tokenizer, item, prose[begin:] + prose[:begin])
+            following = prose[begin:] + prose[:begin] if item.task == agreement.TASK else None
+            found = agreement.measure(model, tokenizer, item, following)
             kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
 
 
@@ -171,9 +183,10 @@ def summarise(output: Path) -> dict[str, Any]:
     scored = recovery.score_rows(rows)
     result: dict[str, Any] = {"setting": setting, "missing": missing, "tasks": recovery.summary(scored)}
     result["fidelity"] = [
-        {"length": length, **_fidelity(measured)}
+        {"length": length, "prompts": source, **_fidelity(measured)}
         for length in setting["request"]["lengths"]
-        if (measured := [row for row in found["fidelity"] if row["limit"] == length])
+        for source in ("haystack", "LongBench")
+        if (measured := [r for r in found["fidelity"] if r["limit"] == length and _source(r) == source])
     ]
     result["depths"] = [
         {k: row[k] for k in ("task", "limit", "depth", "mode", "score")} for row in scored if row["depth"] is not None
@@ -181,14 +194,22 @@ def summarise(output: Path) -> dict[str, Any]:
     return result
 
 
+def _source(row: dict) -> str:
+    return "haystack" if row["task"] == agreement.TASK else "LongBench"
+
+
 def _fidelity(rows: list[dict]) -> dict[str, Any]:
     modes = ("dense", "spts")
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    losses = [r["loss"] for r in rows if r["loss"]]
     return {
         "items": len(rows),
         "kl": mean([r["kl"] for r in rows]),
         "top1": mean([r["top1"] for r in rows]),
+        "interval": recovery.interval([1.0] * len(rows), [r["top1"] for r in rows]),
+        "tasks": {task: mean([r["top1"] for r in rows if r["task"] == task]) for task in tasks},
         "repeats": {m: sum(r["repeats"][m] for r in rows) for m in modes},
-        "perplexity": {m: float(torch.tensor(mean([r["loss"][m] for r in rows])).exp()) for m in modes},
+        "perplexity": {m: math.exp(mean([loss[m] for loss in losses])) for m in modes} if losses else None,
     }
 
 
@@ -207,16 +228,19 @@ def as_tables(result: dict[str, Any]) -> str:
     if result["fidelity"]:
         lines = [
             [
+                row["prompts"],
                 row["length"],
                 row["items"],
-                f"{row['top1']:.0%}",
+                f"{row['top1']:.1%}"
+                + (f" ({row['interval'][0]:.3f}-{row['interval'][1]:.3f})" if row["interval"] else ""),
                 f"{row['kl']:.3f}",
                 *(f"{row['repeats'][m]}" for m in ("dense", "spts")),
-                *(f"{row['perplexity'][m]:.2f}" for m in ("dense", "spts")),
+                *(f"{row['perplexity'][m]:.2f}" if row["perplexity"] else "" for m in ("dense", "spts")),
             ]
             for row in result["fidelity"]
         ]
-        heads = ["free answers, tokens", "items", "next token as dense", "KL, nats", "repeating, dense", "SPTS"]
+        heads = ["free answers about", "tokens", "items", "next token as dense (95% interval)", "KL, nats"]
+        heads += ["repeating, dense", "SPTS"]
         parts.append(table([*heads, "perplexity of following text, dense", "SPTS"], lines))
     return "\n\n".join(parts)
 

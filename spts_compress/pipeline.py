@@ -1,4 +1,4 @@
-"""The main job: recipe -> base and calibration -> proxies -> checkpoint -> report."""
+"""The main job: recipe -> base and calibration -> proxies -> search -> checkpoint -> report."""
 
 import gc
 import json
@@ -20,8 +20,10 @@ from .choose import choose
 from .errors import UserError
 from .modeling.configuration_spts import Proxy, Schedule
 from .proxies import FeedForward, Tokens
-from .recipe import Recipe
+from .recipe import Recipe, SearchSection
 from .report import measure_all
+from .search import findings, shared
+from .search import run as searching
 from .store import Store, fingerprint, sweep, writing
 from .tables import size
 from .text import Blocks, blocks, documents, from_files
@@ -37,10 +39,20 @@ def describe(recipe: Recipe) -> str:
     """
     documents(recipe.calibration)
     config = resolve_config(recipe.model)
-    schedule = recipe.read_schedule(config.num_hidden_layers)
+    schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy)
     name = recipe.model.path or str(recipe.model.gguf_file)
-    return plan.describe(name, config, schedule, recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens)
+    rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search)
+    return plan.describe(name, config, schedule, *rest)
+
+
+def _widest(recipe: Recipe, config: Any) -> Schedule:
+    """The recipe's schedule; where it is to be searched for, one that skips from the earliest start on."""
+    layers = config.num_hidden_layers
+    if (schedule := recipe.read_schedule(layers)) is not None:
+        return schedule
+    starts = searching.starts_of(recipe.search or SearchSection(), layers)
+    return searching.widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
 
 
 def run(
@@ -69,7 +81,7 @@ def run(
     texts = documents(recipe.calibration)
     prose = "\n\n".join(from_files(Path(recipe.report.text))) if recipe.report.text else None
     config = resolve_config(recipe.model)
-    schedule = recipe.read_schedule(config.num_hidden_layers)
+    schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy)
     _check_room(recipe, config, schedule, output, device)
     store = Store(work or output.with_name(output.name + ".work"))
@@ -83,6 +95,19 @@ def run(
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences.fit[0][:8], base.name)
         schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
+        searched = None
+        if recipe.search is not None:
+            text = "\n\n".join(from_files(Path(recipe.search.text))) if recipe.search.text else sequences.unseen
+            whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
+            key = fingerprint(base.key, recipe.model.dtype, device, _sums(parameters), __version__)
+            sizes = {layer: schedule.proxy_of(layer) for layer in range(schedule.start, len(model.model.layers))}
+            searched = searching.run(model, whole, tokenizer, text, recipe.search, sizes, store, key, say)
+            del whole
+            folder = output.with_name(output.name + ".search")
+            findings.save(searched, folder, config.num_hidden_layers)
+            schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
+            fits = [fit for fit in fits if fit["layer"] >= schedule.start]
+            parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
         with writing(new) as staging:
             staging.mkdir()
             say("writing the checkpoint")
@@ -91,15 +116,18 @@ def run(
             gc.collect()
             say("checking it in a fresh process")
             export.check(staging, base, recipe.model.dtype, schedule)
-            measured = _report(recipe, base, staging, tokenizer, prose or sequences.unseen, device, store, parameters)
+            text = prose or sequences.unseen
+            measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
             for fit in fits:
                 if found := measured["skipped_states"].get(str(fit["layer"])):
                     fit["skipped"] = found
-            report = {"proxies": fits, **measured}
+            report = {"proxies": fits, "search": searched, **measured}
             (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
             (staging / "README.md").write_text(card.render(base, schedule, fits, report))
             (staging / "recipe.yaml").write_text(verbatim)
-            (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base))
+            (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
+            if searched is not None and (folder / "search.png").exists():
+                shutil.copyfile(folder / "search.png", staging / "search.png")
         _move_into_place(new, output)
     return report
 
@@ -157,6 +185,7 @@ def _report(
     recipe: Recipe,
     base: Base,
     folder: Path,
+    schedule: Schedule,
     tokenizer: Any,
     prose: str,
     device: str,
@@ -166,22 +195,36 @@ def _report(
     """Measure the checkpoint in `folder` beside its base; each finished measurement is kept."""
     dense = base.load(recipe.model.dtype, device)
     spts = export.load(folder, base.family, device, recipe.model.dtype)
-    sums = {name: float(tensor.double().sum()) for name, tensor in parameters.items()}
-    key = fingerprint(
-        base.key,
-        recipe.spts_block(),
-        recipe.proxy.model_dump(),
-        recipe.report.model_dump(),
-        sums,
-        device,
-        prose,
-        __version__,
-    )
+    asked = [schedule.to_dict(), recipe.proxy.model_dump(), recipe.report.model_dump(), _sums(parameters)]
+    key = fingerprint(base.key, asked, device, prose, __version__)
 
     def keep(name: str, make: Callable[[], Any]) -> Any:
         return store.json(name, key, make)
 
     return measure_all(dense, spts, tokenizer, prose, recipe.report, keep)
+
+
+def _sums(parameters: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(tensor.double().sum()) for name, tensor in parameters.items()}
+
+
+def _found(found: dict[str, Any], section: SearchSection, folder: Path, num_layers: int) -> Schedule:
+    """The schedule that meets the target.
+
+    Raises:
+        UserError: if none does, or none was asked for, with what was found.
+    """
+    number = found["chosen"]
+    if number is None and found["points"] and section.if_missed == "export":
+        number = max(range(len(found["points"])), key=lambda i: found["points"][i]["quality"])
+    if number is None:
+        nearest = "; ".join(f"{p['cost']['speedup']:.2f}x has {p['quality']:.3f}" for p in found["points"]) or "none"
+        wanted = "no schedule meets the target" if section.decides else "search has no target, so nothing is exported"
+        raise UserError(
+            f"{wanted} (agreement with dense by speed-up: {nearest}; see {folder}): set search.speedup, or lower "
+            "search.quality, or search.if_missed: export"
+        )
+    return Schedule.from_dict(found["points"][number]["winner"]["schedule"], num_layers)
 
 
 def _try_forward(model: PreTrainedModel, ids: torch.Tensor, name: str) -> None:
@@ -196,7 +239,8 @@ def _check_room(recipe: Recipe, config: Any, schedule: Schedule, output: Path, d
     """Disk, memory and a writable output folder."""
     dtype, tokens = recipe.model.dtype, recipe.calibration.tokens
     parent = next(p for p in output.absolute().parents if p.exists())
-    free, need = shutil.disk_usage(parent).free, plan.disk_need(config, schedule, dtype, tokens)
+    need = plan.disk_need(config, schedule, dtype, tokens, recipe.search)
+    free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(f"{parent}: {size(free)} free on the disk, but the run needs about {size(need)}")
     if device.startswith("cuda"):
@@ -212,13 +256,16 @@ def _check_room(recipe: Recipe, config: Any, schedule: Schedule, output: Path, d
         raise UserError(f"{parent}: not writable; give another --output")
 
 
-def _resolved(recipe: Recipe, base: Base) -> str:
-    """The recipe with every value, the base's exact weights and the versions used, as YAML that loads as a recipe."""
+def _resolved(recipe: Recipe, base: Base, schedule: Schedule) -> str:
+    """The recipe with every value (the schedule in place of its search), the base's exact weights and the versions
+    used, as YAML that loads as a recipe."""
     packages = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy")
     lines = [f"# made with spts-compress {__version__}, " + ", ".join(f"{p} {version(p)}" for p in packages)]
     lines += [f"# base {name}: sha256 {digest}" for name, digest in base.weights.items()]
     data = recipe.model_dump()
     data["model"]["revision"] = base.revision or recipe.model.revision
+    data["schedule"] = {k: v for k, v in schedule.to_dict().items() if k not in ("proxy", "enabled")}
+    del data["search"]
     return "\n".join(lines) + "\n" + yaml.safe_dump(data, sort_keys=False)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from .cost import LayerShape, layer_costs, predicted, proxy_share
 from .errors import UserError
 from .modeling.configuration_spts import Proxy, Schedule
+from .recipe import SearchSection
 from .tables import size, table
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -51,10 +52,14 @@ def prediction_table(config: Any, schedule: Schedule, lengths: list[int]) -> str
     return table(["prompt", "operations, dense / SPTS", "KV cache kept", "probing share"], rows)
 
 
-def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int) -> int:
-    """Bytes a run writes at most: the checkpoint, the proxies twice, and two sets of hidden states."""
-    proxies = proxy_parameters(config, schedule)
-    return BYTES[dtype] * (parameters(config) + 2 * tokens * config.hidden_size) + (4 + BYTES[dtype]) * proxies
+def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: SearchSection | None) -> int:
+    """Bytes a run writes at most: the checkpoint, the proxies twice, two sets of hidden states, and the dense states
+    of the search's prompts in front of every layer where skipping may begin."""
+    proxies, states = proxy_parameters(config, schedule), 2 * tokens
+    if search is not None:
+        starts = search.starts or range(config.num_hidden_layers // 3, 3 * config.num_hidden_layers // 4 + 1)
+        states += 2 * len(starts) * len(search.kinds) * search.prompts * sum(search.lengths)
+    return BYTES[dtype] * (parameters(config) + states * config.hidden_size) + (4 + BYTES[dtype]) * proxies
 
 
 def memory_need(config: Any, dtype: str, tokens: int) -> int:
@@ -79,21 +84,44 @@ def _sizes(schedule: Schedule) -> str:
     return ", ".join(f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in ranks)
 
 
-def describe(name: str, config: Any, schedule: Schedule, lengths: list[int], dtype: str, tokens: int) -> str:
+def _search(search: SearchSection) -> str:
+    goals = ", ".join(f"{name} {target:g}" for name, target in search.targets())
+    wanted = f", quality at least {search.quality:g}" if search.quality is not None else ""
+    prompts = len(search.kinds) * search.prompts * len(search.lengths)
+    return (
+        f"search    {goals}{wanted}; {search.candidates} candidates and {search.rounds} rounds of "
+        f"{search.candidates // 2} more on {prompts} prompts, confirmed on {prompts} others"
+    )
+
+
+def describe(
+    name: str,
+    config: Any,
+    schedule: Schedule,
+    lengths: list[int],
+    dtype: str,
+    tokens: int,
+    search: SearchSection | None = None,
+) -> str:
     """The plan as text."""
     probes = proxy_parameters(config, schedule)
+    head = [
+        f"model     {name}: {config.model_type}, {config.num_hidden_layers} layers, "
+        f"hidden size {config.hidden_size}, {parameters(config) / 1e9:.2f}B parameters, {dtype}",
+        f"proxies   {config.num_hidden_layers - schedule.start} layers, {_sizes(schedule)}: "
+        f"{probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
+        f"needs     about {size(memory_need(config, dtype, tokens))} of memory and "
+        f"{size(disk_need(config, schedule, dtype, tokens, search))} of disk",
+    ]
+    if search is not None:
+        return "\n".join([*head, _search(search)])
     return "\n".join(
         [
-            f"model     {name}: {config.model_type}, {config.num_hidden_layers} layers, "
-            f"hidden size {config.hidden_size}, {parameters(config) / 1e9:.2f}B parameters, {dtype}",
+            *head,
             f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, probe: last "
             f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, carrying {schedule.probe.carry:g}, "
             f"pooled over {schedule.probe.pool}; "
             f"first {schedule.keep_first} and last {schedule.always_last} tokens always active",
-            f"proxies   {config.num_hidden_layers - schedule.start} layers, {_sizes(schedule)}: "
-            f"{probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
-            f"needs     about {size(memory_need(config, dtype, tokens))} of memory and "
-            f"{size(disk_need(config, schedule, dtype, tokens))} of disk",
             "",
             "Active tokens of the candidates, per layer:",
             schedule_table(config, schedule, lengths),

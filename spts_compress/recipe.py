@@ -129,6 +129,57 @@ class ScheduleSection(Section):
     min_length: Natural = 0
 
 
+class SearchSection(Section):
+    """A target instead of a schedule. One of `speedup` (dense over SPTS operations of a prompt as long as the longest
+    of `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
+    both models agree, along the dense model's own answers) only if it is that good. `quality` alone: the fastest of
+    `speedups` that is that good. None of them: the whole front of `speedups`, from which nothing is exported.
+
+    Candidates start at one of the layers `starts` (by default a third to three quarters of the depth). `candidates` are
+    drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of `kinds` and `lengths`,
+    and the winner on as many others; their text is `text` (a .txt or .jsonl file or a folder), by default the
+    calibration documents that nothing was fitted on. `if_missed`: whether the nearest schedule is exported if the
+    quality is not reached."""
+
+    speedup: Annotated[float, Field(gt=1)] | None = None
+    kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    quality: Annotated[float, Field(gt=0, le=1)] | None = None
+    speedups: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=1)] = [1.25, 1.5, 1.75, 2.0, 2.25]
+    lengths: Annotated[list[Annotated[int, Field(ge=512)]], Field(min_length=1)] = [4096, 8192]
+    kinds: Annotated[list[Literal["retrieval", "multi-hop", "free"]], Field(min_length=1)] = [
+        "retrieval",
+        "multi-hop",
+        "free",
+    ]
+    prompts: Positive = 4
+    answer_tokens: Annotated[int, Field(ge=8)] = 40
+    starts: Annotated[list[Positive], Field(min_length=1)] | None = None
+    candidates: Annotated[int, Field(ge=4)] = 32
+    rounds: Natural = 2
+    text: str | None = None
+    if_missed: Literal["stop", "export"] = "stop"
+    seed: Natural = 11
+
+    @model_validator(mode="after")
+    def one_target(self) -> "SearchSection":
+        if self.speedup is not None and self.kv_share is not None:
+            raise ValueError("takes one of speedup and kv_share, not both")
+        return self
+
+    @property
+    def decides(self) -> bool:
+        """Whether there is a target that one schedule is to meet."""
+        return any(goal is not None for goal in (self.speedup, self.kv_share, self.quality))
+
+    def targets(self) -> list[tuple[str, float]]:
+        """Costs to search at, dearest first."""
+        if self.speedup is not None:
+            return [("speedup", self.speedup)]
+        if self.kv_share is not None:
+            return [("kv_share", self.kv_share)]
+        return [("speedup", value) for value in sorted(self.speedups)]
+
+
 class ReportSection(Section):
     """What is measured at the end: time and cache at each of `lengths` (in `pairs` of runs), and at `quality_length`
     (by default the longest) `needles` prompts with a hidden number among `keys`, and agreement with the dense model
@@ -154,23 +205,28 @@ class Recipe(Section):
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
     proxy: ProxySection
-    schedule: ScheduleSection
+    schedule: ScheduleSection | None = None
+    search: SearchSection | None = None
     report: ReportSection = ReportSection()
     export: ExportSection
 
-    def spts_block(self) -> dict[str, Any]:
-        """The `spts` block of the exported config."""
-        block = self.schedule.model_dump(exclude_none=True)
-        return {**block, "proxy": {"channels": self.proxy.channels, "rank": self.proxy.rank}}
+    @model_validator(mode="after")
+    def one_way(self) -> "Recipe":
+        if (self.schedule is None) == (self.search is None):
+            raise ValueError("needs exactly one of the sections schedule and search")
+        return self
 
-    def read_schedule(self, num_layers: int) -> Schedule:
-        """The schedule, checked against a model of `num_layers` layers.
+    def read_schedule(self, num_layers: int) -> Schedule | None:
+        """The schedule, checked against a model of `num_layers` layers; None if it is to be searched for.
 
         Raises:
             UserError: naming every fault.
         """
+        if self.schedule is None:
+            return None
+        proxy = {"channels": self.proxy.channels, "rank": self.proxy.rank}
         try:
-            return Schedule.from_dict(self.spts_block(), num_layers)
+            return Schedule.from_dict({**self.schedule.model_dump(exclude_none=True), "proxy": proxy}, num_layers)
         except ValueError as error:
             raise UserError("\n".join(f"schedule: {fault}" for fault in error.args)) from None
 

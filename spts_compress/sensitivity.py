@@ -128,11 +128,12 @@ def run(
     store = Store(work)
     with store.lock():
         base = resolve(recipe.model, store)
-        schedule = recipe.read_schedule(base.config.num_hidden_layers)
-        skipping = list(range(schedule.start, base.config.num_hidden_layers))
+        depth = base.config.num_hidden_layers
+        schedule = recipe.read_schedule(depth)
+        skipping = list(range(schedule.start if schedule else depth // 3, depth))
         layers = sorted(layers or {skipping[round(i * (len(skipping) - 1) / 3)] for i in range(4)})
-        if not set(layers) <= set(range(1, base.config.num_hidden_layers)):
-            raise UserError(f"--layers: give numbers from 1 to {base.config.num_hidden_layers - 1}")
+        if not set(layers) <= set(range(1, depth)):
+            raise UserError(f"--layers: give numbers from 1 to {depth - 1}")
         found = sequences(recipe, texts, base.tokenizer())
         sources, own = list(found), tuple(recipe.calibration.source)
         tried = [v for v in variants(recipe.proxy, own, sources) if not vary or v.factor in ("recipe", *vary)]

@@ -270,3 +270,39 @@ def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(ids, logits_to_keep=1).logits, model(ids, logits_to_keep=1).logits)
     assert again.config.spts == model.config.spts
+
+
+def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_path):
+    base = tiny_base(tmp_path / "base", tie_word_embeddings=False)
+    search = {"speedup": 1.15, "lengths": [600], "kinds": ["free"], "prompts": 2, "answer_tokens": 8, "starts": [2, 3]}
+    path = recipe_for(base, corpus, tmp_path)
+    data = yaml.safe_load(path.read_text())
+    del data["schedule"]
+    path.write_text(yaml.safe_dump({**data, "search": {**search, "candidates": 4, "rounds": 1}}))
+    assert "search    speedup 1.15; 4 candidates and 1 rounds of 2" in run("recipe", path, "--dry-run")
+    run("recipe", path)
+    found = json.loads((tmp_path / "out.search/search.json").read_text())
+    [point] = found["points"]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["spts"] == point["winner"]["schedule"] and point["cost"]["speedup"] >= 1.15
+    assert point["held_out"]["prompts"] == 2 and found["evaluations"] > 8
+    assert "## Search" in (tmp_path / "out/README.md").read_text() and (tmp_path / "out/search.png").is_file()
+    weights = {p.name: file_hash(p) for p in (tmp_path / "out").glob("*.safetensors")}
+
+    run("recipe", path, "--force")  # what was evaluated is not evaluated again, and the choice is the same
+    again = json.loads((tmp_path / "out.search/search.json").read_text())
+    assert again["evaluations"] == 0 and again["points"] == found["points"]
+    assert {p.name: file_hash(p) for p in (tmp_path / "out").glob("*.safetensors")} == weights
+
+    resolved = tmp_path / "again.yaml"  # the schedule that was found, without its search
+    resolved.write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
+    assert "skips from layer" in run("recipe", resolved, "--dry-run")
+
+    front = run(
+        "recipe", path, "--force", "--set", "search.speedup=null", "--set", "search.speedups=[1.1, 1.15]", code=2
+    )
+    assert "search has no target, so nothing is exported" in front and "1.15x has" in front
+    missed = run("recipe", path, "--force", "--set", "search.quality=1.0", "--set", "search.speedup=2.5", code=2)
+    assert "no schedule meets the target" in missed
+    with pytest.raises(AssertionError, match="needs exactly one of the sections schedule and search"):
+        run("recipe", path, "--set", "search=null")

@@ -9,30 +9,26 @@ from typing import Any
 
 import torch
 
-from .items import Item, chat, filled, sentences, token_count
+from .items import Item, about, chat, sentences, token_count
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
+TASK = "free_answer"
 REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
 
 
 def items(tokenizer: Any, prose: str, length: int, count: int, answer_tokens: int) -> list[Item]:
     """`count` prompts of at most `length` tokens, answer included, that ask for a free answer about a stretch of
     `prose`, each from another place."""
-    parts = sentences(prose)
-    made = []
+    parts, made = sentences(prose), []
+
+    def ask(context: str) -> str:
+        return chat(tokenizer, QUESTION.format(context=context))
+
     for index in range(count):
         start = index * len(parts) // count
-
-        def build(size: int, rest: str, start: int = start) -> str:
-            lines = [parts[(start + i) % len(parts)] for i in range(size)]
-            return chat(tokenizer, QUESTION.format(context=" ".join([*lines, rest] if rest else lines)))
-
-        def unit(number: int, start: int = start) -> str:
-            return parts[(start + number) % len(parts)]
-
-        text = filled(build, unit, tokenizer, length - answer_tokens)
-        made.append(Item("free_answer", index, text, [], token_count(tokenizer, text), length, answer_tokens))
+        text = about(parts, start, tokenizer, length - answer_tokens, ask)
+        made.append(Item(TASK, index, text, [], token_count(tokenizer, text), length, answer_tokens))
     return made
 
 
@@ -57,12 +53,13 @@ def repeats(tokens: list[int]) -> bool:
     return len(grams) >= 8 and len(set(grams)) < REPEATED * len(grams)
 
 
-def measure(model: Any, tokenizer: Any, item: Item, following: str) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, item: Item, following: str | None) -> dict[str, Any]:
     """All measures of one prompt.
 
     Args:
         item: a prompt that asks for a free answer.
-        following: text whose first part is taken as a prompt, and whose last 128 tokens are predicted after it.
+        following: text whose first part is taken as a prompt, and whose last 128 tokens are predicted after it; None
+            if `loss` is not wanted.
     """
     inputs = encode(tokenizer, [item.text], model.device)
     with torch.no_grad():
@@ -73,15 +70,18 @@ def measure(model: Any, tokenizer: Any, item: Item, following: str) -> dict[str,
     start = inputs["input_ids"].shape[1]
     own = free["dense"]
     logs = [log_probabilities(model, own[None, :-1], len(own) - start, spts) for spts in (False, None)]
-    ids = tokenizer(following, return_tensors="pt", verbose=False)["input_ids"][:, : item.tokens].to(model.device)
-    target = ids[0, -128:, None]
-    losses = [
-        -float(log_probabilities(model, ids[:, :-1], 128, spts).gather(1, target).mean()) for spts in (False, None)
-    ]
+    losses = None
+    if following is not None:
+        ids = tokenizer(following, return_tensors="pt", verbose=False)["input_ids"][:, : item.tokens].to(model.device)
+        target = ids[0, -128:, None]
+        losses = {
+            name: -float(log_probabilities(model, ids[:, :-1], 128, spts).gather(1, target).mean())
+            for name, spts in (("dense", False), ("spts", None))
+        }
     return {
         **agreement(*logs),
         "tokens": len(own) - start,
         "repeats": {name: repeats(row[start:].tolist()) for name, row in free.items()},
         "answers": {name: tokenizer.decode(row[start:], skip_special_tokens=True) for name, row in free.items()},
-        "loss": {"dense": losses[0], "spts": losses[1]},
+        "loss": losses,
     }

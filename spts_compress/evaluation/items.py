@@ -78,6 +78,18 @@ def filled(build: Callable[[int, str], str], filler: Callable[[int], str], token
     return build(size, " ".join(words[:count]))
 
 
+def about(parts: list[str], start: int, tokenizer: Any, limit: int, ask: Callable[[str], str]) -> str:
+    """`ask(context)` of at most `limit` tokens; the context is a stretch of the sentences `parts` from `start` on."""
+
+    def unit(number: int) -> str:
+        return parts[(start + number) % len(parts)]
+
+    def build(size: int, rest: str) -> str:
+        return ask(" ".join([*map(unit, range(size)), *([rest] if rest else [])]))
+
+    return filled(build, unit, tokenizer, limit)
+
+
 def counted(task: str, tokenizer: Any, text: str, limit: int, room: int) -> int:
     """Tokens of a prompt.
 

@@ -266,7 +266,8 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
             text, flag = isinstance(item, str), isinstance(item, bool)
-            fits = {"fraction": number, "carry": number, "heads": text, "feed_forward": text, "enabled": flag}.get(key, whole)
+            kinds = {"fraction": number, "carry": number, "heads": text, "feed_forward": text, "enabled": flag}
+            fits = kinds.get(key, whole)
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
             built[key] = item

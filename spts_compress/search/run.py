@@ -1,0 +1,202 @@
+"""From a recipe's target to a schedule: prompts, dense work, search at each cost, confirmation on other prompts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..cost import predicted
+from ..errors import UserError
+from ..evaluation.runner import Answers
+from ..modeling.configuration_spts import Proxy, Schedule
+from ..recipe import SearchSection
+from ..store import Store, fingerprint
+from . import halving, prompts, shared, space
+from .halving import Candidate, Rows
+
+
+@dataclass
+class Bench:
+    """Evaluates schedules on prompts whose dense work is done; every figure is kept at once.
+
+    `whole`: the skipping model, with proxies in all layers from the earliest start on.
+    """
+
+    whole: Any
+    kept: Answers
+    key: str
+    progress: Any
+    evaluated: int = 0
+
+    def __post_init__(self) -> None:
+        self.tails: dict[int, Any] = {}
+
+    def rows(self, schedule: Schedule, tried: list[shared.Dense]) -> Rows:
+        return [self._row(schedule, prompt) for prompt in tried]
+
+    def _row(self, schedule: Schedule, prompt: shared.Dense) -> dict[str, Any]:
+        key = fingerprint(self.key, schedule.to_dict(), prompt.key)
+        if key not in self.kept.rows:
+            first = schedule.start - 1
+            if first not in self.tails:
+                self.tails[first] = shared.tail(self.whole, first)
+            item = prompt.item
+            named = {"key": key, "kind": prompts.kind_of(item), "task": item.task, "length": item.limit}
+            self.kept.add({**named, **shared.compare(self.tails[first], schedule, prompt)})
+            self.evaluated += 1
+        self.progress.update()
+        return self.kept.rows[key]
+
+
+def starts_of(section: SearchSection, num_layers: int) -> list[int]:
+    """First skipping layers to try: the recipe's, or every layer from a third to three quarters of the depth.
+
+    Raises:
+        UserError: for one that the model does not have.
+    """
+    starts = section.starts or list(range(max(1, num_layers // 3), 3 * num_layers // 4 + 1))
+    for start in starts:
+        if not 1 <= start < num_layers:
+            raise UserError(f"search.starts: {start} is out of range; it must be 1 to {num_layers - 1}")
+    return sorted(set(starts))
+
+
+def widest(starts: list[int], num_layers: int, proxy: Proxy) -> Schedule:
+    """A schedule that skips from the earliest start on; the proxies are fitted for it."""
+    stage = {"end": num_layers - 1, "budget": {"fraction": 0.2}}
+    block = {"start": starts[0], "stages": [stage], "proxy": {"channels": proxy.channels, "rank": proxy.rank}}
+    return Schedule.from_dict({**block, "feed_forward": "relative"}, num_layers)
+
+
+def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
+    """Mean top-1 agreement with dense, and its 95% interval (percentile bootstrap over prompts, 2000 resamples)."""
+    found = np.array([row["top1"] for row in rows])
+    drawn = np.random.default_rng(0).choice(found, (2000, len(found))).mean(axis=1)
+    return float(found.mean()), (float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975)))
+
+
+def signs(best: Candidate, held: Rows, lengths: list[int]) -> list[str]:
+    """What a loss looks like, in words; empty if nothing stands out."""
+    found, kinds = [], halving.by_kind(best.rows + held)
+    worst = min(kinds, key=lambda kind: kinds[kind]["top1"])
+    rest = [kinds[kind]["top1"] for kind in kinds if kind != worst]
+    if rest and kinds[worst]["top1"] < min(rest) - 0.1:
+        found.append(f"{worst} prompts lose most: the budgets are too low for them, or the probe misses their tokens")
+    mine, others = best.loss, halving.loss(held)
+    if max(mine, others) > 2 * min(mine, others) + 0.02:
+        found.append("the figures differ much between the prompts searched on and the others: use more prompts")
+    if best.cost["probing_share"] > 0.1:
+        found.append(
+            f"probing takes {best.cost['probing_share']:.0%} of the operations: fewer queries or smaller proxies"
+        )
+    by_length = [[row["kl"] for row in best.rows + held if row["length"] == n] for n in (min(lengths), max(lengths))]
+    short, long = (sum(values) / max(1, len(values)) for values in by_length)
+    if len(lengths) > 1 and long > 2 * short + 0.02:
+        found.append("longer prompts lose more: later or fewer stages, or a larger pruning margin")
+    if len(lengths) > 1 and short > 2 * long + 0.02:
+        found.append("shorter prompts lose more: a floor under the budgets, or min_length")
+    return found
+
+
+def run(
+    model: Any,
+    whole: Any,
+    tokenizer: Any,
+    prose: str,
+    section: SearchSection,
+    sizes: dict[int, Proxy],
+    store: Store,
+    key: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The best schedule at each cost that the target asks for, best cost first confirmed last.
+
+    Args:
+        model, whole: the stock and the skipping model, on the same parameters.
+        prose: text that no proxy was fitted on.
+        sizes: size of every layer's proxy.
+        key: what every figure depends on beside schedule and prompt.
+
+    Returns:
+        `points`, one for each cost: `cost` (counted), `winner`, `held_out` and `quality` with its interval on prompts
+        that nothing was chosen on, `others`, what the loss becomes without each found value (`without`), and `signs`
+        of what is lost. `chosen`: the number of the point that meets the target, None if none does.
+    """
+    begin, config = time.monotonic(), model.config
+    layers, longest = config.num_hidden_layers, max(section.lengths)
+    starts = starts_of(section, layers)
+
+    def items(seed: int) -> list[Any]:
+        columns = [
+            prompts.make(section.kinds, tokenizer, prose, n, section.prompts, section.answer_tokens, seed)
+            for n in section.lengths
+        ]
+        return [item for row in zip(*columns, strict=True) for item in row]
+
+    texts = [items(section.seed), items(section.seed + 1)]
+    progress = tqdm([item for part in texts for item in part], desc="dense answers", unit="prompt")
+    done = [shared.dense(model, tokenizer, item, [s - 1 for s in starts], store, key) for item in progress]
+    tune, others = done[: len(texts[0])], done[len(texts[0]) :]
+    shared_seconds = time.monotonic() - begin
+
+    targets = section.targets()
+    kept = Answers(store.path("search", key, ".jsonl"))
+    with tqdm(desc="searching", unit="evaluation") as bar:
+        bench = Bench(whole, kept, key, bar)
+        points: list[dict[str, Any]] = []
+        seeds = [space.Shape(start) for start in starts[::3]]
+        for name, target in targets:
+            sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
+
+            def value(schedule: Schedule, name: str = name, sign: int = sign) -> float:
+                return sign * predicted(config, schedule, longest)[name]
+
+            def scaled(shape: space.Shape, target: float = sign * target, value: Any = value) -> Candidate | None:
+                made = space.at_cost(shape, value, target, layers, sizes)
+                return None if made is None else Candidate(shape, made, predicted(config, made, longest), [])
+
+            def tried(schedule: Schedule, count: int) -> Rows:
+                return bench.rows(schedule, tune[:count])
+
+            found = halving.search(
+                scaled, tried, len(tune), starts, seeds, section.candidates, section.rounds, section.seed
+            )
+            if not found:
+                say(f"no schedule has a {name} of {target:g}")
+                break
+            best, held = found[0], bench.rows(found[0].schedule, others)
+            worth, interval = quality(held)
+            seeds = [c.shape for c in found[: halving.ELITE]]
+            bar.set_postfix_str(f"{name} {target:g}: agreement {worth:.3f}, loss {best.loss:.3f}")
+            plain = space.Shape(best.shape.start, keep_first=0, keep_last=1, feed_forward="proxy", margin=1.3)
+            without = {
+                what: halving.loss(tried(made.schedule, len(tune)))
+                for what, shape in space.reverted(best.shape, plain).items()
+                if (made := scaled(shape)) is not None
+            }
+            points.append(
+                {
+                    "target": [name, target],
+                    "cost": best.cost,
+                    "winner": best.plain(),
+                    "held_out": {"loss": halving.loss(held), "kinds": halving.by_kind(held), "prompts": len(held)},
+                    "quality": worth,
+                    "interval": interval,
+                    "without": without,
+                    "signs": signs(best, held, section.lengths),
+                    "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in found],
+                }
+            )
+            if section.quality is not None and worth < section.quality and name == "speedup" and len(targets) > 1:
+                break  # the dearer ones before it stand, cheaper ones are worse
+    meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
+    return {
+        "points": points,
+        "chosen": meets[-1] if meets and section.decides else None,
+        "evaluations": bench.evaluated,
+        "candidates": sum(len(p["tried"]) for p in points),
+        "seconds": {"dense": shared_seconds, "all": time.monotonic() - begin},
+    }

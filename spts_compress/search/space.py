@@ -1,0 +1,129 @@
+"""Candidates: what a schedule may look like, drawn and varied by a seeded generator, and scaled to a given cost."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+
+STEPS = 24  # halvings of the scale
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A schedule but for the size of its budgets.
+
+    start: first skipping layer. stages: their number. bend: their lengths, 1 for equal ones, more for short first
+    ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next one's
+    budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes under.
+    The rest as in `Schedule` and `Probe`.
+    """
+
+    start: int
+    stages: int = 4
+    bend: float = 1.0
+    decay: float = 0.2
+    margin: float = 1.6
+    ffn: float = 1.0
+    floor: int = 0
+    feed_forward: str = "relative"
+    queries: int = 1
+    heads: str = "mean"
+    carry: float = 0.0
+    pool: int = 1
+    keep_first: int = 4
+    keep_last: int = 32
+
+
+CHOICES: dict[str, tuple] = {
+    "stages": (1, 2, 3, 4, 5),
+    "bend": (0.7, 1.0, 1.5),
+    "decay": (1.0, 0.6, 0.35, 0.2, 0.1),
+    "margin": (0.0, 1.0, 1.3, 1.8, 2.5),
+    "ffn": (0.5, 0.75, 1.0, 1.4, 2.0),
+    "floor": (0, 128, 256),
+    "feed_forward": ("relative", "proxy", "attention"),
+    "queries": (1, 4, 16, 32, 64),
+    "heads": ("mean", "max"),
+    "carry": (0.0, 0.5, 0.8, 1.0),
+    "pool": (1, 7, 15, 31, 63),
+    "keep_first": (0, 4, 16),
+    "keep_last": (1, 32, 64),
+}
+
+
+def draw(rng: random.Random, starts: list[int]) -> Shape:
+    """Any shape."""
+    return Shape(rng.choice(starts), **{name: rng.choice(values) for name, values in CHOICES.items()})
+
+
+def vary(rng: random.Random, shape: Shape, starts: list[int], other: Shape) -> Shape:
+    """A shape near `shape`: every value may come from `other`, and one or two are drawn anew."""
+    names = [f.name for f in fields(Shape)]
+    values = {n: getattr(other if rng.random() < 0.2 else shape, n) for n in names}
+    for name in rng.sample(names, rng.choice((1, 2))):
+        allowed: list[Any] = starts if name == "start" else list(CHOICES[name])
+        here = allowed.index(values[name]) if values[name] in allowed else 0
+        if isinstance(values[name], str):
+            values[name] = rng.choice(allowed)
+        else:  # numbers move to a neighbour more often than anywhere
+            near = [allowed[i] for i in (here - 1, here + 1) if 0 <= i < len(allowed)]
+            values[name] = rng.choice(near if rng.random() < 0.7 else allowed)
+    return Shape(**values)
+
+
+def schedule(shape: Shape, scale: float, num_layers: int, proxies: dict[int, Proxy]) -> Schedule:
+    """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1).
+
+    Args:
+        proxies: size of every layer's proxy.
+    """
+    depth = num_layers - shape.start
+    count = min(shape.stages, depth)
+    ends = [shape.start + max(i, round(depth * (i / count) ** shape.bend)) - 1 for i in range(1, count + 1)]
+    budgets = []
+    for i in range(count):
+        fraction = scale * shape.decay ** (i / max(1, count - 1))
+        budgets.append(tuple(Amount(round(min(1.0, fraction * x), 4), shape.floor) for x in (1.0, shape.ffn)))
+    stages = []
+    for i, (end, (budget, ffn)) in enumerate(zip(ends, budgets, strict=True)):
+        prune = None
+        if shape.margin and i + 1 < count:
+            need = max(amount.fraction for amount in budgets[i + 1])
+            prune = Amount(round(min(1.0, need * shape.margin), 4), shape.floor)
+        stages.append(Stage(end, budget, prune, None if ffn == budget else ffn))
+    probe = Probe(shape.queries, shape.heads, shape.carry, shape.pool)
+    sizes = tuple(proxies[layer] for layer in range(shape.start, num_layers))
+    return Schedule(
+        shape.start,
+        tuple(stages),
+        sizes,
+        probe,
+        keep_first=shape.keep_first,
+        keep_last=shape.keep_last,
+        feed_forward=shape.feed_forward,
+    )
+
+
+def at_cost(
+    shape: Shape, value: Callable[[Schedule], float], target: float, num_layers: int, proxies: dict[int, Proxy]
+) -> Schedule | None:
+    """The largest schedule of `shape` whose `value` (a speed-up, say: less for larger budgets) is at least `target`;
+    None if no budgets are small enough."""
+    low, high = 0.005, 1 / (shape.decay * min(1.0, shape.ffn))  # where every budget is the whole prompt
+    if value(schedule(shape, low, num_layers, proxies)) < target:
+        return None
+    for _ in range(STEPS):
+        middle = (low * high) ** 0.5
+        if value(schedule(shape, middle, num_layers, proxies)) >= target:
+            low = middle
+        else:
+            high = middle
+    return schedule(shape, low, num_layers, proxies)
+
+
+def reverted(shape: Shape, plain: Shape) -> dict[str, Shape]:
+    """For each value in which `shape` differs from `plain`, the shape without that difference."""
+    names = [f.name for f in fields(Shape) if getattr(shape, f.name) != getattr(plain, f.name)]
+    return {name: replace(shape, **{name: getattr(plain, name)}) for name in names}

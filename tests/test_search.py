@@ -1,0 +1,105 @@
+"""The search: shared dense work gives the same figures as whole runs, and the search finds what is there."""
+
+import random
+
+import pytest
+import torch
+from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
+
+from spts_compress.cost import predicted
+from spts_compress.evaluation import agreement
+from spts_compress.evaluation.items import Item
+from spts_compress.evaluation.runner import encode
+from spts_compress.modeling.configuration_spts import Proxy, Schedule
+from spts_compress.search import halving, prompts, shared, space
+from spts_compress.store import Store
+
+TOKENIZER = tiny_tokenizer()
+KINDS = ("retrieval", "multi-hop", "free")
+
+
+def schedule(start, **changes):
+    block = {
+        "start": start,
+        "stages": [
+            {"end": 3, "budget": {"fraction": 0.5}, "prune_to": {"fraction": 0.7}},
+            {"end": 4, "budget": {"fraction": 0.4}},
+        ],
+        "proxy": {"channels": 12, "rank": 4},
+        "probe": {"queries": 4, "heads": "max", "carry": 1.0, "pool": 3},
+    }
+    return Schedule.from_dict({**block, **changes}, 5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("start", [1, 3])
+def test_a_tail_on_kept_states_equals_the_whole_model(family, start, tmp_path):
+    whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
+    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    store = Store(tmp_path)
+    dense = shared.dense(stock_twin(whole), TOKENIZER, item, [start - 1], store, "key")
+    found = shared.compare(shared.tail(whole, start - 1), schedule(start), dense)
+
+    whole.config.spts = schedule(start).to_dict()
+    ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
+    own = stock_twin(whole).generate(ids, do_sample=False, max_new_tokens=6)
+    logs = [agreement.log_probabilities(whole, own[:, :-1], own.shape[1] - ids.shape[1], s) for s in (False, None)]
+    expected = agreement.agreement(*logs)
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 0
+    assert found["top1"] == pytest.approx(expected["top1"]) and found["same"] == (expected["top1"] == 1)
+
+    again = shared.dense(None, TOKENIZER, item, [start - 1], store, "key")  # kept, so no model is needed
+    assert torch.equal(again.final, dense.final) and torch.equal(again.answer, own[0, ids.shape[1] :].cpu())
+
+
+def test_a_shape_at_a_cost_costs_that_and_no_more():
+    config = tiny_model(vocab_size=300).config
+    proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
+    rng = random.Random(3)
+    found = 0
+    for _ in range(40):
+        shape = space.draw(rng, [1, 2, 3])
+        shape = space.vary(rng, shape, [1, 2, 3], space.draw(rng, [1, 2, 3]))
+        made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.3, 5, proxies)
+        if made is not None:
+            found += 1
+            assert made.faults(5) == []
+            assert 1.3 <= predicted(config, made, 1000)["speedup"] < 1.4
+            assert (made.start, made.probe.pool, made.feed_forward) == (shape.start, shape.pool, shape.feed_forward)
+    assert found > 20
+    assert space.at_cost(space.Shape(4), lambda s: predicted(config, s, 1000)["speedup"], 3.0, 5, proxies) is None
+
+
+def test_halving_finds_the_best_shape_and_repeats_itself():
+    """A made-up loss with one best start and pool."""
+    config, proxies = tiny_model(vocab_size=300).config, {layer: Proxy(12, 4) for layer in range(1, 5)}
+    calls = []
+
+    def scaled(shape):
+        made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.2, 5, proxies)
+        return None if made is None else halving.Candidate(shape, made, {}, [])
+
+    def evaluate(schedule, count):
+        calls.append(count)
+        loss = abs(schedule.start - 3) + abs(schedule.probe.pool - 15) / 15 + (schedule.probe.heads == "mean")
+        return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
+
+    runs = [halving.search(scaled, evaluate, 8, [1, 2, 3, 4], [], 24, 3, seed=5) for _ in range(2)]
+    assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
+    best = runs[0][0]
+    assert (best.shape.start, best.shape.heads, best.shape.pool) == (3, "max", 15) and len(best.rows) == 8
+    assert calls.count(2) > 2 * calls.count(8)  # long evaluations are for good candidates
+    assert len({c.schedule for c in runs[0]}) == len(runs[0])
+
+
+def test_the_loss_counts_the_worst_kind():
+    rows = [{"kind": k, "kl": kl, "top1": 1.0, "same": True} for k, kl in (("a", 1.0), ("a", 3.0), ("b", 0.0))]
+    assert halving.loss(rows) == pytest.approx((1.0 + 2.0) / 2)
+
+
+def test_prompts_take_turns_and_other_seeds_give_other_texts():
+    prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
+    one, two = ([*prompts.make(KINDS, TOKENIZER, prose, 6000, 3, 40, seed)] for seed in (1, 2))
+    assert [prompts.kind_of(item) for item in one] == ["retrieval", "multi-hop", "free"] * 3
+    assert not {item.text for item in one} & {item.text for item in two}
+    assert all(item.tokens + item.answer_tokens <= 6000 for item in one)
