@@ -95,8 +95,8 @@ def free_items(request: Request, tokenizer: Any) -> list[Item]:
     bench = longbench.LongBench(request.longbench) if request.longbench else None
     for length in request.lengths:
         made += agreement.items(tokenizer, prose, length, request.items, FREE_TOKENS)
-        for task in bench.tasks() if bench else ():
-            if not request.tasks or task in request.tasks:
+        for task in bench.tasks() if bench is not None else ():
+            if bench is not None and (not request.tasks or task in request.tasks):
                 found = bench.items(task, tokenizer, length, request.items)
                 made += [replace(item, answer_tokens=FREE_TOKENS) for item in found]
     return made

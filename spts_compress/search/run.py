@@ -147,7 +147,7 @@ def run(
     with tqdm(desc="searching", unit="evaluation") as bar:
         bench = Bench(whole, kept, key, bar)
         points: list[dict[str, Any]] = []
-        seeds = [space.Shape(start) for start in starts[::3]]
+        seeds = space.seeds(starts)
         for name, target in targets:
             sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
 

@@ -44,13 +44,21 @@ CHOICES: dict[str, tuple] = {
     "ffn": (0.5, 0.75, 1.0, 1.4, 2.0),
     "floor": (0, 128, 256),
     "feed_forward": ("relative", "proxy", "attention"),
-    "queries": (1, 4, 16, 32, 64),
+    "queries": (1, 8, 32, 64),
     "heads": ("mean", "max"),
-    "carry": (0.0, 0.5, 0.8, 1.0),
+    "carry": (0.0, 0.5, 1.0),
     "pool": (1, 7, 15, 31, 63),
     "keep_first": (0, 4, 16),
     "keep_last": (1, 32, 64),
 }
+
+
+WINDOWED: dict[str, Any] = {"queries": 32, "heads": "max", "carry": 1.0, "pool": 31}  # did well wherever it was tried
+
+
+def seeds(starts: list[int]) -> list[Shape]:
+    """What is tried in any case: the paper's probe and a windowed one, from several starts on."""
+    return [Shape(start) for start in starts[::3]] + [Shape(start, **WINDOWED) for start in starts[::2]]
 
 
 def draw(rng: random.Random, starts: list[int]) -> Shape:
@@ -79,9 +87,9 @@ def schedule(shape: Shape, scale: float, num_layers: int, proxies: dict[int, Pro
     Args:
         proxies: size of every layer's proxy.
     """
-    depth = num_layers - shape.start
-    count = min(shape.stages, depth)
-    ends = [shape.start + max(i, round(depth * (i / count) ** shape.bend)) - 1 for i in range(1, count + 1)]
+    depth, parts = num_layers - shape.start, range(1, shape.stages + 1)
+    ends = sorted({shape.start - 1 + max(1, round(depth * (i / shape.stages) ** shape.bend)) for i in parts})
+    count = len(ends)
     budgets = []
     for i in range(count):
         fraction = scale * shape.decay ** (i / max(1, count - 1))
