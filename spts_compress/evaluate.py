@@ -158,7 +158,8 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
         partial.write_text(json.dumps({**setting, "answers": wanted}))
     for _ in run(model, tokenizer, items, keys, kept, request.batch):
         pass
-    for item, key in zip(tqdm(free, desc="fidelity", unit="prompt"), wanted["fidelity"], strict=True):
+    progress = tqdm(free, desc="fidelity", unit="prompt", disable=not free)
+    for item, key in zip(progress, wanted["fidelity"], strict=True):
         if key not in kept.rows:
             begin = item.index * len(prose) // request.items
             following = prose[begin:] + prose[:begin] if item.task == agreement.TASK else None
@@ -256,19 +257,28 @@ def save(result: dict[str, Any], output: Path) -> str:
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
-    """Mean score by length for every task, and needles by depth and length, dense beside SPTS."""
+    """Scores of every task (by length where there are several), and needles by depth and length, dense beside SPTS."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in result["tasks"]))
     figure = Figure(figsize=(11, 4 if not result["depths"] else 7.5), layout="constrained")
     rows = 2 if result["depths"] else 1
     axes = figure.subplots(rows, 2, squeeze=False)
+    several = len({row["length"] for row in result["tasks"]}) > 1
     for axis, mode in zip(axes[0], ("dense", "spts"), strict=True):
-        for task in tasks:
-            found = sorted((r["length"], r[mode]) for r in result["tasks"] if r["task"] == task)
-            axis.plot([str(x) for x, _ in found], [100 * y for _, y in found], "o-", label=task)
-        axis.set(title=f"{mode}: score by length", xlabel="tokens", ylim=(-3, 103))
-    axes[0][1].legend(fontsize=6, ncol=2)
+        axis.set_title(f"{mode}: score")
+        if several:
+            for task in tasks:
+                found = sorted((r["length"], r[mode]) for r in result["tasks"] if r["task"] == task)
+                axis.plot([str(x) for x, _ in found], [100 * y for _, y in found], "o-", label=task)
+            axis.set(xlabel="tokens", ylim=(-3, 103))
+        else:
+            bars = axis.barh([r["task"] for r in result["tasks"]], [100 * r[mode] for r in result["tasks"]])
+            axis.bar_label(bars, fmt="%.0f", padding=2)
+            axis.set(xlabel=f"{result['tasks'][0]['length']} tokens", xlim=(0, 110))
+            axis.invert_yaxis()
+    if several:
+        axes[0][1].legend(fontsize=6, ncol=2)
     if result["depths"]:
         lengths = sorted({row["limit"] for row in result["depths"]})
         for axis, mode in zip(axes[1], ("dense", "spts"), strict=True):

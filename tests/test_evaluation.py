@@ -331,9 +331,9 @@ def checkpoint(tmp_path_factory):
     return folder / "out"
 
 
-def invoke(*arguments):
+def invoke(*arguments, code=0):
     result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.exit_code == code, (result.output, result.exception)
     return result.output
 
 
@@ -355,6 +355,8 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     monkeypatch.setattr(runner, "answers", None)  # nothing is answered again
     assert tables in invoke(*common, *options, *suites)
     (tmp_path / "out/answers.jsonl").write_text("\n".join(lines[2:]) + "\n")
+    assert "Not finished: 2 answers are missing" in invoke(*common, "--rescore")
+    assert "2 answers are missing; run evaluate" in invoke(*common, "--rescore", "--certify", code=2)
     monkeypatch.setattr(runner, "answers", whole)
     assert tables in invoke(*common, *options, *suites)
     assert sorted((tmp_path / "out/answers.jsonl").read_text().splitlines()) == sorted(lines)
@@ -374,7 +376,19 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     config = json.loads((folder / "config.json").read_text())
     config["spts"]["keep_first"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    assert "was changed since the evaluation" in invoke(*common, *options, *suites, "--rescore")
+    assert "was changed since the evaluation" in invoke(*common, "--rescore")
+    assert "these answers are another checkpoint's" in invoke(*common, "--rescore", "--certify", code=2)
+
+
+def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
+    bench = bench_folder(tmp_path)
+    options = ["--suite", "fidelity", "--longbench", bench, "--lengths", "600", "--items", "1", "--dtype", "float32"]
+    haystack = ["--haystack", checkpoint.parent / "prose.txt"]
+    shown = invoke("evaluate", checkpoint, "--output", tmp_path / "out", *options, *haystack)
+    rows = json.loads((tmp_path / "out/evaluation.json").read_text())["fidelity"]
+    assert [row["prompts"] for row in rows] == ["haystack", "LongBench"] and "| LongBench " in shown
+    assert rows[0]["perplexity"]["dense"] > 1 and rows[1]["perplexity"] is None
+    assert rows[1]["items"] == len(rows[1]["tasks"]) > 0 and 0 <= rows[1]["top1"] <= 1
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):

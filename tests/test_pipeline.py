@@ -287,6 +287,7 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     assert config["spts"] == point["winner"]["schedule"] and point["cost"]["speedup"] >= 1.15
     assert point["held_out"]["prompts"] == 2 and found["evaluations"] > 8
     assert "## Search" in (tmp_path / "out/README.md").read_text() and (tmp_path / "out/search.png").is_file()
+    assert "next token as dense" in run("inspect", tmp_path / "out")
     weights = {p.name: file_hash(p) for p in (tmp_path / "out").glob("*.safetensors")}
 
     run("recipe", path, "--force")  # what was evaluated is not evaluated again, and the choice is the same

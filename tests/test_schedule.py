@@ -57,7 +57,7 @@ def test_covering_amounts_are_never_smaller(a, b, length):
 
 
 def test_blocks_survive_a_round_trip_and_faults_are_all_named():
-    block = {"start": 2, "stages": [{"end": 3, "budget": 5, "prune_to": None}], "proxy": {"channels": 4, "rank": 2}}
+    block = {"start": 2, "stages": [{"end": 3, "budget": 5}], "proxy": {"channels": 4, "rank": 2}}
     schedule = Schedule.from_dict(block, 6)
     assert Schedule.from_dict(schedule.to_dict(), 6) == schedule
     assert schedule.to_dict()["stages"] == block["stages"]

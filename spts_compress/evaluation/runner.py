@@ -108,7 +108,7 @@ def run(
         batch: prompts at a time.
     """
     items = list(items)
-    with tqdm(total=len(items) * len(modes), desc="answering", unit="answer") as progress:
+    with tqdm(total=len(items) * len(modes), desc="answering", unit="answer", disable=not items) as progress:
         for group in _groups(items, batch):
             for mode, spts in modes.items():
                 unit = {answer_key(keys[mode], item): item for item in group}

@@ -19,6 +19,13 @@ class Amount:
     floor: int = 0
     cap: int | None = None
 
+    def plain(self) -> int | dict[str, Any]:
+        """As the `spts` block says it."""
+        if not self.fraction and self.cap is None:
+            return self.floor
+        given = {"fraction": self.fraction, "floor": self.floor or None, "cap": self.cap}
+        return {name: value for name, value in given.items() if value is not None}
+
     def at(self, length: int) -> int:
         """Tokens for a prompt of `length` tokens (its own length, without padding)."""
         tokens = max(round(self.fraction * length), self.floor)
@@ -48,6 +55,10 @@ class Stage:
     budget: Amount
     prune_to: Amount | None = None
     ffn_budget: Amount | None = None
+
+    def amounts(self) -> list[tuple[str, Amount | None]]:
+        """Every amount with its name."""
+        return [("budget", self.budget), ("prune_to", self.prune_to), ("ffn_budget", self.ffn_budget)]
 
     @property
     def changed(self) -> Amount:
@@ -152,16 +163,12 @@ class Schedule:
         return min(kept) < length
 
     def to_dict(self) -> dict[str, Any]:
-        """The `spts` block: plain numbers where an amount is a plain count."""
+        """The `spts` block: plain numbers where an amount is a plain count, and nothing that says nothing."""
         block = asdict(self)
-        for stage in block["stages"]:
-            if stage["ffn_budget"] is None:
-                del stage["ffn_budget"]
-            for name in stage.keys() - {"end"}:
-                amount = stage[name]
-                if amount is not None and not amount["fraction"] and amount["cap"] is None:
-                    stage[name] = amount["floor"]
-        block["stages"] = list(block["stages"])
+        block["stages"] = [
+            {"end": stage.end} | {name: amount.plain() for name, amount in stage.amounts() if amount is not None}
+            for stage in self.stages
+        ]
         block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else list(block["proxy"])
         return block
 
@@ -198,8 +205,7 @@ class Schedule:
                 f"{where}.end is {stage.end}; it must be {previous + 1} to {num_layers - 1}",
             )
             previous = stage.end
-            for name in ("budget", "prune_to", "ffn_budget"):
-                amount = getattr(stage, name)
+            for name, amount in stage.amounts():
                 if amount is not None:
                     check(0 <= amount.fraction <= 1, f"{where}.{name}.fraction is {amount.fraction}; it must be 0 to 1")
                     check(amount.floor >= 0, f"{where}.{name}.floor is {amount.floor}; it must not be negative")

@@ -85,6 +85,7 @@ def draw(found: dict[str, Any], target: Path, num_layers: int) -> None:
         shares = [schedule.counts(layer, 8192).active / 8192 for layer in range(num_layers)]
         kept.step(range(num_layers), [100 * s for s in shares], where="mid", label=name)
     starts.set(title="All candidates", xlabel="start layer", ylabel="loss, nats", yscale="log")
+    starts.xaxis.get_major_locator().set_params(integer=True)
     kept.set(title="Active tokens of 8192 in the winners", xlabel="layer", ylabel="%")
     kept.legend(fontsize=7)
     figure.savefig(target, dpi=110)

@@ -112,7 +112,7 @@ def run(
     key: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The best schedule at each cost that the target asks for, best cost first confirmed last.
+    """The best schedule at each cost that the target asks for, confirmed on prompts that nothing was chosen on.
 
     Args:
         model, whole: the stock and the skipping model, on the same parameters.
@@ -121,9 +121,10 @@ def run(
         key: what every figure depends on beside schedule and prompt.
 
     Returns:
-        `points`, one for each cost: `cost` (counted), `winner`, `held_out` and `quality` with its interval on prompts
-        that nothing was chosen on, `others`, what the loss becomes without each found value (`without`), and `signs`
-        of what is lost. `chosen`: the number of the point that meets the target, None if none does.
+        `points`, one for each cost: `cost` (counted), `winner`, `held_out` and `quality` with its interval on the
+        prompts that confirm, what the loss becomes `without` each found value, `signs` of what is lost, and all that
+        was `tried`. `chosen`: the number of the point that meets the target, None if none does. And the numbers of
+        `candidates` and `evaluations`, and `seconds`.
     """
     begin, config = time.monotonic(), model.config
     layers, longest = config.num_hidden_layers, max(section.lengths)
@@ -190,8 +191,8 @@ def run(
                     "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in found],
                 }
             )
-            if section.quality is not None and worth < section.quality and name == "speedup" and len(targets) > 1:
-                break  # the dearer ones before it stand, cheaper ones are worse
+            if section.quality is not None and worth < section.quality:
+                break  # what costs even less is worse
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
     return {
         "points": points,
