@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from .cost import predicted
 from .evaluate import Request, all_items, base_key, checkpoint_key, computed_how
-from .evaluation.bench import kv_bytes, seconds
+from .evaluation.bench import in_turn, kv_bytes, ratio, seconds
 from .evaluation.recovery import score_rows, summary
 from .evaluation.runner import Answers, encode, run
 from .modeling.configuration_spts import Amount, Schedule, Stage
@@ -60,15 +61,15 @@ def ablate(
     kept = Answers(output / "answers.jsonl")
     scored = score_rows(list(run(model, tokenizer, items, keys, kept, request.batch, modes)))
     ids = encode(tokenizer, [items[0].text], model.device)["input_ids"]
-    times = _times(model, ids, modes, pairs, (1, *new_tokens))
+    runs = {name: partial(_seconds, model, ids, spts) for name, spts in modes.items()}
+    with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
+        times = in_turn(runs, pairs, (1, *new_tokens), progress.update)
     rows = []
     for name, spts in modes.items():
         with torch.no_grad():
             cache = model(ids, use_cache=True, logits_to_keep=1, spts=spts).past_key_values
         counted = 1.0 if name == "dense" else predicted(model.config, tried[name], ids.shape[1])["speedup"]
-        ratios = {
-            str(n): median(d / s for d, s in zip(times["dense"][n], times[name][n], strict=True)) for n in times[name]
-        }
+        ratios = {str(n): ratio(times, name, n)["median"] for n in times[name]}
         other = "+PAP" if name == "dense" else name  # a summary compares dense with another
         tasks = {row["task"]: row[name] for row in summary(scored, other)}
         rows.append(
@@ -85,18 +86,8 @@ def ablate(
     return {"setting": {**setting, "items": request.items, "length": length}, "rows": rows}
 
 
-def _times(
-    model: Any, ids: torch.Tensor, modes: dict[str, Any], pairs: int, new_tokens: tuple[int, ...]
-) -> dict[str, dict[int, list[float]]]:
-    """Seconds of `generate` by mode and number of new tokens, all modes in turn."""
-    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in new_tokens} for name in modes}
-    for turn in tqdm(range(pairs + 1), desc="timing", unit="round"):
-        for name, spts in modes.items():
-            for n in new_tokens if turn else (1,):
-                taken = seconds(model, ids, n, spts=spts)
-                if turn:
-                    times[name][n].append(taken)
-    return times
+def _seconds(model: Any, ids: torch.Tensor, spts: Any, new_tokens: int) -> float:
+    return seconds(model, ids, new_tokens, spts=spts)
 
 
 def as_table(result: dict[str, Any]) -> str:

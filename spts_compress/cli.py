@@ -172,6 +172,31 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--lengths", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
+@click.option("--batch", "batches", default="1", show_default=True, help="Prompts at a time, one or more numbers.")
+@click.option("--new-tokens", default=16, show_default=True, help="For end-to-end times and the decoding rate.")
+@click.option("--pairs", default=5, show_default=True, help="Timed rounds, dense and SPTS in turn.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ...")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for tables, JSON and a picture.")
+def bench(
+    folder: Path, lengths: str, batches: str, new_tokens: int, pairs: int, dtype: str, device: str, output: Path
+) -> None:
+    """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
+    from . import speed
+
+    _check_device(device)
+    command = (
+        f"spts-compress bench {folder.name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
+        f"--pairs {pairs} --dtype {dtype} --device {device}"
+    )
+    sizes = _numbers("--lengths", lengths) or [], _numbers("--batch", batches) or []
+    result = speed.run(folder, *sizes, new_tokens, pairs, device, dtype, output, command)
+    click.echo(speed.save(result, output))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 @click.option("--revision", help="Branch to upload to.")

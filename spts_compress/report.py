@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from tqdm import tqdm
 
 from . import __version__, fidelity
 from .cost import predicted
-from .evaluation import agreement, measure, ruler
-from .evaluation.runner import encode
+from .evaluation import agreement, bench, ruler
+from .evaluation.items import Item
+from .evaluation.runner import answers, encode
+from .evaluation.scorers import score
 from .recipe import ReportSection
 from .tables import size, table
 
@@ -64,14 +67,25 @@ def measure_all(
         def speed(length: int) -> dict:
             [item] = agreement.items(tokenizer, prose, length, 1, 1)
             inputs = encode(tokenizer, [item.text], dense.device)
-            made = measure.alternate(dense, spts, inputs, section.pairs, progress.update)
-            tokens = made["tokens"]
-            kv = {name: measure.cache_bytes(m, inputs) for name, m in (("dense", dense), ("spts", spts))}
-            return {"length": length, **made, "kv_bytes": kv, "predicted": predicted(spts.config, schedule, tokens)}
+            ids, models = inputs["input_ids"], {"dense": dense, "spts": spts}
+            runs = {name: partial(bench.seconds, model, ids) for name, model in models.items()}
+            times = bench.in_turn(runs, section.pairs, (1,), progress.update)
+            found = bench.ratio(times, "spts", 1)
+            return {
+                "length": length,
+                "tokens": ids.shape[1],
+                "ttft": {name: taken[1] for name, taken in times.items()},
+                "dense_s": median(times["dense"][1]),
+                "spts_s": median(times["spts"][1]),
+                "speedup": found["median"],
+                "speedup_range": found["range"],
+                "kv_bytes": {name: bench.memory(model, ids)["kv_bytes"] for name, model in models.items()},
+                "predicted": predicted(spts.config, schedule, ids.shape[1]),
+            }
 
         def needle(number: int) -> dict:
             item = items[number]
-            got = {name: measure.retrieval(m, tokenizer, item) for name, m in (("dense", dense), ("spts", spts))}
+            got = {name: _answered(model, tokenizer, item) for name, model in (("dense", dense), ("spts", spts))}
             progress.update()
             return {"outputs": item.outputs, "tokens": item.tokens, **got}
 
@@ -107,6 +121,11 @@ def measure_all(
         "agreement": {"items": agreed},
         "skipped_states": skipped,
     }
+
+
+def _answered(model: Any, tokenizer: Any, item: Item) -> dict[str, Any]:
+    [text] = answers(model, tokenizer, [item], None)
+    return {"answer": text, "score": score(item.scorer, text, item.outputs, item.classes)}
 
 
 def mean(values: list[float]) -> float:

@@ -9,7 +9,7 @@ from tiny import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spts_compress import text
-from spts_compress.evaluation import measure, ruler
+from spts_compress.evaluation import bench, ruler, runner
 from spts_compress.modeling.configuration_spts import Schedule
 
 pytestmark = pytest.mark.real
@@ -54,7 +54,7 @@ def test_needles_are_found_as_by_the_dense_model(models):
     prose = "\n\n".join(text.python_docs())
     dense = kept = 0
     for item in ruler.items("niah_single_2", tokenizer, prose, 3000, 3, seed=5, answer_tokens=32):
-        found = [measure.retrieval(m, tokenizer, item)["score"] for m in (stock, model)]
+        found = [item.outputs[0] in runner.answers(m, tokenizer, [item], None)[0] for m in (stock, model)]
         dense += found[0]
         kept += found[0] * found[1]
     assert dense >= 2
@@ -79,9 +79,8 @@ def test_off_is_the_stock_model_and_padded_rows_run_as_alone(models):
         model.to(torch.bfloat16)
     for together, alone in zip(made, double, strict=True):
         assert together[: len(alone)].tolist() == alone.tolist()
-        assert measure.cache_bytes(model, dict(tokenizer(texts[0], return_tensors="pt"))) < measure.cache_bytes(
-            stock, dict(tokenizer(texts[0], return_tensors="pt"))
-        )
+        ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
+        assert bench.memory(model, ids)["kv_bytes"] < bench.memory(stock, ids)["kv_bytes"]
 
 
 def test_beams_lookup_and_turns(models):

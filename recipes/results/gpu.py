@@ -74,10 +74,7 @@ def build(name, device, tiny):
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    stock_class, stock_config_class = model_class.__bases__[1], config_class.__bases__[1]
-    stock_config = stock_config_class(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    stock_config._attn_implementation = "sdpa"
-    return model, bench.stock_twin(model, stock_class, stock_config)
+    return model, bench.stock_twin(model)
 
 
 def prompts(model, length, batch=1):

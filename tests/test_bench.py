@@ -1,0 +1,78 @@
+"""The benchmark: what it times is what it says, and its own arithmetic holds. No test depends on how fast it is."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_evaluation import checkpoint  # noqa: F401
+from tiny import stock_twin, tiny_model
+
+from spts_compress import speed
+from spts_compress.cli import main
+from spts_compress.evaluation import bench, parts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_twin_is_the_stock_model_on_the_same_tensors(family):
+    model = tiny_model(family)
+    twin, ids = bench.stock_twin(model), torch.arange(3, 60)[None]
+    assert type(twin).__module__.startswith("transformers.models.")
+    assert twin.model.layers[2].mlp.up_proj.weight is not None
+    there = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert {tensor.data_ptr() for tensor in twin.state_dict().values()} <= there
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, stock_twin(model)(ids).logits)
+
+
+def test_rounds_alternate_after_a_warm_up():
+    calls = []
+
+    def run(name):
+        return lambda n: calls.append((name, n)) or float(len(calls))
+
+    times = bench.in_turn({"dense": run("dense"), "spts": run("spts")}, 2, (1, 8), lambda: None)
+    one_round = [("dense", 1), ("dense", 8), ("spts", 1), ("spts", 8)]
+    assert calls == [("dense", 1), ("spts", 1), *one_round, *one_round]
+    assert times == {"dense": {1: [3.0, 7.0], 8: [4.0, 8.0]}, "spts": {1: [5.0, 9.0], 8: [6.0, 10.0]}}
+    assert bench.ratio(times, "spts", 1) == {"median": (3 / 5 + 7 / 9) / 2, "range": [3 / 5, 7 / 9]}
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    with bench.peak_memory(torch.device("cpu")) as peak:
+        torch.ones(60_000_000).sum()  # 240 MB
+    assert 200e6 < peak() < 400e6
+
+
+def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
+    model = tiny_model()
+    names = type(model.model.layers[-1])._skip.__globals__
+    before = dict(names)
+    ids = torch.arange(3, 63)[None]
+    found = parts.parts(model, ids)
+    assert {"dense layers", "projections", "attention", "feed-forward", "probing", "gathers"} <= set(found)
+    assert all(value >= 0 for value in found.values())
+    assert dict(names) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_break_even_lies_between_the_lengths_that_lose_and_win():
+    rows = [{"batch": 1, "tokens": n, "ttft_ratio": {"median": r}} for n, r in ((4000, 1.5), (1000, 0.8), (2000, 1.2))]
+    assert speed.break_even(rows) == 1500
+    assert speed.break_even(rows[:1]) is None
+
+
+def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):  # noqa: F811
+    options = ["--lengths", "150,400", "--batch", "1,2", "--new-tokens", "3", "--pairs", "2", "--dtype", "float32"]
+    shown = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["batch"], row["tokens"]) for row in result["rows"]] == [(1, 150), (1, 400), (2, 150), (2, 400)]
+    row = result["rows"][1]
+    assert row["spts"]["kv_bytes"] / row["dense"]["kv_bytes"] == pytest.approx(row["counted"]["kv_share"])
+    assert row["calibrated"] > 0 and row["ttft_ratio"]["range"][0] <= row["ttft_ratio"]["median"]
+    assert (tmp_path / "bench.md").read_text().startswith("`spts-compress bench out") and (
+        tmp_path / "bench.png"
+    ).exists()
+    long = CliRunner().invoke(main, ["bench", str(checkpoint), "--lengths", "99999", "--output", str(tmp_path)])
+    assert long.exit_code == 2 and "more than the context of 2048" in long.output
