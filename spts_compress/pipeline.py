@@ -51,7 +51,7 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
     layers = config.num_hidden_layers
     if (schedule := recipe.read_schedule(layers)) is not None:
         return schedule
-    starts = searching.starts_of(recipe.search or SearchSection(), layers)
+    starts = searching.starts_of(recipe.search or SearchSection(), config)
     return searching.widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
 
 
@@ -79,7 +79,7 @@ def run(
     if output.exists() and not force:
         raise UserError(f"{output} exists; give another --output, or --force to replace it")
     texts = documents(recipe.calibration)
-    prose = "\n\n".join(from_files(Path(recipe.report.text))) if recipe.report.text else None
+    prose, searched_on = (_prose(section.text) if section else "" for section in (recipe.report, recipe.search))
     config = resolve_config(recipe.model)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy)
@@ -92,16 +92,17 @@ def run(
         base = resolve(recipe.model, store)
         tokenizer = base.tokenizer()
         sequences = blocks(recipe.calibration, texts, tokenizer)
+        asked = None
+        if recipe.search is not None:  # made here, since bad lengths show before the long work
+            asked = searching.items(recipe.search, tokenizer, searched_on or sequences.unseen)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences.fit[0][:8], base.name)
         schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
         searched = None
-        if recipe.search is not None:
-            text = "\n\n".join(from_files(Path(recipe.search.text))) if recipe.search.text else sequences.unseen
+        if recipe.search is not None and asked is not None:
             whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
             key = fingerprint(base.key, recipe.model.dtype, device, _sums(parameters), __version__)
-            sizes = {layer: schedule.proxy_of(layer) for layer in range(schedule.start, len(model.model.layers))}
-            searched = searching.run(model, whole, tokenizer, text, recipe.search, sizes, store, key, say)
+            searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say)
             del whole
             folder = output.with_name(output.name + ".search")
             findings.save(searched, folder, config.num_hidden_layers)
@@ -202,6 +203,11 @@ def _report(
         return store.json(name, key, make)
 
     return measure_all(dense, spts, tokenizer, prose, recipe.report, keep)
+
+
+def _prose(path: str | None) -> str:
+    """The text of a file or folder, empty if there is none."""
+    return "\n\n".join(from_files(Path(path))) if path else ""
 
 
 def _sums(parameters: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -305,5 +305,11 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     assert "search has no target, so nothing is exported" in front and "1.15x has" in front
     missed = run("recipe", path, "--force", "--set", "search.quality=1.0", "--set", "search.speedup=2.5", code=2)
     assert "no schedule meets the target" in missed
-    with pytest.raises(AssertionError, match="needs exactly one of the sections schedule and search"):
-        run("recipe", path, "--set", "search=null")
+    for edit, message in (
+        ("search=null", "needs exactly one of the sections schedule and search"),
+        ("search.lengths=[9999]", "search.lengths: 9999 is more than the model's context of 2048"),
+        ("search.starts=[5]", "search.starts: 5 is out of range; it must be 1 to 4"),
+        ("search.kinds=[multi-hop]", "does not fit into 600 tokens"),
+        ("search.kv_share=0.5", "takes one of speedup and kv_share, not both"),
+    ):
+        assert message in run("recipe", path, "--force", "--set", edit, code=2)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..cost import predicted
 from ..errors import UserError
+from ..evaluation.items import Item
 from ..evaluation.runner import Answers
 from ..modeling.configuration_spts import Proxy, Schedule
 from ..recipe import SearchSection
@@ -51,12 +52,15 @@ class Bench:
         return self.kept.rows[key]
 
 
-def starts_of(section: SearchSection, num_layers: int) -> list[int]:
+def starts_of(section: SearchSection, config: Any) -> list[int]:
     """First skipping layers to try: the recipe's, or every layer from a third to three quarters of the depth.
 
     Raises:
-        UserError: for one that the model does not have.
+        UserError: for a layer that the model does not have, and for prompts longer than its context.
     """
+    num_layers, context = config.num_hidden_layers, config.max_position_embeddings
+    if max(section.lengths) > context:
+        raise UserError(f"search.lengths: {max(section.lengths)} is more than the model's context of {context}")
     starts = section.starts or list(range(max(1, num_layers // 3), 3 * num_layers // 4 + 1))
     for start in starts:
         if not 1 <= start < num_layers:
@@ -69,6 +73,23 @@ def widest(starts: list[int], num_layers: int, proxy: Proxy) -> Schedule:
     stage = {"end": num_layers - 1, "budget": {"fraction": 0.2}}
     block = {"start": starts[0], "stages": [stage], "proxy": {"channels": proxy.channels, "rank": proxy.rank}}
     return Schedule.from_dict({**block, "feed_forward": "relative"}, num_layers)
+
+
+def items(section: SearchSection, tokenizer: Any, prose: str) -> tuple[list[Item], list[Item]]:
+    """The prompts to search on and those that confirm, lengths and kinds in turn.
+
+    Raises:
+        UserError: if a task does not fit into a length.
+    """
+
+    def of(seed: int) -> list[Item]:
+        columns = [
+            prompts.make(section.kinds, tokenizer, prose, n, section.prompts, section.answer_tokens, seed)
+            for n in section.lengths
+        ]
+        return [item for row in zip(*columns, strict=True) for item in row]
+
+    return of(section.seed), of(section.seed + 1)
 
 
 def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
@@ -105,9 +126,8 @@ def run(
     model: Any,
     whole: Any,
     tokenizer: Any,
-    prose: str,
+    texts: tuple[list[Item], list[Item]],
     section: SearchSection,
-    sizes: dict[int, Proxy],
     store: Store,
     key: str,
     say: Callable[[str], None],
@@ -116,8 +136,7 @@ def run(
 
     Args:
         model, whole: the stock and the skipping model, on the same parameters.
-        prose: text that no proxy was fitted on.
-        sizes: size of every layer's proxy.
+        texts: see `items`.
         key: what every figure depends on beside schedule and prompt.
 
     Returns:
@@ -128,16 +147,9 @@ def run(
     """
     begin, config = time.monotonic(), model.config
     layers, longest = config.num_hidden_layers, max(section.lengths)
-    starts = starts_of(section, layers)
-
-    def items(seed: int) -> list[Any]:
-        columns = [
-            prompts.make(section.kinds, tokenizer, prose, n, section.prompts, section.answer_tokens, seed)
-            for n in section.lengths
-        ]
-        return [item for row in zip(*columns, strict=True) for item in row]
-
-    texts = [items(section.seed), items(section.seed + 1)]
+    starts = starts_of(section, config)
+    fitted = whole.config.schedule()
+    sizes = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, layers)}
     progress = tqdm([item for part in texts for item in part], desc="dense answers", unit="prompt")
     done = [shared.dense(model, tokenizer, item, [s - 1 for s in starts], store, key) for item in progress]
     tune, others = done[: len(texts[0])], done[len(texts[0]) :]
