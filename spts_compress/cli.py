@@ -197,6 +197,27 @@ def bench(
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
+    from .verify import verify as check
+
+    if faults := check(folder):
+        raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
+    click.echo(f"{folder} is whole, and its code is that of spts-compress {__version__}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder for the stock checkpoint.")
+def strip(folder: Path, output: Path) -> None:
+    """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
+    from .strip import strip as back
+
+    click.echo("\n".join(back(folder, output)))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 @click.option("--revision", help="Branch to upload to.")
@@ -204,6 +225,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None) -> Non
     """Upload an exported checkpoint to the Hub."""
     from . import hub
 
+    click.echo(hub.listing(folder))
     click.echo(hub.push(folder, repo_id, private, revision))
 
 

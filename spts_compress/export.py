@@ -20,6 +20,8 @@ from .errors import UserError
 from .modeling.configuration_spts import Schedule
 
 PROXIES = "spts-proxies.safetensors"
+# The base's own files under other names, so that `strip` can give them back.
+BASE_CONFIG, BASE_INDEX, BASE_WEIGHTS = "base_config.json", "base_index.json", "base.safetensors"
 CARRIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "spiece.model",
     "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -52,7 +54,7 @@ def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], targ
     weight_map, total = {}, 0
     for name in base.weights:
         # A single file keeps another name, since a plain model.safetensors would hide the index.
-        renamed = name if len(base.weights) > 1 else "base.safetensors"
+        renamed = name if len(base.weights) > 1 else BASE_WEIGHTS
         shutil.copyfile(base.folder / name, target / renamed)
         with safe_open(target / renamed, "pt") as opened:
             weight_map.update(dict.fromkeys(opened.keys(), renamed))
@@ -64,6 +66,9 @@ def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], targ
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
+    shutil.copyfile(base.folder / "config.json", target / BASE_CONFIG)
+    if (base.folder / INDEX).is_file():
+        shutil.copyfile(base.folder / INDEX, target / BASE_INDEX)
     config = json.loads((base.folder / "config.json").read_text())
     config["model_type"] = f"spts_{base.family}"
     config["architectures"] = [f"{prefix}ForCausalLM"]

@@ -5,17 +5,25 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from .checkpoint import read_config
 from .errors import UserError
+from .tables import size
+from .verify import verify
+
+
+def listing(folder: Path) -> str:
+    """What would be uploaded, with sizes."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return "\n".join(f"{size(p.stat().st_size):>12}  {p.relative_to(folder)}" for p in files)
 
 
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
     """Upload the folder in one commit and return its address.
 
     Raises:
-        UserError: if it is not a checkpoint of ours, or the Hub refuses.
+        UserError: if it is not a whole checkpoint of ours, or the Hub refuses.
     """
-    read_config(folder)
+    if faults := verify(folder):
+        raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

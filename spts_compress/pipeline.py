@@ -27,6 +27,7 @@ from .search import run as searching
 from .store import Store, fingerprint, sweep, writing
 from .tables import size
 from .text import Blocks, blocks, documents, from_files
+from .verify import write_manifest
 
 REPORT = "spts_report.json"
 
@@ -129,6 +130,7 @@ def run(
             (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
             if searched is not None and (folder / "search.png").exists():
                 shutil.copyfile(folder / "search.png", staging / "search.png")
+            write_manifest(staging)
         _move_into_place(new, output)
     return report
 

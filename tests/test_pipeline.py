@@ -129,13 +129,59 @@ def test_inspect_shows_it(built):
 
 def test_push_names_what_is_wrong_in_one_line(built, monkeypatch):
     folder, base, _, _ = built
-    assert "no spts block" in run("push", base, "user/name", code=2)
+    assert "spts_files.json: missing" in run("push", base, "user/name", code=2)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         "huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("refused"))
     )
     output = run("push", folder / "out", "user/name", code=2)
     assert output.splitlines()[-1] == "error: user/name: not uploaded: refused"
+
+
+def test_a_checkpoint_is_verified_and_every_change_is_named(built, tmp_path):
+    whole = built[0] / "out"
+    assert "is whole" in run("verify", whole)
+    folder = shutil.copytree(whole, tmp_path / "copy")
+
+    def changed(name, change, message):
+        path = folder / name
+        before = path.read_bytes() if path.exists() else None
+        change(path)
+        assert message in run("verify", folder, code=2), message
+        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+
+    def edit(**values):
+        def change(path):
+            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+        return change
+
+    def moved(path):
+        data = json.loads(path.read_text())
+        data["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+        path.write_text(json.dumps(data))
+
+    changed("spts.py", lambda p: p.write_text(p.read_text() + "# more\n"), "spts.py: not the code of spts-compress")
+    changed("spts-proxies.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-3]), "can't be read")
+    changed("modeling_extra.py", lambda p: p.write_text("import os"), "modeling_extra.py: not among the exported files")
+    changed("tokenizer.json", Path.unlink, "tokenizer.json: missing")
+    changed("config.json", edit(hidden_size=64), "the config asks for")
+    changed("config.json", edit(spts={"start": 9}), "config.json: spts.stages is missing")
+    changed("model.safetensors.index.json", moved, "../elsewhere.safetensors points outside the folder")
+    changed("spts_files.json", edit(sha256={"../x": "0"}), "../x points outside the folder")
+    (folder / "README.md").write_text("another card")  # says nothing about what is loaded
+    assert "is whole" in run("verify", folder)
+    (folder / "config.json").write_text("{}")
+    assert "not a checkpoint of spts-compress" in run("strip", folder, "--output", tmp_path / "stock", code=2)
+    assert not (tmp_path / "stock").exists()
+
+
+def test_strip_gives_back_the_stock_checkpoint_byte_for_byte(built, tmp_path):
+    folder, base, _, _ = built
+    run("strip", folder / "out", "--output", tmp_path / "stock")
+    made = {p.name: p.read_bytes() for p in (tmp_path / "stock").iterdir()}
+    assert made == {p.name: p.read_bytes() for p in base.iterdir()}
+    assert "exists; give another --output" in run("strip", folder / "out", "--output", tmp_path / "stock", code=2)
 
 
 def test_an_existing_output_is_kept_without_force(built):

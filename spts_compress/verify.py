@@ -1,0 +1,112 @@
+"""A checkpoint's list of hashes, and the check of a checkpoint against it, its index, its schedule and this release."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from . import __version__
+from .base import FAMILIES, INDEX
+from .errors import UserError
+from .export import model_class
+from .modeling.configuration_spts import Schedule
+from .store import file_hash, writing
+
+MANIFEST = "spts_files.json"
+FREE = ("README.md", "spts_report.json", "spts_evaluation.json", "search.png", MANIFEST)  # may change or be absent
+DECIDES = (".py", ".safetensors", ".json", ".bin", ".jinja")  # an unlisted file of these could change what is loaded
+
+
+def write_manifest(folder: Path) -> None:
+    """List the SHA-256 of every file in `folder` that decides what is loaded."""
+    files = {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in FREE}
+    with writing(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps({"spts_compress": __version__, "sha256": files}, indent=1) + "\n")
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything that is wrong with an exported checkpoint, a line each; empty if all is well.
+
+    Raises:
+        UserError: if the folder is no checkpoint of this toolkit.
+    """
+    listed = _json(folder / MANIFEST).get("sha256")
+    config = _json(folder / "config.json")
+    if not isinstance(listed, dict) or not isinstance(config.get("spts"), dict):
+        raise UserError(
+            f"{folder}: not a checkpoint of spts-compress: it needs {MANIFEST} and a config with an spts block"
+        )
+    faults = []
+    for name, digest in listed.items():
+        if Path(name).name != name:
+            faults.append(f"{MANIFEST}: {name} points outside the folder")
+        elif not (folder / name).is_file():
+            faults.append(f"{name}: missing")
+        elif file_hash(folder / name) != digest:
+            faults.append(f"{name}: changed since it was exported")
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and path.suffix in DECIDES and name not in listed and name not in FREE:
+            faults.append(f"{name}: not among the exported files")
+    return faults + _code(folder, config) + _tensors(folder, config)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or not JSON; give the folder of an exported checkpoint") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _code(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The modelling code against this release's own."""
+    family = str(config.get("model_type", "")).removeprefix("spts_")
+    if family not in FAMILIES:
+        return [f"config.json: model_type {config.get('model_type')} is of no family that this release knows"]
+    own = Path(str(resources.files(f"{__package__}.modeling")))
+    return [
+        f"{name}: not the code of spts-compress {__version__}"
+        for name in ("configuration_spts.py", "spts.py", f"{FAMILIES[family][0]}.py")
+        if not (folder / name).is_file() or file_hash(folder / name) != file_hash(own / name)
+    ]
+
+
+def _tensors(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The schedule, and the index and shapes of all tensors against the model that the config describes."""
+    family = str(config.get("model_type", "")).removeprefix("spts_")
+    try:
+        Schedule.from_dict(config["spts"], config["num_hidden_layers"])
+    except (ValueError, KeyError) as error:
+        return [f"config.json: {fault}" for fault in error.args]
+    if family not in FAMILIES:
+        return []
+    cls = model_class(family)
+    with torch.device("meta"):
+        model = cls(cls.config_class(**{k: v for k, v in config.items() if k != "model_type"}))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    index = _json(folder / INDEX).get("weight_map", {})
+    faults, there = [], {}
+    for file in sorted(set(index.values())):
+        if Path(file).name != file:
+            faults.append(f"{INDEX}: {file} points outside the folder")
+            continue
+        try:
+            with safe_open(folder / file, "pt") as opened:
+                for name in list(opened.keys()):
+                    there[name] = file, opened.get_slice(name).get_shape()
+        except (OSError, SafetensorError) as error:
+            faults.append(f"{file}: can't be read: {error}")
+    for name, (file, shape) in there.items():
+        if index.get(name) != file:
+            faults.append(f"{INDEX}: {name} lies in {file}, which the index does not say")
+        elif name not in expected:
+            faults.append(f"{file}: {name} is no tensor of this model")
+        elif shape != expected[name]:
+            faults.append(f"{file}: {name} has the shape {shape}, the config asks for {expected[name]}")
+    faults += [f"{INDEX}: {name} is missing" for name in expected if name not in there and name not in tied]
+    return faults
