@@ -220,13 +220,14 @@ def strip(folder: Path, output: Path) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
-@click.option("--revision", help="Branch to upload to.")
-def push(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
+@click.option("--revision", help="Branch to upload to; made if it is not there.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+def push(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> None:
     """Upload an exported checkpoint to the Hub."""
     from . import hub
 
     click.echo(hub.listing(folder))
-    click.echo(hub.push(folder, repo_id, private, revision))
+    click.echo(hub.push(folder, repo_id, private, revision, create_pr))
 
 
 def _quiet() -> None:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
 
 from .errors import UserError
 from .tables import size
 from .verify import verify
+
+HINTS = {401: "the Hub does not accept this token (401)", 403: "the token has no right to write there (403)"}
 
 
 def listing(folder: Path) -> str:
@@ -16,23 +18,34 @@ def listing(folder: Path) -> str:
     return "\n".join(f"{size(p.stat().st_size):>12}  {p.relative_to(folder)}" for p in files)
 
 
-def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+def push(
+    folder: Path, repo_id: str, private: bool = False, revision: str | None = None, create_pr: bool = False
+) -> str:
     """Upload the folder in one commit and return its address.
+
+    Args:
+        revision: branch to upload to, made if it is not there.
+        create_pr: propose the commit as a pull request instead of making it.
 
     Raises:
         UserError: if it is not a whole checkpoint of ours, or the Hub refuses.
     """
     if faults := verify(folder):
         raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
+    if get_token() is None:
+        raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        message = "Skip-ready checkpoint (SPTS)"
         done = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Skip-ready checkpoint (SPTS)"
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=message
         )
-    except LocalTokenNotFoundError:
-        raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN") from None
     except Exception as error:  # transport errors have no common type across versions of the client
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        first = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+        status = first.response.status_code if isinstance(first, HfHubHTTPError) and first.response is not None else 0
+        reason = HINTS.get(status) or (str(first) or type(first).__name__).splitlines()[0]
         raise UserError(f"{repo_id}: not uploaded: {reason}") from error
     return str(done)

@@ -131,6 +131,7 @@ def test_push_names_what_is_wrong_in_one_line(built, monkeypatch):
     folder, base, _, _ = built
     assert "spts_files.json: missing" in run("push", base, "user/name", code=2)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(
         "huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("refused"))
     )

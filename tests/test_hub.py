@@ -1,0 +1,76 @@
+"""Publishing to a Hub and loading from it, with the real client over HTTP."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hub_server import Hub
+from test_pipeline import built, corpus  # noqa: F401
+
+LOAD = """
+import sys
+sys.modules["spts_compress"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+name, revision = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True)
+AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=True)
+ids = torch.arange(3, 203)[None]
+out = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+print("cached", model.skipped(out.past_key_values)[-1]["active"])
+"""
+
+
+@pytest.fixture
+def hub():
+    made = Hub()
+    yield made
+    made.close()
+
+
+def call(hub, tmp_path, *command, token="hf_test"):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+
+
+def push(hub, tmp_path, *arguments, **options):
+    return call(hub, tmp_path, "-m", "spts_compress", "push", *arguments, **options)
+
+
+@pytest.mark.parametrize("built", ["llama"], indirect=True)
+def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):  # noqa: F811
+    folder = built[0] / "out"
+    done = push(hub, tmp_path, folder, "user/model", "--private")
+    assert done.returncode == 0, done.stderr
+    assert "spts-proxies.safetensors" in done.stdout and f"{hub.address}/user/model" in done.stdout
+    assert "hf_test" not in done.stdout + done.stderr
+    assert hub.private == {"user/model": True}
+    assert hub.files("user/model") == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert sum("/commit/" in request for request in hub.requests) == 1
+    loaded = call(hub, tmp_path, "-c", LOAD, "user/model", hub.branches["user/model"]["main"])
+    assert loaded.stdout.strip() == "cached 24", loaded.stderr
+
+    other = push(hub, tmp_path, folder, "user/model", "--revision", "later")
+    assert other.returncode == 0, other.stderr
+    assert hub.files("user/model", "later") == hub.files("user/model")
+
+
+@pytest.mark.parametrize("built", ["llama"], indirect=True)
+def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_published(built, hub, tmp_path):  # noqa: F811
+    folder = built[0] / "out"
+    for options, fail, status, message in (
+        ({"token": None}, "", 0, "no Hub token"),
+        ({"token": "hf_wrong"}, "", 0, "user/model: not uploaded: the Hub does not accept this token"),
+        ({}, "/api/repos/create", 403, "user/model: not uploaded: the token has no right to write there"),
+        ({}, "/large/", 400, "user/model: not uploaded: "),
+        ({}, "/commit/", 400, "user/model: not uploaded: "),
+    ):
+        hub.fail, hub.status = fail, status
+        done = push(hub, tmp_path, folder, "user/model", **options)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
+        assert "Traceback" not in done.stderr and "hf_" not in done.stdout + done.stderr
+        assert not any(hub.files(repo) for repo in hub.repos)
