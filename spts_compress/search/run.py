@@ -122,6 +122,51 @@ def signs(best: Candidate, held: Rows, lengths: list[int]) -> list[str]:
     return found
 
 
+def _scaling(
+    name: str, target: float, config: Any, length: int, sizes: dict[int, Proxy]
+) -> Callable[[space.Shape], Candidate | None]:
+    """Gives a shape the budgets with which its counted `name` is `target`; None where there are none."""
+    sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
+
+    def value(schedule: Schedule) -> float:
+        return sign * predicted(config, schedule, length)[name]
+
+    def scaled(shape: space.Shape) -> Candidate | None:
+        made = space.at_cost(shape, value, sign * target, config.num_hidden_layers, sizes)
+        return None if made is None else Candidate(shape, made, predicted(config, made, length), [])
+
+    return scaled
+
+
+def _point(
+    found: list[Candidate],
+    scaled: Callable[[space.Shape], Candidate | None],
+    bench: Bench,
+    tune: list[shared.Dense],
+    others: list[shared.Dense],
+    lengths: list[int],
+) -> dict[str, Any]:
+    """The best candidate on prompts that nothing was chosen on, and what each of its values brings."""
+    best, held = found[0], bench.rows(found[0].schedule, others)
+    worth, interval = quality(held)
+    plain = space.Shape(best.shape.start, keep_first=0, keep_last=1, feed_forward="proxy", margin=1.3)
+    without = {
+        what: halving.loss(bench.rows(made.schedule, tune))
+        for what, shape in space.reverted(best.shape, plain).items()
+        if (made := scaled(shape)) is not None
+    }
+    return {
+        "cost": best.cost,
+        "winner": best.plain(),
+        "held_out": {"loss": halving.loss(held), "kinds": halving.by_kind(held), "prompts": len(held)},
+        "quality": worth,
+        "interval": interval,
+        "without": without,
+        "signs": signs(best, held, lengths),
+        "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in found],
+    }
+
+
 def run(
     model: Any,
     whole: Any,
@@ -155,54 +200,29 @@ def run(
     tune, others = done[: len(texts[0])], done[len(texts[0]) :]
     shared_seconds = time.monotonic() - begin
 
-    targets = section.targets()
-    kept = Answers(store.path("search", key, ".jsonl"))
+    points: list[dict[str, Any]] = []
     with tqdm(desc="searching", unit="evaluation") as bar:
-        bench = Bench(whole, kept, key, bar)
-        points: list[dict[str, Any]] = []
+        bench = Bench(whole, Answers(store.path("search", key, ".jsonl")), key, bar)
         seeds = space.seeds(starts)
-        for name, target in targets:
-            sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
-
-            def value(schedule: Schedule, name: str = name, sign: int = sign) -> float:
-                return sign * predicted(config, schedule, longest)[name]
-
-            def scaled(shape: space.Shape, target: float = sign * target, value: Any = value) -> Candidate | None:
-                made = space.at_cost(shape, value, target, layers, sizes)
-                return None if made is None else Candidate(shape, made, predicted(config, made, longest), [])
-
-            def tried(schedule: Schedule, count: int) -> Rows:
-                return bench.rows(schedule, tune[:count])
-
+        for name, target in section.targets():
+            scaled = _scaling(name, target, config, longest, sizes)
             found = halving.search(
-                scaled, tried, len(tune), starts, seeds, section.candidates, section.rounds, section.seed
+                scaled,
+                lambda schedule, count: bench.rows(schedule, tune[:count]),
+                len(tune),
+                starts,
+                seeds,
+                section.candidates,
+                section.rounds,
+                section.seed,
             )
             if not found:
                 say(f"no schedule has a {name} of {target:g}")
                 break
-            best, held = found[0], bench.rows(found[0].schedule, others)
-            worth, interval = quality(held)
+            points.append({"target": [name, target], **_point(found, scaled, bench, tune, others, section.lengths)})
             seeds = [c.shape for c in found[: halving.ELITE]]
-            bar.set_postfix_str(f"{name} {target:g}: agreement {worth:.3f}, loss {best.loss:.3f}")
-            plain = space.Shape(best.shape.start, keep_first=0, keep_last=1, feed_forward="proxy", margin=1.3)
-            without = {
-                what: halving.loss(tried(made.schedule, len(tune)))
-                for what, shape in space.reverted(best.shape, plain).items()
-                if (made := scaled(shape)) is not None
-            }
-            points.append(
-                {
-                    "target": [name, target],
-                    "cost": best.cost,
-                    "winner": best.plain(),
-                    "held_out": {"loss": halving.loss(held), "kinds": halving.by_kind(held), "prompts": len(held)},
-                    "quality": worth,
-                    "interval": interval,
-                    "without": without,
-                    "signs": signs(best, held, section.lengths),
-                    "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in found],
-                }
-            )
+            worth = points[-1]["quality"]
+            bar.set_postfix_str(f"{name} {target:g}: agreement {worth:.3f}, loss {found[0].loss:.3f}")
             if section.quality is not None and worth < section.quality:
                 break  # what costs even less is worse
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
