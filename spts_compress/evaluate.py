@@ -315,7 +315,9 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
         raise UserError(f"{folder}: these answers are another checkpoint's; run evaluate without --rescore")
     if result["missing"]:
         raise UserError(f"{folder}: {result['missing']} answers are missing; run evaluate without --rescore")
-    data = {"checkpoint": key, **{name: result[name] for name in ("setting", "tasks", "fidelity")}}
+    paths = {name: Path(value).name for name in ("haystack", "longbench") if (value := setting["request"][name])}
+    told = {**setting, "request": {**setting["request"], **paths}}  # where a user's files lie is nobody's business
+    data = {"checkpoint": key, "setting": told, "tasks": result["tasks"], "fidelity": result["fidelity"]}
     with writing(folder / CERTIFICATE) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")
     card = folder / "README.md"

@@ -369,6 +369,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     again = invoke(*common, *options, *suites, "--rescore", "--certify")
     assert re.search(r"counting +\| 1500 +\| 2 +\| 100\.0 +\| 0\.0", again)
     card = (folder / "README.md").read_text()
+    assert str(checkpoint.parent) not in (folder / "spts_evaluation.json").read_text()
     assert card.startswith("# A card") and card.count("## Evaluation") == 1 and "Not measured: niah_single_1" in card
     invoke(*common, *options, *suites, "--rescore", "--certify")
     assert (folder / "README.md").read_text() == card
