@@ -16,7 +16,10 @@ from .modeling.configuration_spts import Schedule
 from .store import file_hash, writing
 
 MANIFEST = "spts_files.json"
-FREE = ("README.md", "spts_report.json", "spts_evaluation.json", "search.png", MANIFEST)  # may change or be absent
+FREE = (  # what tells of the checkpoint and decides nothing
+    "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json", "spts_evaluation.json", "search.png",
+    MANIFEST,
+)  # fmt: skip
 DECIDES = (".py", ".safetensors", ".json", ".bin", ".jinja")  # an unlisted file of these could change what is loaded
 
 
