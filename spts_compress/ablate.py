@@ -61,7 +61,7 @@ def ablate(
     kept = Answers(output / "answers.jsonl")
     scored = score_rows(list(run(model, tokenizer, items, keys, kept, request.batch, modes)))
     ids = encode(tokenizer, [items[0].text], model.device)["input_ids"]
-    runs = {name: partial(_seconds, model, ids, spts) for name, spts in modes.items()}
+    runs = {name: partial(seconds, model, ids, spts=spts) for name, spts in modes.items()}
     with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
         times = in_turn(runs, pairs, (1, *new_tokens), progress.update)
     rows = []
@@ -84,10 +84,6 @@ def ablate(
         )
     setting = {"hardware": hardware(str(model.device)), "how": how, "tokens": ids.shape[1], "pairs": pairs}
     return {"setting": {**setting, "items": request.items, "length": length}, "rows": rows}
-
-
-def _seconds(model: Any, ids: torch.Tensor, spts: Any, new_tokens: int) -> float:
-    return seconds(model, ids, new_tokens, spts=spts)
 
 
 def as_table(result: dict[str, Any]) -> str:

@@ -89,16 +89,16 @@ def all_items(request: Request, tokenizer: Any) -> list[Item]:
     return made
 
 
-def free_items(request: Request, tokenizer: Any) -> list[Item]:
-    """The prompts of the suite `fidelity`: about the haystack, and LongBench's if its folder is given."""
-    prose, made = prose_of(request), []
+def free_items(request: Request, tokenizer: Any, prose: str) -> list[Item]:
+    """The prompts of the suite `fidelity`: about the haystack `prose`, and LongBench's if its folder is given."""
+    made: list[Item] = []
     bench = longbench.LongBench(request.longbench) if request.longbench else None
+    tasks = [task for task in (bench.tasks() if bench else ()) if not request.tasks or task in request.tasks]
     for length in request.lengths:
         made += agreement.items(tokenizer, prose, length, request.items, FREE_TOKENS)
-        for task in bench.tasks() if bench is not None else ():
-            if bench is not None and (not request.tasks or task in request.tasks):
-                found = bench.items(task, tokenizer, length, request.items)
-                made += [replace(item, answer_tokens=FREE_TOKENS) for item in found]
+        if bench is not None:
+            found = (item for task in tasks for item in bench.items(task, tokenizer, length, request.items))
+            made += [replace(item, answer_tokens=FREE_TOKENS) for item in found]
     return made
 
 
@@ -150,7 +150,8 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
     keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
     items, free, prose = all_items(request, tokenizer), [], ""
     if "fidelity" in request.suites:
-        free, prose = free_items(request, tokenizer), "\n\n".join(sentences(prose_of(request)))
+        prose = prose_of(request)
+        free, prose = free_items(request, tokenizer, prose), "\n\n".join(sentences(prose))
     wanted = {mode: [answer_key(key, item) for item in items] for mode, key in keys.items()}
     wanted["fidelity"] = [free_key(keys["spts"], item) for item in free]
     setting = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}

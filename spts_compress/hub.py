@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .errors import UserError
 from .tables import size
-from .verify import verify
+from .verify import require
 
 HINTS = {401: "the Hub does not accept this token (401)", 403: "the token has no right to write there (403)"}
 
@@ -30,8 +30,7 @@ def push(
     Raises:
         UserError: if it is not a whole checkpoint of ours, or the Hub refuses.
     """
-    if faults := verify(folder):
-        raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
+    require(folder)
     if get_token() is None:
         raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN")
     api = HfApi()

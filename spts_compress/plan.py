@@ -57,7 +57,7 @@ def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: 
     of the search's prompts in front of every layer where skipping may begin."""
     proxies, states = proxy_parameters(config, schedule), 2 * tokens
     if search is not None:
-        starts = search.starts or range(config.num_hidden_layers // 3, 3 * config.num_hidden_layers // 4 + 1)
+        starts = search.start_layers(config.num_hidden_layers)
         states += 2 * len(starts) * len(search.kinds) * search.prompts * sum(search.lengths)
     return BYTES[dtype] * (parameters(config) + states * config.hidden_size) + (4 + BYTES[dtype]) * proxies
 

@@ -166,6 +166,10 @@ class SearchSection(Section):
             raise ValueError("takes one of speedup and kv_share, not both")
         return self
 
+    def start_layers(self, num_layers: int) -> list[int]:
+        """First skipping layers to try in a model of `num_layers` layers."""
+        return sorted(set(self.starts or range(max(1, num_layers // 3), 3 * num_layers // 4 + 1)))
+
     @property
     def decides(self) -> bool:
         """Whether there is a target that one schedule is to meet."""

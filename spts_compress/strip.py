@@ -7,7 +7,7 @@ from .base import INDEX, WEIGHTS
 from .errors import UserError
 from .export import BASE_CONFIG, BASE_INDEX, BASE_WEIGHTS, CARRIED, PROXIES
 from .store import writing
-from .verify import verify
+from .verify import require
 
 
 def strip(folder: Path, target: Path) -> list[str]:
@@ -16,8 +16,7 @@ def strip(folder: Path, target: Path) -> list[str]:
     Raises:
         UserError: if `folder` is no whole checkpoint of this toolkit, or `target` exists.
     """
-    if faults := verify(folder):
-        raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
+    require(folder)
     if target.exists():
         raise UserError(f"{target} exists; give another --output")
     names = {BASE_CONFIG: "config.json", BASE_INDEX: INDEX, BASE_WEIGHTS: WEIGHTS}

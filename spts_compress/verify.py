@@ -54,7 +54,17 @@ def verify(folder: Path) -> list[str]:
         name = str(path.relative_to(folder))
         if path.is_file() and path.suffix in DECIDES and name not in listed and name not in FREE:
             faults.append(f"{name}: not among the exported files")
-    return faults + _code(folder, config) + _tensors(folder, config)
+    family = str(config.get("model_type", "")).removeprefix("spts_")
+    if family not in FAMILIES:
+        faults.append(f"config.json: model_type {config.get('model_type')} is of no family that this release knows")
+        return faults + _schedule(config)
+    return faults + _code(folder, family) + (_schedule(config) or _tensors(folder, family, config))
+
+
+def require(folder: Path) -> None:
+    """Raises UserError, a line for each fault, if `folder` is no whole checkpoint of this toolkit."""
+    if faults := verify(folder):
+        raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -65,11 +75,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _code(folder: Path, config: dict[str, Any]) -> list[str]:
+def _code(folder: Path, family: str) -> list[str]:
     """The modelling code against this release's own."""
-    family = str(config.get("model_type", "")).removeprefix("spts_")
-    if family not in FAMILIES:
-        return [f"config.json: model_type {config.get('model_type')} is of no family that this release knows"]
     own = Path(str(resources.files(f"{__package__}.modeling")))
     return [
         f"{name}: not the code of spts-compress {__version__}"
@@ -78,15 +85,16 @@ def _code(folder: Path, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tensors(folder: Path, config: dict[str, Any]) -> list[str]:
-    """The schedule, and the index and shapes of all tensors against the model that the config describes."""
-    family = str(config.get("model_type", "")).removeprefix("spts_")
+def _schedule(config: dict[str, Any]) -> list[str]:
     try:
         Schedule.from_dict(config["spts"], config["num_hidden_layers"])
     except (ValueError, KeyError) as error:
         return [f"config.json: {fault}" for fault in error.args]
-    if family not in FAMILIES:
-        return []
+    return []
+
+
+def _tensors(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
+    """The index and shapes of all tensors against the model that the config describes."""
     cls = model_class(family)
     with torch.device("meta"):
         model = cls(cls.config_class(**{k: v for k, v in config.items() if k != "model_type"}))

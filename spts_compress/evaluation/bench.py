@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -133,11 +134,8 @@ def compare(
         dense over SPTS ratios pair by pair (median and range), memory, and the counted ratio beside them.
     """
     models = {"dense": dense, "spts": spts}
-
-    def run(model: Any) -> Callable[[int], float]:
-        return lambda n: seconds(model, ids, n)
-
-    times = in_turn({name: run(model) for name, model in models.items()}, pairs, (1, new_tokens), tick)
+    runs = {name: partial(seconds, model, ids) for name, model in models.items()}
+    times = in_turn(runs, pairs, (1, new_tokens), tick)
     result: dict[str, Any] = {"batch": ids.shape[0], "tokens": ids.shape[1], "new_tokens": new_tokens, "pairs": pairs}
     for name, model in models.items():
         first, whole = median(times[name][1]), median(times[name][new_tokens])

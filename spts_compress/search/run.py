@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from ..cost import predicted
 from ..errors import UserError
 from ..evaluation.items import Item
+from ..evaluation.recovery import interval
 from ..evaluation.runner import Answers
 from ..modeling.configuration_spts import Proxy, Schedule
 from ..recipe import SearchSection
@@ -53,7 +53,7 @@ class Bench:
 
 
 def starts_of(section: SearchSection, config: Any) -> list[int]:
-    """First skipping layers to try: the recipe's, or every layer from a third to three quarters of the depth.
+    """First skipping layers to try, checked against the model.
 
     Raises:
         UserError: for a layer that the model does not have, and for prompts longer than its context.
@@ -61,11 +61,11 @@ def starts_of(section: SearchSection, config: Any) -> list[int]:
     num_layers, context = config.num_hidden_layers, config.max_position_embeddings
     if max(section.lengths) > context:
         raise UserError(f"search.lengths: {max(section.lengths)} is more than the model's context of {context}")
-    starts = section.starts or list(range(max(1, num_layers // 3), 3 * num_layers // 4 + 1))
+    starts = section.start_layers(num_layers)
     for start in starts:
         if not 1 <= start < num_layers:
             raise UserError(f"search.starts: {start} is out of range; it must be 1 to {num_layers - 1}")
-    return sorted(set(starts))
+    return starts
 
 
 def widest(starts: list[int], num_layers: int, proxy: Proxy) -> Schedule:
@@ -94,9 +94,9 @@ def items(section: SearchSection, tokenizer: Any, prose: str) -> tuple[list[Item
 
 def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
     """Mean top-1 agreement with dense, and its 95% interval (percentile bootstrap over prompts, 2000 resamples)."""
-    found = np.array([row["top1"] for row in rows])
-    drawn = np.random.default_rng(0).choice(found, (2000, len(found))).mean(axis=1)
-    return float(found.mean()), (float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975)))
+    found = [row["top1"] for row in rows]
+    mean = sum(found) / len(found)
+    return mean, interval([1.0] * len(found), found) or (mean, mean)
 
 
 def signs(best: Candidate, held: Rows, lengths: list[int]) -> list[str]:
@@ -148,7 +148,7 @@ def _point(
 ) -> dict[str, Any]:
     """The best candidate on prompts that nothing was chosen on, and what each of its values brings."""
     best, held = found[0], bench.rows(found[0].schedule, others)
-    worth, interval = quality(held)
+    worth, low_high = quality(held)
     plain = space.Shape(best.shape.start, keep_first=0, keep_last=1, feed_forward="proxy", margin=1.3)
     without = {
         what: halving.loss(bench.rows(made.schedule, tune))
@@ -160,7 +160,7 @@ def _point(
         "winner": best.plain(),
         "held_out": {"loss": halving.loss(held), "kinds": halving.by_kind(held), "prompts": len(held)},
         "quality": worth,
-        "interval": interval,
+        "interval": low_high,
         "without": without,
         "signs": signs(best, held, lengths),
         "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in found],

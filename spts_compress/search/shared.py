@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..evaluation.agreement import agreement
 from ..evaluation.items import Item
 from ..evaluation.runner import encode
 from ..modeling.configuration_spts import Schedule
@@ -143,6 +144,5 @@ def compare(tails: Any, schedule: Schedule, prompt: Dense) -> dict[str, Any]:
     logits = tails(inputs_embeds=states, use_cache=True, logits_to_keep=len(prompt.answer)).logits[0]
     own = torch.log_softmax(tails.lm_head(prompt.final.to(device)).float(), dim=-1)
     other = torch.log_softmax(logits.float(), dim=-1)
-    agree = own.argmax(-1) == other.argmax(-1)
-    kl = (own.exp() * (own - other)).sum(-1).mean()
-    return {"kl": float(kl), "top1": float(agree.float().mean()), "same": bool(agree.all())}
+    found = agreement(own, other)
+    return {**found, "same": found["top1"] == 1}
