@@ -167,8 +167,9 @@ def fit_proxies(
             proxy, tried = choose(ffn, tokens, check, recipe.proxy, shares[layer], relative)
             proxy.to(getattr(torch, recipe.model.dtype))  # judged as it is exported
             judged = {f"judged.{name}": value for name, value in fidelity.norms(proxy, ffn, judge).items()}
-            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged})
             store.put_json(f"choice-{layer}", keys[layer], tried)
+            # last: a proxy that is there is finished, wherever a run was killed
+            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged})
     parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])
