@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .base import Base
 from .modeling.configuration_spts import Schedule
@@ -28,6 +28,31 @@ def license_of(base: Base) -> dict[str, Any]:
     return {name: data[name] for name in ("license", "license_name", "license_link", "language") if data.get(name)}
 
 
+def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
+    """The card `text` with scores in its metadata (the Hub's model-index), in the place of those it had.
+
+    Args:
+        name: of the model.
+        tasks: rows with `task`, `length` in tokens, `items`, and scores of `dense` and `spts` from 0 to 1.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data  # typed without the fields of a model's card
+    data.model_name = name if tasks else None
+    data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=f"{row['task']}, {row['length']} tokens, {row['items']} prompts",
+            metric_type="score",
+            metric_name=f"score with {'skipping' if mode == 'spts' else 'spts=False'}",
+            metric_value=round(100 * row[mode], 1),
+        )
+        for row in tasks
+        for mode in ("dense", "spts")
+    ] or None
+    return str(card)
+
+
 def _searched(found: dict | None) -> str:
     """The search's section, empty if the schedule was given."""
     if found is None:
@@ -49,6 +74,8 @@ def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> st
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base.name if base.revision else None,
+        # its weights with modules trained on top: of the Hub's four words the one that says nothing untrue
+        base_model_relation="finetune" if base.revision else None,
         tags=["spts", "token-skipping", "kv-cache-compression", "custom_code"],
     )
     for name, value in license_of(base).items():

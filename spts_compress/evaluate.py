@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import text
+from .card import with_results
 from .checkpoint import read_config
 from .errors import UserError
 from .evaluation import agreement, diversity, longbench, recovery, ruler
@@ -340,8 +341,9 @@ Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: 
 
 Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolkit's own tasks"}; other lengths.
 {end}"""
+    made = with_results(f"{whole.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
     with writing(card) as partial:
-        partial.write_text(f"{whole.rstrip()}\n\n{section}\n", encoding="utf-8")
+        partial.write_text(made, encoding="utf-8")
 
 
 def stale(folder: Path) -> str | None:

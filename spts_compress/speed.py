@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from tqdm import tqdm
 
 from . import text
@@ -35,8 +37,8 @@ def run(
 
     Returns:
         `rows`, one for each length and batch, with times, ratios, the ratio that operations allow (`counted`) and that
-        this machine's speed allows (`calibrated`), memory, and the `parts` of the SPTS prefill; and `break_even`, the
-        prompt length from which skipping pays, None if it does at every length measured or at none.
+        this machine's speed allows (`calibrated`), memory, and the `parts` of the SPTS prefill; `break_even`, the
+        prompt length from which skipping pays, None if it does at every length measured or at none; and `growth`.
 
     Raises:
         UserError: for bad lengths or a folder that holds no checkpoint.
@@ -57,6 +59,7 @@ def run(
         "spts": schedule.to_dict(),
         "rows": [],
         "break_even": None,
+        "growth": None,
     }
     output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(lengths) * len(batches) * (pairs + 1), desc="timing", unit="round") as progress:
@@ -69,7 +72,7 @@ def run(
                 row["calibrated"] = calibrated(dense, schedule, ids)
                 row["parts"] = parts(spts, ids) if schedule.skips(length) else {}
                 result["rows"].append(row)
-                result["break_even"] = break_even(result["rows"])
+                result["break_even"], result["growth"] = break_even(result["rows"]), growth(result["rows"])
                 with writing(output / "bench.json") as partial:
                     partial.write_text(json.dumps(result, indent=1) + "\n")
                 gc.collect()
@@ -83,6 +86,17 @@ def break_even(rows: list[dict[str, Any]]) -> int | None:
         if low < 1 <= high:
             return round(shorter + (longer - shorter) * (1 - low) / (high - low))
     return None
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[str, list[float]] | None:
+    """TTFT of dense and SPTS as a n + b n^2, n in thousands of tokens: [a, b] in seconds, neither negative, by least
+    squares of the relative errors; batch 1 only, None for fewer than three lengths."""
+    single = [row for row in rows if row["batch"] == 1]
+    if len({row["tokens"] for row in single}) < 3:
+        return None
+    n = np.array([row["tokens"] / 1000 for row in single])
+    times = {name: np.array([row[name]["ttft"] for row in single]) for name in ("dense", "spts")}
+    return {name: nnls(np.stack([n / t, n * n / t], 1), np.ones_like(n))[0].tolist() for name, t in times.items()}
 
 
 def as_tables(result: dict[str, Any]) -> str:
@@ -101,7 +115,9 @@ def as_tables(result: dict[str, Any]) -> str:
                 f"{row['counted']['speedup']:.2f}x, {found / row['counted']['speedup']:.0%}",
                 f"{row['calibrated']:.2f}x, {found / row['calibrated']:.0%}",
                 f"{row['end_to_end_ratio']['median']:.2f}x",
-                f"{1 / dense['per_decoded_token']:.1f} / {1 / spts['per_decoded_token']:.1f}",
+                " / ".join(  # a difference of two times, lost in the noise where the prefill is long
+                    f"{1 / t:.1f}" if (t := model["per_decoded_token"]) > 0 else "unclear" for model in (dense, spts)
+                ),
                 f"{size(spts['kv_bytes'])} ({spts['kv_bytes'] / dense['kv_bytes']:.0%})",
                 f"{size(spts['peak_bytes'])} ({spts['peak_bytes'] / max(1, dense['peak_bytes']):.0%})",
             ]
@@ -113,6 +129,9 @@ def as_tables(result: dict[str, Any]) -> str:
     made = [table([*names, *more], rows), table(["tokens", "batch", *PARTS], shares)]
     if result["break_even"]:
         made.append(f"Skipping pays from {result['break_even']} tokens on.")
+    if result["growth"]:
+        terms = {name: f"{a:.3g} s n + {b:.3g} s n^2" for name, (a, b) in result["growth"].items()}
+        made.append(f"TTFT for n thousand tokens, fitted: dense {terms['dense']}; SPTS {terms['spts']}.")
     return "\n\n".join(made)
 
 

@@ -62,6 +62,16 @@ def test_break_even_lies_between_the_lengths_that_lose_and_win():
     assert speed.break_even(rows[:1]) is None
 
 
+def test_growth_finds_the_linear_and_the_quadratic_term():
+    rows = [
+        {"batch": 1, "tokens": n, "dense": {"ttft": n / 1e3 + 3 * (n / 1e3) ** 2}, "spts": {"ttft": n / 2e3}}
+        for n in (1000, 2000, 4000)
+    ]
+    found = speed.growth([*rows, {**rows[0], "batch": 4, "dense": {"ttft": 1e9}}])
+    assert found["dense"] == pytest.approx([1, 3]) and found["spts"] == pytest.approx([0.5, 0], abs=1e-9)
+    assert speed.growth(rows[:2]) is None
+
+
 def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):  # noqa: F811
     options = ["--lengths", "150,400", "--batch", "1,2", "--new-tokens", "3", "--pairs", "2", "--dtype", "float32"]
     shown = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])

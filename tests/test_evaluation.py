@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXT, tiny_base, tiny_model, tiny_tokenizer
@@ -370,7 +371,10 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert re.search(r"counting +\| 1500 +\| 2 +\| 100\.0 +\| 0\.0", again)
     card = (folder / "README.md").read_text()
     assert str(checkpoint.parent) not in (folder / "spts_evaluation.json").read_text()
-    assert card.startswith("# A card") and card.count("## Evaluation") == 1 and "Not measured: niah_single_1" in card
+    assert card.count("# A card") == card.count("## Evaluation") == 1 and "Not measured: niah_single_1" in card
+    told = ModelCard(card).data.eval_results  # what the Hub shows
+    counting = {r.metric_name: r.metric_value for r in told if r.dataset_type == "counting"}
+    assert counting == {"score with spts=False": 100.0, "score with skipping": 0.0}
     invoke(*common, *options, *suites, "--rescore", "--certify")
     assert (folder / "README.md").read_text() == card
     assert evaluate.stale(folder) is None

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -266,6 +267,23 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_checkpoint(built, corpus, tmp
     run("recipe", recipe)
     assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out", "out.work"]
     assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
+    assert contents(tmp_path / "out") == contents(folder / "out")
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_checkpoint(built, corpus, tmp_path):
+    folder, base, _, _ = built
+    recipe = recipe_for(base, corpus, tmp_path)
+    command = [sys.executable, "-m", "spts_compress", "recipe", str(recipe)]
+    draw = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "out.work").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 6))  # somewhere between the first unit and the finished checkpoint
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run("recipe", recipe, "--force")
+    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out", "out.work"]
     assert contents(tmp_path / "out") == contents(folder / "out")
 
 

@@ -1,5 +1,6 @@
 """Time and memory of the dense and the skipping model: same weights, one process, in turn."""
 
+import ctypes
 import gc
 import os
 import threading
@@ -96,6 +97,8 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what earlier runs freed and the process still holds would hide the same amount of new
     page, done, most = os.sysconf("SC_PAGE_SIZE"), threading.Event(), 0
 
     def held() -> int:

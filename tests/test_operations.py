@@ -1,0 +1,110 @@
+"""Speed without a clock: operations as counted, a bounded number of calls, and no copies beyond the tokens at work."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import SIZES, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from spts_compress.cost import LayerShape, layer_costs, predicted
+
+LENGTH = 192
+SCHEDULE = dict(
+    start=1,
+    stages=[
+        {"end": 2, "budget": {"fraction": 0.5}, "prune_to": {"fraction": 0.4}},
+        {"end": 4, "budget": {"fraction": 0.25}, "ffn_budget": {"fraction": 0.125}},
+    ],
+    proxy={"channels": 12, "rank": 4},
+    probe={"queries": 8, "pool": 3},
+    keep_last=8,
+)
+FREE = ("view", "_unsafe_view", "transpose", "unsqueeze", "slice", "select", "expand", "t", "detach", "permute")
+COPIES = ("index", "gather", "index_select", "take_along_dim", "cat", "clone", "scatter", "index_put_", "copy_")
+
+
+class Calls(TorchDispatchMode):
+    """Counts ATen calls that work on data, and the elements that copying calls give."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.copied = Counter(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        if name not in FREE:
+            self.calls[name] += 1
+        if name in COPIES or name.startswith("scatter"):
+            self.copied += result.numel() if isinstance(result, torch.Tensor) else 0
+        return result
+
+
+def prefill(model, length, **options):
+    with torch.no_grad():
+        model(torch.arange(length)[None] % 90 + 3, use_cache=True, logits_to_keep=1, **options)
+
+
+def counted(model, length, **options):
+    with Calls() as calls:
+        prefill(model, length, **options)
+    return calls
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, {**SCHEDULE, "feed_forward": "attention"}], ids=["proxy", "attention"])
+@pytest.mark.parametrize("options", [{"spts": False}, {}], ids=["dense", "spts"])
+def test_the_cost_model_counts_what_torch_counts(schedule, options):
+    model = tiny_model(schedule=schedule, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        prefill(model, LENGTH, **options)
+    config, shape = model.config, LayerShape.of(model.config)
+    plan = config.schedule()
+    expected = 2.0 * config.hidden_size * config.vocab_size  # the head, at the last position
+    if options:
+        expected += config.num_hidden_layers * (shape.dense(LENGTH) + shape.attention(LENGTH))  # eager: no causal half
+    else:
+        for cost in layer_costs(config, plan, LENGTH):
+            # eager attention computes the half that causality hides, and torch counts products only
+            expected += cost.total + shape.attention(cost.active)
+            if cost.changed < cost.entering and plan.feed_forward == "proxy":
+                expected -= 5.0 * config.hidden_size * cost.entering
+            if cost.probing:  # the window's queries are projected for the probe, and again among the active
+                expected += shape.project(plan.probe.queries, shape.heads)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    assert predicted(config, plan, LENGTH)["speedup"] > 1.2  # so that the two cases differ
+
+
+def test_a_skipping_layer_makes_few_calls_at_any_length():
+    model = tiny_model(schedule=SCHEDULE)
+    short, long = counted(model, LENGTH // 2), counted(model, LENGTH)
+    assert short.calls == long.calls
+    more = long.calls.total() - counted(model, LENGTH, spts=False).calls.total()
+    assert more / (SIZES["num_hidden_layers"] - SCHEDULE["start"]) < 125
+
+
+def test_copies_grow_with_the_tokens_at_work():
+    model = tiny_model(schedule=SCHEDULE)
+    one, two = counted(model, LENGTH // 2), counted(model, LENGTH)
+    assert two.copied < 2.1 * one.copied  # nothing quadratic
+    dense = counted(model, LENGTH, spts=False).copied
+    hidden = sum(
+        cost.entering + cost.active + cost.changed + cost.leaving
+        for cost in layer_costs(model.config, model.config.schedule(), LENGTH)[SCHEDULE["start"] :]
+    )
+    assert two.copied < dense + 6 * hidden * SIZES["hidden_size"]
+
+
+def test_a_decoded_token_makes_no_more_calls_than_dense():
+    model = tiny_model(schedule=SCHEDULE)
+    ids = torch.arange(LENGTH)[None] % 90 + 3
+    steps = {}
+    for name, options in (("dense", {"spts": False}), ("spts", {})):
+        with torch.no_grad():
+            cache = model(ids, use_cache=True, logits_to_keep=1, **options).past_key_values
+            with Calls() as calls:
+                model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        steps[name] = calls
+    assert steps["spts"].calls.total() <= steps["dense"].calls.total()
+    assert steps["spts"].copied < steps["dense"].copied
