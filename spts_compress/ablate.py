@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .cost import predicted
 from .evaluate import Request, all_items, base_key, checkpoint_key, computed_how
-from .evaluation.bench import in_turn, kv_bytes, ratio, seconds
+from .evaluation.bench import in_turn, memory, ratio, seconds
 from .evaluation.recovery import score_rows, summary
 from .evaluation.runner import Answers, encode, run
 from .modeling.configuration_spts import Amount, Schedule, Stage
@@ -61,13 +60,13 @@ def ablate(
     kept = Answers(output / "answers.jsonl")
     scored = score_rows(list(run(model, tokenizer, items, keys, kept, request.batch, modes)))
     ids = encode(tokenizer, [items[0].text], model.device)["input_ids"]
-    runs = {name: partial(seconds, model, ids, spts=spts) for name, spts in modes.items()}
+    runs = {name: partial(seconds, model, ids, (1, *new_tokens), spts=spts) for name, spts in modes.items()}
     with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
-        times = in_turn(runs, pairs, (1, *new_tokens), progress.update)
+        kv = {name: memory(model, ids, spts=spts)["kv_bytes"] for name, spts in modes.items()}
+        progress.update()
+        times = in_turn(runs, pairs, progress.update)
     rows = []
-    for name, spts in modes.items():
-        with torch.no_grad():
-            cache = model(ids, use_cache=True, logits_to_keep=1, spts=spts).past_key_values
+    for name in modes:
         counted = 1.0 if name == "dense" else predicted(model.config, tried[name], ids.shape[1])["speedup"]
         ratios = {str(n): ratio(times, name, n)["median"] for n in times[name]}
         other = "+PAP" if name == "dense" else name  # a summary compares dense with another
@@ -78,7 +77,7 @@ def ablate(
                 "seconds": {str(n): median(v) for n, v in times[name].items()},
                 "speedup": ratios,
                 "counted": counted,
-                "kv_bytes": kv_bytes(cache),
+                "kv_bytes": kv[name],
                 "scores": tasks,
             }
         )

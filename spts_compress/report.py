@@ -68,8 +68,10 @@ def measure_all(
             [item] = agreement.items(tokenizer, prose, length, 1, 1)
             inputs = encode(tokenizer, [item.text], dense.device)
             ids, models = inputs["input_ids"], {"dense": dense, "spts": spts}
-            runs = {name: partial(bench.seconds, model, ids) for name, model in models.items()}
-            times = bench.in_turn(runs, section.pairs, (1,), progress.update)
+            kept = {name: bench.memory(model, ids)["kv_bytes"] for name, model in models.items()}
+            progress.update()
+            runs = {name: partial(bench.seconds, model, ids, (1,)) for name, model in models.items()}
+            times = bench.in_turn(runs, section.pairs, progress.update)
             found = bench.ratio(times, "spts", 1)
             return {
                 "length": length,
@@ -79,7 +81,7 @@ def measure_all(
                 "spts_s": median(times["spts"][1]),
                 "speedup": found["median"],
                 "speedup_range": found["range"],
-                "kv_bytes": {name: bench.memory(model, ids)["kv_bytes"] for name, model in models.items()},
+                "kv_bytes": kept,
                 "predicted": predicted(spts.config, schedule, ids.shape[1]),
             }
 

@@ -115,9 +115,8 @@ def as_tables(result: dict[str, Any]) -> str:
                 f"{row['counted']['speedup']:.2f}x, {found / row['counted']['speedup']:.0%}",
                 f"{row['calibrated']:.2f}x, {found / row['calibrated']:.0%}",
                 f"{row['end_to_end_ratio']['median']:.2f}x",
-                " / ".join(  # a difference of two times, lost in the noise where the prefill is long
-                    f"{1 / t:.1f}" if (t := model["per_decoded_token"]) > 0 else "unclear" for model in (dense, spts)
-                ),
+                f"{1 / dense['per_decoded_token']:.1f} / {1 / spts['per_decoded_token']:.1f}, "
+                f"{row['decode_ratio']['median']:.2f}x",
                 f"{size(spts['kv_bytes'])} ({spts['kv_bytes'] / dense['kv_bytes']:.0%})",
                 f"{size(spts['peak_bytes'])} ({spts['peak_bytes'] / max(1, dense['peak_bytes']):.0%})",
             ]
@@ -125,7 +124,12 @@ def as_tables(result: dict[str, Any]) -> str:
         whole = sum(row["parts"].values())
         shares.append([row["tokens"], row["batch"], *(f"{row['parts'].get(p, 0) / (whole or 1):.1%}" for p in PARTS)])
     names = ["tokens", "batch", "TTFT dense", "SPTS", "dense / SPTS", "counted, share", "calibrated, share"]
-    more = [f"{result['rows'][0]['new_tokens']} tokens, end to end", "tokens/s dense / SPTS", "KV SPTS", "peak SPTS"]
+    more = [
+        f"{result['rows'][0]['new_tokens']} tokens, end to end",
+        "tokens/s dense / SPTS, ratio",
+        "KV SPTS",
+        "peak SPTS",
+    ]
     made = [table([*names, *more], rows), table(["tokens", "batch", *PARTS], shares)]
     if result["break_even"]:
         made.append(f"Skipping pays from {result['break_even']} tokens on.")

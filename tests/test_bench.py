@@ -1,6 +1,7 @@
 """The benchmark: what it times is what it says, and its own arithmetic holds. No test depends on how fast it is."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -25,17 +26,30 @@ def test_the_twin_is_the_stock_model_on_the_same_tensors(family):
         assert torch.equal(twin(ids).logits, stock_twin(model)(ids).logits)
 
 
-def test_rounds_alternate_after_a_warm_up():
+def test_rounds_alternate():
     calls = []
 
     def run(name):
-        return lambda n: calls.append((name, n)) or float(len(calls))
+        return lambda: calls.append(name) or {1: float(len(calls)), 8: 3.0 * len(calls)}
 
-    times = bench.in_turn({"dense": run("dense"), "spts": run("spts")}, 2, (1, 8), lambda: None)
-    one_round = [("dense", 1), ("dense", 8), ("spts", 1), ("spts", 8)]
-    assert calls == [("dense", 1), ("spts", 1), *one_round, *one_round]
-    assert times == {"dense": {1: [3.0, 7.0], 8: [4.0, 8.0]}, "spts": {1: [5.0, 9.0], 8: [6.0, 10.0]}}
-    assert bench.ratio(times, "spts", 1) == {"median": (3 / 5 + 7 / 9) / 2, "range": [3 / 5, 7 / 9]}
+    times = bench.in_turn({"dense": run("dense"), "spts": run("spts")}, 2, lambda: None)
+    assert calls == ["dense", "spts", "dense", "spts"]
+    assert times == {"dense": {1: [1.0, 3.0], 8: [3.0, 9.0]}, "spts": {1: [2.0, 4.0], 8: [6.0, 12.0]}}
+    assert bench.ratio(times, "spts", 1) == {"median": (1 / 2 + 3 / 4) / 2, "range": [1 / 2, 3 / 4]}
+    assert bench.ratio(times, "spts", 8, since=1)["range"] == [2 / 4, 6 / 8]
+
+
+def test_one_generation_tells_the_time_of_each_number_of_tokens():
+    model, ids, passes = tiny_model(), torch.arange(3, 63)[None], []
+    model.generation_config.eos_token_id = list(range(1, model.config.vocab_size))  # which must not end it early
+    handle = model.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
+    try:
+        begin = time.perf_counter()
+        found = bench.seconds(model, ids, (1, 5))
+    finally:
+        handle.remove()
+    assert len(passes) == 5
+    assert found[1] <= passes[1] - begin and passes[3] - begin <= found[5]
 
 
 def test_peak_memory_sees_what_was_freed_again():

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..cost import LayerShape, layer_costs, predicted
 from ..modeling.configuration_spts import Schedule
@@ -49,41 +50,49 @@ def kv_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for held in cache.layers for t in (held.keys, held.values))
 
 
-def seconds(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> float:
-    """Wall-clock time of greedy `generate` with exactly `new_tokens` tokens, device work included."""
+class _Clock(StoppingCriteria):
+    """Notes when `generate` has made each of the numbers of new tokens asked for; stops nothing."""
+
+    def __init__(self, prompt: int, new_tokens: tuple[int, ...]):
+        self.wanted, self.at = {prompt + n: n for n in new_tokens}, dict[int, float]()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if (number := self.wanted.get(input_ids.shape[1])) is not None:
+            synchronize(input_ids.device)
+            self.at[number] = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def seconds(model: Any, ids: torch.Tensor, new_tokens: tuple[int, ...], **options: Any) -> dict[int, float]:
+    """Wall-clock times from the call of one greedy `generate` to each number of new tokens, device work included."""
+    clock = _Clock(ids.shape[1], new_tokens)
     synchronize(ids.device)
     begin = time.perf_counter()
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-        do_sample=False, pad_token_id=0, **options,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(new_tokens), min_new_tokens=max(new_tokens),
+        do_sample=False, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]), **options,
     )  # fmt: skip
-    synchronize(ids.device)
-    return time.perf_counter() - begin
+    return {n: clock.at[n] - begin for n in new_tokens}
 
 
-def in_turn(
-    runs: Mapping[str, Callable[[int], float]], pairs: int, new_tokens: tuple[int, ...], tick: Callable[[], Any]
-) -> Times:
-    """Seconds of every run, all runs one after another in each of `pairs` rounds, after a warm-up round.
-
-    Args:
-        runs: by name, what takes a number of new tokens and returns its seconds.
-    """
-    times: Times = {name: {n: [] for n in new_tokens} for name in runs}
-    for turn in range(pairs + 1):
-        for name, run in runs.items():
-            for n in new_tokens if turn else new_tokens[:1]:
-                taken = run(n)
-                if turn:
-                    times[name][n].append(taken)
+def in_turn(runs: Mapping[str, Callable[[], dict[int, float]]], pairs: int, tick: Callable[[], Any]) -> Times:
+    """Seconds of every run, all runs one after another in each of `pairs` rounds. The caller warms up (`memory`)."""
+    rounds = []
+    for _ in range(pairs):
+        rounds.append({name: run() for name, run in runs.items()})
         tick()
-    return times
+    return {name: {n: [taken[name][n] for taken in rounds] for n in rounds[0][name]} for name in runs}
 
 
-def ratio(times: Times, name: str, new_tokens: int) -> dict[str, Any]:
-    """Dense over `name`, round by round: median and range."""
-    both = zip(times["dense"][new_tokens], times[name][new_tokens], strict=True)
-    ratios = sorted(dense / other for dense, other in both)
+def ratio(times: Times, name: str, new_tokens: int, since: int | None = None) -> dict[str, Any]:
+    """Dense over `name`, round by round, median and range: until `new_tokens` tokens, from the start or from when
+    `since` tokens were there."""
+
+    def taken(who: str) -> list[float]:
+        before = times[who][since] if since else [0.0] * len(times[who][new_tokens])
+        return [end - begin for begin, end in zip(before, times[who][new_tokens], strict=True)]
+
+    ratios = sorted(dense / other for dense, other in zip(taken("dense"), taken(name), strict=True))
     return {"median": median(ratios), "range": [ratios[0], ratios[-1]]}
 
 
@@ -120,10 +129,10 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 @torch.no_grad()
-def memory(model: Any, ids: torch.Tensor) -> dict[str, int]:
-    """Bytes of the KV cache after the prefill, and the prefill's peak above what was held before."""
+def memory(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, int]:
+    """Bytes of the KV cache after a prefill, and the prefill's peak above what was held before. It warms up, too."""
     with peak_memory(ids.device) as peak:
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(ids, use_cache=True, logits_to_keep=1, **options).past_key_values
     return {"kv_bytes": kv_bytes(cache), "peak_bytes": peak()}
 
 
@@ -132,22 +141,26 @@ def compare(
 ) -> dict[str, Any]:
     """Dense and SPTS in turn on the prompts `ids` (B, n), after one warm-up each.
 
+    Args:
+        new_tokens: at least 2.
+
     Returns:
-        medians in seconds of TTFT (`generate` with one token) and of `new_tokens` tokens, seconds a decoded token, the
-        dense over SPTS ratios pair by pair (median and range), memory, and the counted ratio beside them.
+        medians in seconds of TTFT and of `new_tokens` tokens, seconds a decoded token, the dense over SPTS ratios pair
+        by pair (median and range) of these three, memory, and the counted ratio beside them.
     """
     models = {"dense": dense, "spts": spts}
-    runs = {name: partial(seconds, model, ids) for name, model in models.items()}
-    times = in_turn(runs, pairs, (1, new_tokens), tick)
+    held = {name: memory(model, ids) for name, model in models.items()}
+    tick()
+    runs = {name: partial(seconds, model, ids, (1, new_tokens)) for name, model in models.items()}
+    times = in_turn(runs, pairs, tick)
     result: dict[str, Any] = {"batch": ids.shape[0], "tokens": ids.shape[1], "new_tokens": new_tokens, "pairs": pairs}
-    for name, model in models.items():
-        first, whole = median(times[name][1]), median(times[name][new_tokens])
-        decoded = sorted(
-            (b - a) / max(1, new_tokens - 1) for a, b in zip(times[name][1], times[name][new_tokens], strict=True)
-        )
-        made = {"ttft": first, "end_to_end": whole, "per_decoded_token": median(decoded)}
-        result[name] = {**made, **memory(model, ids)}
+    for name in models:
+        first, whole = times[name][1], times[name][new_tokens]
+        decoded = [(b - a) / (new_tokens - 1) for a, b in zip(first, whole, strict=True)]
+        made = {"ttft": median(first), "end_to_end": median(whole), "per_decoded_token": median(decoded)}
+        result[name] = {**made, **held[name]}
     result["ttft_ratio"], result["end_to_end_ratio"] = ratio(times, "spts", 1), ratio(times, "spts", new_tokens)
+    result["decode_ratio"] = ratio(times, "spts", new_tokens, since=1)
     result["counted"] = predicted(spts.config, spts.config.schedule(), ids.shape[1])
     return result
 
