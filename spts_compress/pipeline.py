@@ -18,10 +18,11 @@ from . import __version__, capture, card, export, fidelity, plan
 from .base import Base, resolve, resolve_config
 from .choose import choose
 from .errors import UserError
+from .evaluation.break_even import break_even
 from .modeling.configuration_spts import Proxy, Schedule
 from .proxies import FeedForward, Tokens
 from .recipe import Recipe, SearchSection
-from .report import measure_all
+from .report import hardware, measure_all
 from .search import findings, shared
 from .search import run as searching
 from .store import Store, fingerprint, sweep, writing
@@ -110,6 +111,8 @@ def run(
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
             fits = [fit for fit in fits if fit["layer"] >= schedule.start]
             parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
+        if recipe.export.break_even:
+            schedule = _from_break_even(model, base, schedule, parameters, device, store, say)
         with writing(new) as staging:
             staging.mkdir()
             say("writing the checkpoint")
@@ -208,6 +211,25 @@ def _report(
     return measure_all(dense, spts, tokenizer, prose, recipe.report, keep)
 
 
+def _from_break_even(
+    model: PreTrainedModel,
+    base: Base,
+    schedule: Schedule,
+    parameters: dict[str, torch.Tensor],
+    device: str,
+    store: Store,
+    say: Callable[[str], None],
+) -> Schedule:
+    """The schedule with prompts dense up to where skipping begins to pay; what was timed is kept."""
+    whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
+    key = fingerprint(base.key, schedule.to_dict(), hardware(device), str(model.dtype))
+    found = store.json("break-even", key, lambda: break_even(model, whole))
+    if found is None:
+        say("skipping does not pay here at any length tried, so min_length stays; the KV cache is smaller all the same")
+        return schedule
+    return replace(schedule, min_length=max(schedule.min_length, found))
+
+
 def _prose(path: str | None) -> str:
     """The text of a file or folder, empty if there is none."""
     return "\n\n".join(from_files(Path(path))) if path else ""
@@ -274,6 +296,7 @@ def _resolved(recipe: Recipe, base: Base, schedule: Schedule) -> str:
     data = recipe.model_dump()
     data["model"]["revision"] = base.revision or recipe.model.revision
     data["schedule"] = {k: v for k, v in schedule.to_dict().items() if k not in ("proxy", "enabled")}
+    data["export"]["break_even"] = False  # its result is the schedule's min_length
     del data["search"]
     return "\n".join(lines) + "\n" + yaml.safe_dump(data, sort_keys=False)
 

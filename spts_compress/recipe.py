@@ -202,7 +202,12 @@ class ReportSection(Section):
 
 
 class ExportSection(Section):
+    """Where the checkpoint goes. `break_even`: prompts too short for skipping to pay on the machine that makes the
+    checkpoint run dense; the first length that pays is timed and becomes `min_length`, if the recipe's is not longer.
+    What is timed differs from machine to machine, and so may checkpoints made with it."""
+
     path: str
+    break_even: bool = False
 
 
 class Recipe(Section):

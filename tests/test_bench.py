@@ -7,11 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_evaluation import checkpoint  # noqa: F401
-from tiny import stock_twin, tiny_model
+from tiny import SCHEDULE, stock_twin, tiny_model
 
 from spts_compress import speed
 from spts_compress.cli import main
 from spts_compress.evaluation import bench, parts
+from spts_compress.evaluation.break_even import break_even
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -50,6 +51,23 @@ def test_one_generation_tells_the_time_of_each_number_of_tokens():
         handle.remove()
     assert len(passes) == 5
     assert found[1] <= passes[1] - begin and passes[3] - begin <= found[5]
+
+
+@pytest.mark.parametrize(
+    ("overhead", "context", "expected"), [(0.0, 2048, 64), (300.0, 2048, 1024), (300.0, 512, None)]
+)
+def test_the_break_even_is_the_first_length_that_pays(monkeypatch, overhead, context, expected):
+    long = {**SCHEDULE, "min_length": 10_000}  # the recipe's own, which must not keep SPTS from being timed
+    model, skipped = tiny_model(schedule=long, max_position_embeddings=context), []
+
+    def seconds(model, ids, new_tokens, spts=None):
+        assert new_tokens == (1,)
+        skipped.append(spts)
+        return {1: overhead + 0.5 * ids.shape[1] if spts else ids.shape[1]}
+
+    monkeypatch.setattr("spts_compress.evaluation.break_even.seconds", seconds)
+    assert break_even(bench.stock_twin(model), model, pairs=3) == expected
+    assert {"min_length": 0} in skipped and skipped[0] is None
 
 
 def test_peak_memory_sees_what_was_freed_again():

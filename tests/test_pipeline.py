@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from spts_compress import store as store_module
 from spts_compress.cli import main
+from spts_compress.recipe import load as load_recipe
 from spts_compress.store import Store, file_hash, writing
 
 
@@ -336,6 +337,24 @@ def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(ids, logits_to_keep=1).logits, model(ids, logits_to_keep=1).logits)
     assert again.config.spts == model.config.spts
+
+
+def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corpus, tmp_path, monkeypatch):
+    _, base, _, _ = built
+    recipe, timed = recipe_for(base, corpus, tmp_path), []
+    monkeypatch.setattr("spts_compress.pipeline.break_even", lambda dense, spts: timed.append(type(spts)) or 128)
+    run("recipe", recipe, "--set", "export.break_even=true")
+    run("recipe", recipe, "--set", "export.break_even=true", "--force")
+    assert len(timed) == 1 and "spts" in timed[0].__module__  # kept, as all finished work
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.config.spts["min_length"] == 128
+    ids = torch.randint(3, 300, (1, 128), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for length, dense in ((127, True), (128, False)):
+            skipped, plain = (model(ids[:, :length], logits_to_keep=1, spts=spts).logits for spts in (None, False))
+            assert torch.equal(skipped, plain) is dense
+    resolved = load_recipe(tmp_path / "out" / "recipe.resolved.yaml")
+    assert resolved.schedule.min_length == 128 and not resolved.export.break_even
 
 
 def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_path):
