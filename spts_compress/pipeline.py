@@ -25,6 +25,7 @@ from .recipe import Recipe, SearchSection
 from .report import hardware, measure_all
 from .search import findings, shared
 from .search import run as searching
+from .stages import Stages
 from .store import Store, fingerprint, sweep, writing
 from .tables import size
 from .text import Blocks, blocks, documents, from_files
@@ -91,20 +92,24 @@ def run(
     with store.lock():
         sweep(output.parent, new.name)
         shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
-        base = resolve(recipe.model, store)
-        tokenizer = base.tokenizer()
-        sequences = blocks(recipe.calibration, texts, tokenizer)
-        asked = None
-        if recipe.search is not None:  # made here, since bad lengths show before the long work
-            asked = searching.items(recipe.search, tokenizer, searched_on or sequences.unseen)
-        model = base.load(recipe.model.dtype, device)
-        _try_forward(model, sequences.fit[0][:8], base.name)
-        schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
+        stage = Stages(device)
+        with stage("model and text"):
+            base = resolve(recipe.model, store)
+            tokenizer = base.tokenizer()
+            sequences = blocks(recipe.calibration, texts, tokenizer)
+            asked = None
+            if recipe.search is not None:  # made here, since bad lengths show before the long work
+                asked = searching.items(recipe.search, tokenizer, searched_on or sequences.unseen)
+            model = base.load(recipe.model.dtype, device)
+            _try_forward(model, sequences.fit[0][:8], base.name)
+        with stage("proxies"):
+            schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
         searched = None
         if recipe.search is not None and asked is not None:
             whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
             key = fingerprint(base.key, recipe.model.dtype, device, _sums(parameters), __version__)
-            searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say)
+            with stage("search"):
+                searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say)
             del whole
             folder = output.with_name(output.name + ".search")
             findings.save(searched, folder, config.num_hidden_layers)
@@ -116,17 +121,19 @@ def run(
         with writing(new) as staging:
             staging.mkdir()
             say("writing the checkpoint")
-            export.write(base, schedule, parameters, staging)
+            with stage("export"):
+                export.write(base, schedule, parameters, staging)
             del model  # the check loads the checkpoint twice
             gc.collect()
             say("checking it in a fresh process")
-            export.check(staging, base, recipe.model.dtype, schedule)
+            with stage("check"):
+                export.check(staging, base, recipe.model.dtype, schedule)
             text = prose or sequences.unseen
             measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
             for fit in fits:
                 if found := measured["skipped_states"].get(str(fit["layer"])):
                     fit["skipped"] = found
-            report = {"proxies": fits, "search": searched, **measured}
+            report = {"proxies": fits, "search": searched, "stages": stage.found, **measured}
             (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
             (staging / "README.md").write_text(card.render(base, schedule, fits, report))
             (staging / "recipe.yaml").write_text(verbatim)

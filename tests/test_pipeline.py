@@ -83,6 +83,8 @@ def test_the_checkpoint_is_complete(built):
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert config["spts"]["start"] == 2
     report = json.loads((out / "spts_report.json").read_text())
+    assert list(report["stages"]) == ["model and text", "proxies", "export", "check"]
+    assert all(cost["seconds"] > 0 for cost in report["stages"].values())
     assert [f["layer"] for f in report["proxies"]] == [2, 3, 4]
     assert report["speed"][0]["kv_bytes"]["spts"] < report["speed"][0]["kv_bytes"]["dense"]
     card = (out / "README.md").read_text()
