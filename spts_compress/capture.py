@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from .errors import UserError
+from .ranks import Ranks
 from .store import Store
 
 HIDDEN = "hidden"
@@ -15,24 +16,37 @@ HIDDEN = "hidden"
 
 @torch.no_grad()
 def feed_forward(
-    model: PreTrainedModel, sequences: list[torch.Tensor], layers: list[int], store: Store, key: str
+    model: PreTrainedModel,
+    sequences: list[torch.Tensor],
+    layers: list[int],
+    store: Store,
+    key: str,
+    ranks: Ranks,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """For each of `layers` in turn: (layer, residual states in front of the feed-forward norm (N, D), norms of the
     feed-forward outputs (N,) in float32) for the N tokens of `sequences`.
 
     Only one layer's inputs and one hidden state a token are held. Hidden states in front of the layer being worked on
-    are kept in `store`, so that a killed run goes on there.
+    are kept in `store`, so that a killed run goes on there. Of several processes each runs its share of the sequences,
+    and gets every so manieth of the layers, for which the others' shares are sent to it.
 
     Raises:
-        UserError: if the model's states are not finite.
+        UserError: if the model's states are not finite, or there are more processes than sequences.
     """
     decoder = model.model
-    sizes = [len(s) for s in sequences]
+    if len(sequences) < ranks.size:
+        raise UserError(f"{ranks.size} processes for {len(sequences)} calibration sequences: start fewer")
+    share = ranks.mine(sequences)
+    sizes = [len(s) for s in share]
+    if ranks.size > 1:
+        key = f"{key}-{ranks.rank}of{ranks.size}"
     first = next((n for n in range(min(layers), 0, -1) if store.path(f"{HIDDEN}-{n}", key, ".safetensors").exists()), 0)
+    if len(set(ranks.all([first]))) > 1:
+        first = 0
     kept = store.tensors(f"{HIDDEN}-{first}", key) if first else None
     if kept is None:
         first = 0
-        states = torch.cat([decoder.embed_tokens(s.to(model.device)[None])[0] for s in sequences])
+        states = torch.cat([decoder.embed_tokens(s.to(model.device)[None])[0] for s in share])
     else:
         states = kept["states"].to(model.device)
     rotary, masks = {}, {}
@@ -40,6 +54,8 @@ def feed_forward(
         shape = states.new_empty(1, size, model.config.hidden_size)
         rotary[size] = decoder.rotary_emb(shape, position_ids=torch.arange(size, device=model.device)[None])
         masks[size] = create_causal_mask(model.config, shape, None, None)
+    held: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    saved = first
     for number in tqdm(
         range(first, max(layers) + 1), desc="calibrating", unit="layer", initial=first, total=max(layers) + 1
     ):
@@ -70,8 +86,16 @@ def feed_forward(
             raise UserError(
                 f"layer {number}: the model's states are not finite on the calibration text; check its weights"
             )
-        if number in layers:
-            yield number, torch.cat(inputs), torch.cat(norms)
+        if number not in layers:
+            continue
+        owner = layers.index(number) % ranks.size
+        if (made := ranks.to(owner, list(zip(inputs, norms, strict=True)))) is not None:
+            held = number, torch.cat([states for states, _ in made]), torch.cat([norms for _, norms in made])
+        if owner == ranks.size - 1 or number == max(layers):  # each has one layer, or there are no more
+            if held is not None:
+                yield held
+            held = None
             store.put_tensors(f"{HIDDEN}-{number + 1}", key, {"states": states})
-            store.drop(f"{HIDDEN}-{number}", key)
-    store.drop(f"{HIDDEN}-{max(layers) + 1}", key)
+            store.drop(f"{HIDDEN}-{saved}", key)
+            saved = number + 1
+    store.drop(f"{HIDDEN}-{saved}", key)

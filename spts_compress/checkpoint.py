@@ -42,7 +42,7 @@ def inspect(folder: Path) -> str:
     report = json.loads(report_file.read_text()) if report_file.is_file() else None
     lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
     dtype = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "bfloat16")
-    parts = [describe(folder.name, config, schedule, lengths, dtype, 0), files]
+    parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
     if report:
         parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
         if report.get("search"):

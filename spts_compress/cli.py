@@ -1,7 +1,10 @@
 """The command line."""
 
+import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ class Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Turn a Hugging Face causal language model into a skip-ready checkpoint (SPTS, arXiv 2601.13155)."""
+    if int(os.environ.get("RANK", 0)) > 0:  # of several processes only the first shows progress
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
 
 
 @main.command()
@@ -51,19 +56,24 @@ def recipe(
 
     path = find(file)
     read = load(path, edits)
-    from . import pipeline
+    from . import hub, pipeline
     from .report import quality_table, speed_table
 
     _quiet()
     if dry_run:
-        click.echo(pipeline.describe(read))
+        click.echo(pipeline.describe(read, device))
         return
-    _check_device(device)
     target = output or Path(read.export.path)
-    report = pipeline.run(read, path.read_text(encoding="utf-8"), target, device, force, work, say=click.echo)
-    click.echo(
-        f"\n{speed_table(report)}\n\n{quality_table(report)}\n\n{target} is ready; its README.md is the model card"
-    )
+    if read.export.push_to_hub:
+        hub.need_token()  # now, not after hours
+    with _spread(device) as (ranks, own):
+        say = click.echo if ranks.leads else lambda _: None
+        report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, say, ranks)
+    if report is not None:
+        tables = f"{speed_table(report)}\n\n{quality_table(report)}"
+        click.echo(f"\n{tables}\n\n{target} is ready; its README.md is the model card")
+        if read.export.push_to_hub:
+            click.echo(hub.push(target, read.export.push_to_hub, read.export.private))
 
 
 @main.command()
@@ -141,8 +151,11 @@ def evaluate(
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if not rescore:
-        model, tokenizer = work.load(folder, device, dtype)
-        work.collect(model, tokenizer, folder, request, output)
+        with _spread(device) as (ranks, own):
+            model, tokenizer = work.load(folder, own, dtype)
+            work.collect(model, tokenizer, folder, request, output, ranks)
+        if not ranks.leads:
+            return
     result = work.summarise(output)
     click.echo(work.save(result, output))
     if certify:
@@ -254,6 +267,18 @@ def _named_files(texts: tuple[str, ...]) -> dict[str, Path]:
             raise UserError(f"--text {text}: give it as NAME=FILE")
         found[name] = Path(path)
     return found
+
+
+@contextmanager
+def _spread(device: str) -> Iterator[Any]:
+    """The processes this one was started with (torchrun, accelerate launch), and its own device."""
+    from .ranks import ranks
+
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    _check_device(device)
+    with ranks() as found:
+        yield found, device
 
 
 def _check_device(device: str) -> None:

@@ -19,6 +19,7 @@ from .evaluation import agreement, diversity, longbench, recovery, ruler
 from .evaluation.items import Item, sentences
 from .evaluation.runner import Answers, answer_key, run
 from .export import PROXIES
+from .ranks import ALONE, Ranks
 from .report import hardware, mean
 from .store import file_hash, fingerprint, writing
 from .tables import table
@@ -141,12 +142,13 @@ def free_key(spts_key: str, item: Item) -> str:
     return fingerprint("fidelity", spts_key, item.text, FREE_TOKENS)
 
 
-def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: Path) -> None:
-    """Run everything; each answer is in `output`/answers.jsonl at once, and what is there is not run again.
+def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: Path, ranks: Ranks = ALONE) -> None:
+    """Run everything; each answer is in `output`/answers.jsonl at once (of several processes each has its own
+    answers.N.jsonl, and its share of the prompts), and what is there is not run again.
 
     `output`/setting.json says beforehand which answers belong to this evaluation, so that a stopped one can be scored.
     """
-    kept = Answers(output / "answers.jsonl")
+    kept = Answers(output / "answers.jsonl", ranks.rank)
     how = computed_how(model)
     keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
     items, free, prose = all_items(request, tokenizer), [], ""
@@ -156,17 +158,19 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
     wanted = {mode: [answer_key(key, item) for item in items] for mode, key in keys.items()}
     wanted["fidelity"] = [free_key(keys["spts"], item) for item in free]
     setting = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
-    with writing(output / "setting.json") as partial:
-        partial.write_text(json.dumps({**setting, "answers": wanted}))
-    for _ in run(model, tokenizer, items, keys, kept, request.batch):
+    if ranks.leads:
+        with writing(output / "setting.json") as partial:
+            partial.write_text(json.dumps({**setting, "answers": wanted}))
+    for _ in run(model, tokenizer, ranks.mine(items), keys, kept, request.batch):
         pass
-    progress = tqdm(free, desc="fidelity", unit="prompt", disable=not free)
-    for item, key in zip(progress, wanted["fidelity"], strict=True):
+    asked = ranks.mine(list(zip(free, wanted["fidelity"], strict=True)))
+    for item, key in tqdm(asked, desc="fidelity", unit="prompt", disable=not free):
         if key not in kept.rows:
             begin = item.index * len(prose) // request.items
             following = prose[begin:] + prose[:begin] if item.task == agreement.TASK else None
             found = agreement.measure(model, tokenizer, item, following)
             kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
+    ranks.wait()
 
 
 def summarise(output: Path) -> dict[str, Any]:

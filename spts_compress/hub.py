@@ -18,6 +18,12 @@ def listing(folder: Path) -> str:
     return "\n".join(f"{size(p.stat().st_size):>12}  {p.relative_to(folder)}" for p in files)
 
 
+def need_token() -> None:
+    """Raises UserError if there is none."""
+    if get_token() is None:
+        raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN")
+
+
 def push(
     folder: Path, repo_id: str, private: bool = False, revision: str | None = None, create_pr: bool = False
 ) -> str:
@@ -31,8 +37,7 @@ def push(
         UserError: if it is not a whole checkpoint of ours, or the Hub refuses.
     """
     require(folder)
-    if get_token() is None:
-        raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN")
+    need_token()
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

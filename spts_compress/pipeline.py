@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +19,11 @@ from . import __version__, capture, card, export, fidelity, plan
 from .base import Base, resolve, resolve_config
 from .choose import choose
 from .errors import UserError
+from .evaluation.bench import stock_twin
 from .evaluation.break_even import break_even
 from .modeling.configuration_spts import Proxy, Schedule
 from .proxies import FeedForward, Tokens
+from .ranks import ALONE, Ranks
 from .recipe import Recipe, SearchSection
 from .report import hardware, measure_all
 from .search import findings, shared
@@ -34,7 +37,7 @@ from .verify import write_manifest
 REPORT = "spts_report.json"
 
 
-def describe(recipe: Recipe) -> str:
+def describe(recipe: Recipe, device: str = "cpu") -> str:
     """The plan of a recipe; reads the base's config only.
 
     Raises:
@@ -45,7 +48,7 @@ def describe(recipe: Recipe) -> str:
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy)
     name = recipe.model.path or str(recipe.model.gguf_file)
-    rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search)
+    rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
     return plan.describe(name, config, schedule, *rest)
 
 
@@ -66,15 +69,17 @@ def run(
     force: bool = False,
     work: Path | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
     """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
 
     Args:
         verbatim: the recipe as it was written.
         work: folder for finished work, by default `output`.work; recipes that share one share what they can.
+        ranks: the processes that share calibration, fitting and search; the leader exports and measures.
 
     Returns:
-        The report: proxy fidelity and measurements.
+        The report: proxy fidelity and measurements; None but for the leader.
 
     Raises:
         UserError: for bad input or surroundings, before any long work where that is possible.
@@ -89,12 +94,14 @@ def run(
     _check_room(recipe, config, schedule, output, device)
     store = Store(work or output.with_name(output.name + ".work"))
     new = output.with_name(output.name + ".new")
-    with store.lock():
-        sweep(output.parent, new.name)
-        shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
+    with store.lock() if ranks.leads else nullcontext():
+        if ranks.leads:
+            sweep(output.parent, new.name)
+            shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
         stage = Stages(device)
         with stage("model and text"):
-            base = resolve(recipe.model, store)
+            with ranks.leader_first():  # who may convert or download it
+                base = resolve(recipe.model, store)
             tokenizer = base.tokenizer()
             sequences = blocks(recipe.calibration, texts, tokenizer)
             asked = None
@@ -103,19 +110,22 @@ def run(
             model = base.load(recipe.model.dtype, device)
             _try_forward(model, sequences.fit[0][:8], base.name)
         with stage("proxies"):
-            schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store)
+            schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
         searched = None
         if recipe.search is not None and asked is not None:
             whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
             key = fingerprint(base.key, recipe.model.dtype, device, _sums(parameters), __version__)
             with stage("search"):
-                searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say)
+                searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say, ranks)
             del whole
             folder = output.with_name(output.name + ".search")
-            findings.save(searched, folder, config.num_hidden_layers)
+            if ranks.leads:
+                findings.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
             fits = [fit for fit in fits if fit["layer"] >= schedule.start]
             parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
+        if not ranks.leads:
+            return None
         if recipe.export.break_even:
             schedule = _from_break_even(model, base, schedule, parameters, device, store, say)
         with writing(new) as staging:
@@ -146,7 +156,13 @@ def run(
 
 
 def fit_proxies(
-    model: PreTrainedModel, base: Base, recipe: Recipe, schedule: Schedule, sequences: Blocks, store: Store
+    model: PreTrainedModel,
+    base: Base,
+    recipe: Recipe,
+    schedule: Schedule,
+    sequences: Blocks,
+    store: Store,
+    ranks: Ranks,
 ) -> tuple[Schedule, dict[str, torch.Tensor], list[dict]]:
     """Proxies of all skipping layers: the schedule with their sizes, parameters by their name in the exported model,
     and for each layer what was tried and how well it ranks tokens that nothing was fitted or chosen on."""
@@ -159,16 +175,18 @@ def fit_proxies(
         counts = schedule.counts(layer, max(recipe.report.lengths))
         shares[layer] = counts.changed / counts.entering
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
-    missing = [
-        layer
-        for layer in layers
-        if store.tensors(f"proxy-{layer}", keys[layer]) is None
-        or not store.path(f"choice-{layer}", keys[layer], ".json").exists()
-    ]
+    missing = ranks.agree(
+        [
+            layer
+            for layer in layers
+            if store.tensors(f"proxy-{layer}", keys[layer]) is None
+            or not store.path(f"choice-{layer}", keys[layer], ".json").exists()
+        ]
+    )
     if missing:
         everything = sequences.fit + sequences.held_out
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
-        for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key):
+        for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key, ranks):
             ffn = FeedForward.of(model.model.layers[layer], base.config)
             tokens, check, judge = (
                 Tokens.of(ffn, *part)
@@ -180,6 +198,7 @@ def fit_proxies(
             store.put_json(f"choice-{layer}", keys[layer], tried)
             # last: a proxy that is there is finished, wherever a run was killed
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged})
+    ranks.wait()
     parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])
@@ -207,7 +226,6 @@ def _report(
     parameters: dict[str, torch.Tensor],
 ) -> dict:
     """Measure the checkpoint in `folder` beside its base; each finished measurement is kept."""
-    dense = base.load(recipe.model.dtype, device)
     spts = export.load(folder, base.family, device, recipe.model.dtype)
     asked = [schedule.to_dict(), recipe.proxy.model_dump(), recipe.report.model_dump(), _sums(parameters)]
     key = fingerprint(base.key, asked, device, prose, __version__)
@@ -215,7 +233,7 @@ def _report(
     def keep(name: str, make: Callable[[], Any]) -> Any:
         return store.json(name, key, make)
 
-    return measure_all(dense, spts, tokenizer, prose, recipe.report, keep)
+    return measure_all(stock_twin(spts), spts, tokenizer, prose, recipe.report, keep)
 
 
 def _from_break_even(
@@ -285,7 +303,7 @@ def _check_room(recipe: Recipe, config: Any, schedule: Schedule, output: Path, d
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need = plan.memory_need(config, dtype, tokens)
+    need = plan.memory_need(config, dtype, tokens, device)
     if memory < need:
         raise UserError(
             f"{device}: {size(memory)} of memory, but the run needs about {size(need)}; use a larger machine"

@@ -62,10 +62,13 @@ def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: 
     return BYTES[dtype] * (parameters(config) + states * config.hidden_size) + (4 + BYTES[dtype]) * proxies
 
 
-def memory_need(config: Any, dtype: str, tokens: int) -> int:
-    """Bytes of the base model twice (dense and SPTS, for the report) and of one layer's calibration: its states in the
-    model's type thrice, and in float32 with the regression's features."""
-    return 2 * BYTES[dtype] * parameters(config) + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
+def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
+    """Bytes of one layer's calibration: its states in the model's type thrice, and in float32 with the regression's
+    features, and its feed-forward network in float32; on a GPU the weights, too. On a CPU they are pages of the
+    files, which the system reads again where memory is short."""
+    weights = 0 if device == "cpu" else BYTES[dtype] * parameters(config)
+    layer = 5 * 4 * config.hidden_size * config.intermediate_size
+    return weights + layer + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
 
 
 def check_share(config: Any, section: Any) -> None:
@@ -101,7 +104,8 @@ def describe(
     lengths: list[int],
     dtype: str,
     tokens: int,
-    search: SearchSection | None = None,
+    search: SearchSection | None,
+    device: str,
 ) -> str:
     """The plan as text."""
     probes = proxy_parameters(config, schedule)
@@ -110,7 +114,8 @@ def describe(
         f"hidden size {config.hidden_size}, {parameters(config) / 1e9:.2f}B parameters, {dtype}",
         f"proxies   {config.num_hidden_layers - schedule.start} layers, {_sizes(schedule)}: "
         f"{probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
-        f"needs     about {size(memory_need(config, dtype, tokens))} of memory and "
+        f"needs     about {size(memory_need(config, dtype, tokens, device))} of memory"
+        f"{' beside the weights, which stay on the disk where it is short,' if device == 'cpu' else ''} and "
         f"{size(disk_need(config, schedule, dtype, tokens, search))} of disk",
     ]
     if search is not None:

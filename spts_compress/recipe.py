@@ -135,15 +135,17 @@ class SearchSection(Section):
     both models agree, along the dense model's own answers) only if it is that good. `quality` alone: the fastest of
     `speedups` that is that good. None of them: the whole front of `speedups`, from which nothing is exported.
 
-    Candidates start at one of the layers `starts` (by default a third to three quarters of the depth). `candidates` are
-    drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of `kinds` and `lengths`,
-    and the winner on as many others; their text is `text` (a .txt or .jsonl file or a folder), by default the
-    calibration documents that nothing was fitted on. `if_missed`: whether the nearest schedule is exported if the
-    quality is not reached."""
+    Speed-ups are `cost: counted` in operations, or `measured`: told by a table of this machine's times for a layer's
+    parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
+    quarters of the depth). `candidates` are drawn, half as many varied in each of `rounds`. They are judged on
+    `prompts` of every one of `kinds` and `lengths`, and the winner on as many others; their text is `text` (a .txt or
+    .jsonl file or a folder), by default the calibration documents that nothing was fitted on. `if_missed`: whether the
+    nearest schedule is exported if the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     quality: Annotated[float, Field(gt=0, le=1)] | None = None
+    cost: Literal["counted", "measured"] = "counted"
     speedups: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=1)] = [1.25, 1.5, 1.75, 2.0, 2.25]
     lengths: Annotated[list[Annotated[int, Field(ge=512)]], Field(min_length=1)] = [4096, 8192]
     kinds: Annotated[list[Literal["retrieval", "multi-hop", "free"]], Field(min_length=1)] = [
@@ -204,10 +206,13 @@ class ReportSection(Section):
 class ExportSection(Section):
     """Where the checkpoint goes. `break_even`: prompts too short for skipping to pay on the machine that makes the
     checkpoint run dense; the first length that pays is timed and becomes `min_length`, if the recipe's is not longer.
-    What is timed differs from machine to machine, and so may checkpoints made with it."""
+    What is timed differs from machine to machine, and so may checkpoints made with it. `push_to_hub`: a repository
+    that the finished checkpoint is uploaded to, made as `private` if it is not there."""
 
     path: str
     break_even: bool = False
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    private: bool = False
 
 
 class Recipe(Section):

@@ -19,6 +19,7 @@ from .cost import proxy_share
 from .errors import UserError
 from .modeling.configuration_spts import Proxy
 from .proxies import FeedForward, Regression, Tokens, regress
+from .ranks import ALONE
 from .recipe import CalibrationSection, ProxySection, Recipe
 from .store import Store, fingerprint
 from .tables import table
@@ -147,7 +148,7 @@ def run(
         if missing:
             model = base.load(recipe.model.dtype, device)
             everything = [s for b in found.values() for s in b.fit + b.held_out]
-            for layer, states, norms in capture.feed_forward(model, everything, missing, store, data):
+            for layer, states, norms in capture.feed_forward(model, everything, missing, store, data, ALONE):
                 ffn = FeedForward.of(model.model.layers[layer], base.config)
                 fitted, kept = _split(found, ffn, states, norms)
                 for variant in tqdm(tried, desc=f"layer {layer}", unit="fit", leave=False):

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from . import text
 from .errors import UserError
 from .evaluate import load
-from .evaluation.bench import calibrated, compare, stock_twin
+from .evaluation import prices
+from .evaluation.bench import compare, stock_twin
 from .evaluation.parts import parts
 from .report import hardware
 from .store import writing
@@ -69,7 +70,7 @@ def run(
                 rows = [(prose[s:] + prose)[:length] for s in starts]
                 ids = torch.tensor(rows, device=spts.device)
                 row = compare(dense, spts, ids, pairs, new_tokens, progress.update)
-                row["calibrated"] = calibrated(dense, schedule, ids)
+                row["calibrated"] = prices.calibrated(dense, schedule, ids)
                 row["parts"] = parts(spts, ids) if schedule.skips(length) else {}
                 result["rows"].append(row)
                 result["break_even"], result["growth"] = break_even(result["rows"]), growth(result["rows"])

@@ -11,8 +11,9 @@ from tiny import SCHEDULE, stock_twin, tiny_model
 
 from spts_compress import speed
 from spts_compress.cli import main
-from spts_compress.evaluation import bench, parts
+from spts_compress.evaluation import bench, parts, prices
 from spts_compress.evaluation.break_even import break_even
+from spts_compress.modeling.configuration_spts import Schedule
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -118,3 +119,18 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):  # noqa: F811
     ).exists()
     long = CliRunner().invoke(main, ["bench", str(checkpoint), "--lengths", "99999", "--output", str(tmp_path)])
     assert long.exit_code == 2 and "more than the context of 2048" in long.output
+
+
+def test_prices_are_read_between_the_measured_numbers_and_make_a_ratio():
+    config = tiny_model().config
+    linear = [float(n) for n in (10, 100, 1000)]
+    made = prices.Prices(
+        [10, 100, 1000], {"attention": [n * n for n in linear], "feed_forward": linear, "keys": linear}
+    )
+    assert made.of("attention", 50) == pytest.approx(2500) and made.of("keys", 5) == 5 and made.of("keys", 0) == 0
+    block = {"start": 4, "stages": [{"end": 4, "budget": 100}], "proxy": {"channels": 1, "rank": 0}}
+    schedule = Schedule.from_dict({**block, "feed_forward": "all"}, 5)
+    probing = 2.0 * 1000 * 4 * 8 / (6 * 1000 * 32 * 48) * 1000  # one query, 4 heads of 8, at the pace of the network
+    last = 100**2 + 900 + 1000 + probing
+    assert made.speedup(config, schedule, 1000) == pytest.approx(5 * (1e6 + 1e3) / (4 * (1e6 + 1e3) + last))
+    assert prices.grid(1000)[0] == 64 and prices.grid(1000)[-1] == 1000 and prices.grid(40) == [40]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from hub_server import Hub
-from test_pipeline import built, corpus  # noqa: F401
+from test_pipeline import built, corpus, recipe_for  # noqa: F401
 
 LOAD = """
 import sys
@@ -56,6 +56,18 @@ def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):  # noqa: F
     other = push(hub, tmp_path, folder, "user/model", "--revision", "later")
     assert other.returncode == 0, other.stderr
     assert hub.files("user/model", "later") == hub.files("user/model")
+
+
+@pytest.mark.parametrize("built", ["llama"], indirect=True)
+def test_a_recipe_pushes_what_it_made(built, corpus, hub, tmp_path):  # noqa: F811
+    _, base, _, _ = built
+    recipe = recipe_for(base, corpus, tmp_path, export__push_to_hub="user/made", export__private=True)
+    early = call(hub, tmp_path, "-m", "spts_compress", "recipe", recipe, token=None)
+    assert early.returncode == 2 and "no Hub token" in early.stderr and not (tmp_path / "out.work").exists()
+    done = call(hub, tmp_path, "-m", "spts_compress", "recipe", recipe)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.address}/user/made" in done.stdout and hub.private == {"user/made": True}
+    assert hub.files("user/made") == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.parametrize("built", ["llama"], indirect=True)

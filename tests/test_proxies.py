@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from spts_compress import capture, choose, fidelity, proxies, refine
 from spts_compress.modeling.configuration_spts import Proxy
 from spts_compress.modeling.spts import FeedForwardProxy
+from spts_compress.ranks import ALONE
 from spts_compress.recipe import ProxySection
 from spts_compress.store import Store
 
@@ -243,7 +244,7 @@ def test_captured_norms_are_those_of_the_whole_model(tmp_path):
     base = tiny_base(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     sequences = [torch.arange(3, 40), torch.arange(5, 30)]
-    found = list(capture.feed_forward(model, sequences, [1, 3], Store(tmp_path / "work"), "key"))
+    found = list(capture.feed_forward(model, sequences, [1, 3], Store(tmp_path / "work"), "key", ALONE))
     assert [layer for layer, _, _ in found] == [1, 3]
     for number, states_, norms in found:
         outputs = []

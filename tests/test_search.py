@@ -10,8 +10,9 @@ from spts_compress.cost import predicted
 from spts_compress.evaluation import agreement
 from spts_compress.evaluation.items import Item
 from spts_compress.evaluation.runner import encode
-from spts_compress.modeling.configuration_spts import Proxy, Schedule
+from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
 from spts_compress.search import halving, prompts, shared, space
+from spts_compress.search.reliability import reliability
 from spts_compress.store import Store
 
 TOKENIZER = tiny_tokenizer()
@@ -103,3 +104,23 @@ def test_prompts_take_turns_and_other_seeds_give_other_texts():
     assert [prompts.kind_of(item) for item in one] == ["retrieval", "multi-hop", "free"] * 3
     assert not {item.text for item in one} & {item.text for item in two}
     assert all(item.tokens + item.answer_tokens <= 6000 for item in one)
+
+
+def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(tmp_path):
+    """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""
+    whole = tiny_model("llama", schedule(1).to_dict(), vocab_size=300)
+    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    stock = stock_twin(whole)
+    dense = shared.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
+    found = reliability(whole, TOKENIZER, dense, Probe())
+    ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
+    length = ids.shape[1]
+    stock.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = stock(torch.cat([ids, dense.answer[None]], dim=1), output_attentions=True).attentions
+    for share, weights in zip(found, attentions, strict=True):
+        mean = weights[0].mean(0)
+        ranking = mean[length - 1, 4 : length - 1]
+        answer = mean[length:, 4 : length - 1].mean(0)
+        top = ranking.argsort(descending=True)[: round(len(ranking) / 4)]
+        assert share == pytest.approx(float(answer[top].sum() / answer.sum()), rel=1e-4)

@@ -20,6 +20,7 @@ from spts_compress.cost import predicted
 from spts_compress.evaluation.runner import Answers
 from spts_compress.export import model_class
 from spts_compress.modeling.configuration_spts import Proxy, Schedule
+from spts_compress.ranks import ALONE
 from spts_compress.recipe import load
 from spts_compress.report import hardware
 from spts_compress.search import halving, prompts, shared, space
@@ -44,7 +45,7 @@ sequences = text.blocks(recipe.calibration, text.documents(recipe.calibration), 
 model = base.load(recipe.model.dtype, args.device)
 starts = starts_of(section, base.config)
 wide = widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
-wide, proxies, _ = pipeline.fit_proxies(model, base, recipe, wide, sequences, store)
+wide, proxies, _ = pipeline.fit_proxies(model, base, recipe, wide, sequences, store, ALONE)
 whole = shared.skipping(model, model_class(base.family), wide, proxies)
 sizes = {layer: wide.proxy_of(layer) for layer in range(wide.start, layers)}
 longest = max(section.lengths)

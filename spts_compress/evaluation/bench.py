@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..cost import LayerShape, layer_costs, predicted
-from ..modeling.configuration_spts import Schedule
+from ..cost import predicted
 
 Times = dict[str, dict[int, list[float]]]  # seconds by name and number of new tokens
 
@@ -163,53 +162,3 @@ def compare(
     result["decode_ratio"] = ratio(times, "spts", new_tokens, since=1)
     result["counted"] = predicted(spts.config, spts.config.schedule(), ids.shape[1])
     return result
-
-
-@torch.no_grad()
-def calibrated(stock: Any, schedule: Schedule, ids: torch.Tensor, repeats: int = 3) -> float:
-    """The TTFT ratio that the machine's own speed allows: as counted, but with attention and the feed-forward network
-    of one stock layer timed at every number of tokens that the schedule has, since they do not cost the same an
-    operation. Probing is taken at the feed-forward network's speed.
-
-    Args:
-        ids: prompt (B, n).
-    """
-    config, length = stock.config, ids.shape[1]
-    shape, layer = LayerShape.of(config), stock.model.layers[0]
-    costs = layer_costs(config, schedule, length)
-    known: dict[tuple[str, int], float] = {}
-    whole = stock.model.embed_tokens(ids)
-
-    def timed(part: str, tokens: int) -> float:
-        if (part, tokens) in known or tokens == 0:
-            return known.get((part, tokens), 0.0)
-        states = whole[:, :tokens]
-        positions = torch.arange(tokens, device=ids.device)[None]
-        rotary = stock.model.rotary_emb(states, position_ids=positions)
-        calls: dict[str, Callable[[], Any]] = {
-            "attention": lambda: layer.self_attn(
-                layer.input_layernorm(states), position_embeddings=rotary, attention_mask=None
-            ),
-            "ffn": lambda: layer.mlp(layer.post_attention_layernorm(states)),
-            "keys": lambda: layer.self_attn.k_proj(states),
-        }
-        taken = []
-        for _ in range(repeats + 1):
-            synchronize(ids.device)
-            begin = time.perf_counter()
-            calls[part]()
-            synchronize(ids.device)
-            taken.append(time.perf_counter() - begin)
-        known[part, tokens] = median(taken[1:])
-        return known[part, tokens]
-
-    dense = len(costs) * (timed("attention", length) + timed("ffn", length))
-    pace = timed("ffn", length) / shape.feed_forward(length)
-    total = sum(
-        timed("attention", cost.active)
-        + timed("keys", cost.entering - cost.active)
-        + timed("ffn", cost.changed)
-        + cost.probing * pace
-        for cost in costs
-    )
-    return dense / total

@@ -16,23 +16,24 @@ MODES: dict[str, Any] = {"dense": False, "spts": None}  # the `spts` argument; d
 
 
 class Answers:
-    """Answers in a file of JSON lines, found again by what they depend on. A line that a kill cut short is dropped."""
+    """Answers in a file of JSON lines, found again by what they depend on. A line that a kill cut short is dropped.
+    Each of several processes adds to a file of its own and has read those of all."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, rank: int = 0):
+        self.path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
         self.rows: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = b""
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
+        for file in sorted({path, self.path, *path.parent.glob(f"{path.stem}.*{path.suffix}")}):
+            whole = b""
+            for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
                 try:
                     row = json.loads(line)
                     self.rows[row["key"]] = row
                 except (ValueError, KeyError, TypeError):
                     continue
                 whole += line if line.endswith(b"\n") else line + b"\n"
-            if whole != path.read_bytes():
-                path.write_bytes(whole)
+            if file == self.path and file.exists() and whole != file.read_bytes():
+                file.write_bytes(whole)
 
     def add(self, row: dict) -> None:
         with self.path.open("a", encoding="utf-8") as stream:

@@ -63,11 +63,13 @@ def save(found: dict[str, Any], folder: Path, num_layers: int) -> None:
 
 
 def draw(found: dict[str, Any], target: Path, num_layers: int) -> None:
-    """Agreement against cost with the front, loss by start layer, and kept tokens over the layers."""
+    """Agreement against cost with the front, loss by start layer, kept tokens over the layers, what each stage's budget
+    is worth, and which layers rank tokens well."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    front, starts, kept = figure.subplots(1, 3)
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    (front, starts, kept), (budgets, rankings, rest) = figure.subplots(2, 3)
+    rest.axis("off")
     points = found["points"]
     x = [p["cost"]["speedup"] for p in points]
     low, high = ([abs(p["quality"] - p["interval"][i]) for p in points] for i in (0, 1))
@@ -88,4 +90,19 @@ def draw(found: dict[str, Any], target: Path, num_layers: int) -> None:
     starts.xaxis.get_major_locator().set_params(integer=True)
     kept.set(title="Active tokens of 8192 in the winners", xlabel="layer", ylabel="%")
     kept.legend(fontsize=7)
+    point = points[found["chosen"] if found["chosen"] is not None else -1]
+    for stage in dict.fromkeys(row["stage"] for row in point["budgets"]):
+        rows = [(r["factor"], r["loss"]) for r in point["budgets"] if r["stage"] == stage]
+        line = sorted([*rows, (1.0, point["winner"]["loss"])])
+        budgets.plot(*zip(*line, strict=True), "o-", label=f"stage {stage + 1}")
+    budgets.set(title=f"One stage's budget, {point['cost']['speedup']:.2f}x", xlabel="times as many tokens")
+    budgets.set(ylabel="loss, nats", yscale="log")
+    if point["budgets"]:
+        budgets.legend(fontsize=7)
+    rankings.plot([100 * share for share in found["reliability"]], "o-")
+    rankings.axhline(25, color="grey", linewidth=0.8)  # what a random ranking has
+    rankings.set(
+        title="Attention of the answer on a layer's own top quarter", xlabel="layer", ylabel="%", ylim=(0, 103)
+    )
+    rankings.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(target, dpi=110)

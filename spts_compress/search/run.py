@@ -2,21 +2,28 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..cost import predicted
 from ..errors import UserError
 from ..evaluation.items import Item
+from ..evaluation.prices import Prices, grid, measure
 from ..evaluation.recovery import interval
 from ..evaluation.runner import Answers
-from ..modeling.configuration_spts import Proxy, Schedule
+from ..modeling.configuration_spts import Amount, Proxy, Schedule
+from ..ranks import ALONE, Ranks
 from ..recipe import SearchSection
 from ..store import Store, fingerprint
 from . import halving, prompts, shared, space
 from .halving import Candidate, Rows
+from .reliability import reliability
+
+RELIABILITY_PROMPTS = 4
+FACTORS = (0.7, 1.4)  # of one stage's budget, to see what it is worth
 
 
 @dataclass
@@ -30,26 +37,31 @@ class Bench:
     kept: Answers
     key: str
     progress: Any
+    ranks: Ranks = ALONE
     evaluated: int = 0
 
     def __post_init__(self) -> None:
         self.tails: dict[int, Any] = {}
+        self.ranks.wait()  # for all to have read what was kept, before anyone adds to it
 
     def rows(self, schedule: Schedule, tried: list[shared.Dense]) -> Rows:
-        return [self._row(schedule, prompt) for prompt in tried]
+        keys = [fingerprint(self.key, schedule.to_dict(), prompt.key) for prompt in tried]
+        missing = {key: p for key, p in zip(keys, tried, strict=True) if key not in self.kept.rows}
+        made = [self._add(key, schedule, missing[key]) for key in self.ranks.mine(list(missing))]
+        self.kept.rows.update({row["key"]: row for row in self.ranks.all(made)})
+        self.evaluated += len(missing)
+        return [self.kept.rows[key] for key in keys]
 
-    def _row(self, schedule: Schedule, prompt: shared.Dense) -> dict[str, Any]:
-        key = fingerprint(self.key, schedule.to_dict(), prompt.key)
-        if key not in self.kept.rows:
-            first = schedule.start - 1
-            if first not in self.tails:
-                self.tails[first] = shared.tail(self.whole, first)
-            item = prompt.item
-            named = {"key": key, "kind": prompts.kind_of(item), "task": item.task, "length": item.limit}
-            self.kept.add({**named, **shared.compare(self.tails[first], schedule, prompt)})
-            self.evaluated += 1
+    def _add(self, key: str, schedule: Schedule, prompt: shared.Dense) -> dict[str, Any]:
+        first = schedule.start - 1
+        if first not in self.tails:
+            self.tails[first] = shared.tail(self.whole, first)
+        item = prompt.item
+        named = {"key": key, "kind": prompts.kind_of(item), "task": item.task, "length": item.limit}
+        row = {**named, **shared.compare(self.tails[first], schedule, prompt)}
+        self.kept.add(row)
         self.progress.update()
-        return self.kept.rows[key]
+        return row
 
 
 def starts_of(section: SearchSection, config: Any) -> list[int]:
@@ -122,25 +134,64 @@ def signs(best: Candidate, held: Rows, lengths: list[int]) -> list[str]:
     return found
 
 
+def _cost(config: Any, length: int, table: Prices | None) -> Callable[[Schedule], dict[str, float]]:
+    """What a schedule costs: counted, with the speed-up that measured prices allow in its place if there are any."""
+
+    def cost(schedule: Schedule) -> dict[str, float]:
+        counted = predicted(config, schedule, length)
+        if table is None:
+            return counted
+        return {**counted, "speedup": table.speedup(config, schedule, length), "counted": counted["speedup"]}
+
+    return cost
+
+
 def _scaling(
-    name: str, target: float, config: Any, length: int, sizes: dict[int, Proxy]
+    name: str, target: float, cost: Callable[[Schedule], dict[str, float]], num_layers: int, sizes: dict[int, Proxy]
 ) -> Callable[[space.Shape], Candidate | None]:
-    """Gives a shape the budgets with which its counted `name` is `target`; None where there are none."""
+    """Gives a shape the budgets with which its `name` is `target`; None where there are none."""
     sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
 
-    def value(schedule: Schedule) -> float:
-        return sign * predicted(config, schedule, length)[name]
-
     def scaled(shape: space.Shape) -> Candidate | None:
-        made = space.at_cost(shape, value, sign * target, config.num_hidden_layers, sizes)
-        return None if made is None else Candidate(shape, made, predicted(config, made, length), [])
+        made = space.at_cost(shape, lambda s: sign * cost(s)[name], sign * target, num_layers, sizes)
+        return None if made is None else Candidate(shape, made, cost(made), [])
 
     return scaled
+
+
+def _prices(model: Any, length: int) -> Prices:
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    return measure(model, ids.to(model.device), grid(length))
+
+
+def _varied(best: Candidate, cost: Callable[[Schedule], dict[str, float]]) -> list[tuple[dict[str, float], Schedule]]:
+    """The winner with one stage's tokens (and what may come into it) made fewer and more: `stage` from 0, `factor`
+    and `speedup`, and the schedule."""
+    stages, made = best.schedule.stages, []
+    for number, stage in enumerate(stages):
+        for factor in FACTORS:
+            changed = list(stages)
+            changed[number] = replace(
+                stage,
+                budget=_times(stage.budget, factor),
+                ffn_budget=None if stage.ffn_budget is None else _times(stage.ffn_budget, factor),
+            )
+            if number and (before := stages[number - 1]).prune_to is not None:
+                changed[number - 1] = replace(before, prune_to=_times(before.prune_to, max(1.0, factor)))
+            schedule = replace(best.schedule, stages=tuple(changed))
+            if not schedule.faults(schedule.stages[-1].end + 1):
+                made.append(({"stage": number, "factor": factor, "speedup": cost(schedule)["speedup"]}, schedule))
+    return made
+
+
+def _times(amount: Amount, factor: float) -> Amount:
+    return replace(amount, fraction=min(1.0, amount.fraction * factor), floor=round(amount.floor * factor))
 
 
 def _point(
     found: list[Candidate],
     scaled: Callable[[space.Shape], Candidate | None],
+    cost: Callable[[Schedule], dict[str, float]],
     bench: Bench,
     tune: list[shared.Dense],
     others: list[shared.Dense],
@@ -162,6 +213,7 @@ def _point(
         "quality": worth,
         "interval": low_high,
         "without": without,
+        "budgets": [{**row, "loss": halving.loss(bench.rows(schedule, tune))} for row, schedule in _varied(best, cost)],
         "signs": signs(best, held, lengths),
         "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in found],
     }
@@ -176,6 +228,7 @@ def run(
     store: Store,
     key: str,
     say: Callable[[str], None],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The best schedule at each cost that the target asks for, confirmed on prompts that nothing was chosen on.
 
@@ -186,26 +239,35 @@ def run(
 
     Returns:
         `points`, one for each cost: `cost` (counted), `winner`, `held_out` and `quality` with its interval on the
-        prompts that confirm, what the loss becomes `without` each found value, `signs` of what is lost, and all that
-        was `tried`. `chosen`: the number of the point that meets the target, None if none does. And the numbers of
-        `candidates` and `evaluations`, and `seconds`.
+        prompts that confirm, what the loss becomes `without` each found value and with other `budgets` in one stage,
+        `signs` of what is lost, and all that was `tried`. `chosen`: the number of the point that meets the target, None
+        if none does. `reliability` of every layer's ranking by the last winner's probe. `prices`: the table of measured
+        costs, None if they are counted. And the numbers of `candidates` and `evaluations`, and `seconds`.
     """
     begin, config = time.monotonic(), model.config
     layers, longest = config.num_hidden_layers, max(section.lengths)
     starts = starts_of(section, config)
     fitted = whole.config.schedule()
     sizes = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, layers)}
-    progress = tqdm([item for part in texts for item in part], desc="dense answers", unit="prompt")
-    done = [shared.dense(model, tokenizer, item, [s - 1 for s in starts], store, key) for item in progress]
+    asked, layers_kept = [item for part in texts for item in part], [s - 1 for s in starts]
+    for item in tqdm(ranks.mine(asked), desc="dense answers", unit="prompt"):
+        shared.dense(model, tokenizer, item, layers_kept, store, key)
+    ranks.wait()
+    done = [shared.dense(model, tokenizer, item, layers_kept, store, key) for item in asked]
     tune, others = done[: len(texts[0])], done[len(texts[0]) :]
     shared_seconds = time.monotonic() - begin
+    table = None
+    if section.cost == "measured":
+        with ranks.leader_first():
+            table = Prices(**store.json("prices", key, lambda: _prices(model, longest).plain()))
+    cost = _cost(config, longest, table)
 
     points: list[dict[str, Any]] = []
     with tqdm(desc="searching", unit="evaluation") as bar:
-        bench = Bench(whole, Answers(store.path("search", key, ".jsonl")), key, bar)
+        bench = Bench(whole, Answers(store.path("search", key, ".jsonl"), ranks.rank), key, bar, ranks)
         seeds = space.seeds(starts)
         for name, target in section.targets():
-            scaled = _scaling(name, target, config, longest, sizes)
+            scaled = _scaling(name, target, cost, layers, sizes)
             found = halving.search(
                 scaled,
                 lambda schedule, count: bench.rows(schedule, tune[:count]),
@@ -219,16 +281,32 @@ def run(
             if not found:
                 say(f"no schedule has a {name} of {target:g}")
                 break
-            points.append({"target": [name, target], **_point(found, scaled, bench, tune, others, section.lengths)})
+            points.append(
+                {"target": [name, target], **_point(found, scaled, cost, bench, tune, others, section.lengths)}
+            )
             seeds = [c.shape for c in found[: halving.ELITE]]
             worth = points[-1]["quality"]
             bar.set_postfix_str(f"{name} {target:g}: agreement {worth:.3f}, loss {found[0].loss:.3f}")
             if section.quality is not None and worth < section.quality:
                 break  # what costs even less is worse
+    rankings = None
+    if points:
+        probe = Schedule.from_dict(points[-1]["winner"]["schedule"], layers).probe
+        longer = [prompt for prompt in tune if prompt.item.limit == longest][:RELIABILITY_PROMPTS]
+
+        def rank() -> list[list[float]]:
+            progress = tqdm(longer, desc="which layers rank well", unit="prompt")
+            return [reliability(whole, tokenizer, prompt, probe) for prompt in progress]
+
+        with ranks.leader_first():
+            each = store.json("reliability", fingerprint(key, asdict(probe), [p.key for p in longer]), rank)
+        rankings = [sum(column) / len(column) for column in zip(*each, strict=True)]
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
     return {
         "points": points,
         "chosen": meets[-1] if meets and section.decides else None,
+        "reliability": rankings,
+        "prices": None if table is None else table.plain(),
         "evaluations": bench.evaluated,
         "candidates": sum(len(p["tried"]) for p in points),
         "seconds": {"dense": shared_seconds, "all": time.monotonic() - begin},

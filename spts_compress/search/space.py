@@ -77,7 +77,7 @@ def vary(rng: random.Random, shape: Shape, starts: list[int], other: Shape) -> S
             values[name] = rng.choice(allowed)
         else:  # numbers move to a neighbour more often than anywhere
             near = [allowed[i] for i in (here - 1, here + 1) if 0 <= i < len(allowed)]
-            values[name] = rng.choice(near if rng.random() < 0.7 else allowed)
+            values[name] = rng.choice(near if near and rng.random() < 0.7 else allowed)
     return Shape(**values)
 
 

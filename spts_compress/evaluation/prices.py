@@ -1,0 +1,95 @@
+"""What a stock layer's parts cost in seconds on the machine at hand: attention and the feed-forward network do not cost
+the same an operation, nor the same at every number of tokens."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cost import LayerShape, layer_costs
+from ..modeling.configuration_spts import Schedule
+from .bench import synchronize
+
+PARTS = ("attention", "feed_forward", "keys")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds of each of `PARTS` of one layer, by name, at each of the numbers of `tokens` (rising)."""
+
+    tokens: list[int]
+    seconds: dict[str, list[float]]
+
+    def of(self, part: str, tokens: int) -> float:
+        """Seconds at `tokens`, on a power law between the numbers measured, in proportion below the least."""
+        if tokens <= self.tokens[0]:
+            return self.seconds[part][0] * tokens / self.tokens[0]
+        return float(np.exp(np.interp(np.log(tokens), np.log(self.tokens), np.log(self.seconds[part]))))
+
+    def speedup(self, config: Any, schedule: Schedule, length: int) -> float:
+        """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
+        feed-forward network's price an operation."""
+        costs = layer_costs(config, schedule, length)
+        dense = self.of("attention", length) + self.of("feed_forward", length)
+        pace = self.of("feed_forward", length) / LayerShape.of(config).feed_forward(length)
+        total = sum(
+            self.of("attention", cost.active)
+            + self.of("keys", cost.entering - cost.active)
+            + self.of("feed_forward", cost.changed)
+            + cost.probing * pace
+            for cost in costs
+        )
+        return len(costs) * dense / total
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> Prices:
+    """Time the parts of the first layer of a `stock` model on the first so many tokens of `ids` (B, n); medians of
+    `repeats` after a warm-up."""
+    layer, whole = stock.model.layers[0], stock.model.embed_tokens(ids)
+    counts = sorted(set(tokens))
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    for count in counts:
+        states, positions = whole[:, :count], torch.arange(count, device=ids.device)[None]
+        rotary = stock.model.rotary_emb(states, position_ids=positions)
+        seconds["attention"].append(_time(lambda: _attention(layer, states, rotary), ids.device, repeats))  # noqa: B023
+        seconds["feed_forward"].append(
+            _time(lambda: layer.mlp(layer.post_attention_layernorm(states)), ids.device, repeats)  # noqa: B023
+        )
+        seconds["keys"].append(_time(lambda: layer.self_attn.k_proj(states), ids.device, repeats))  # noqa: B023
+    return Prices(counts, seconds)
+
+
+def _attention(layer: Any, states: torch.Tensor, rotary: Any) -> Any:
+    return layer.self_attn(layer.input_layernorm(states), position_embeddings=rotary, attention_mask=None)
+
+
+def _time(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    taken = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - begin)
+    return median(taken[1:])
+
+
+def calibrated(stock: Any, schedule: Schedule, ids: torch.Tensor) -> float:
+    """The TTFT ratio that the machine's own speed allows on prompts `ids` (B, n), with every number of tokens that the
+    schedule has timed."""
+    costs = layer_costs(stock.config, schedule, ids.shape[1])
+    counts = {n for cost in costs for n in (cost.active, cost.entering - cost.active, cost.changed)}
+    return measure(stock, ids, (counts | {ids.shape[1]}) - {0}).speedup(stock.config, schedule, ids.shape[1])
+
+
+def grid(length: int, points: int = 10) -> list[int]:
+    """Numbers of tokens up to `length`, each the same factor above the one before, from 64 on."""
+    return sorted({round(n) for n in np.geomspace(min(64, length), length, points)})

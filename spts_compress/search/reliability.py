@@ -1,0 +1,52 @@
+"""Which layers rank tokens well: how much of the attention that the answer will pay goes to a layer's own top ones."""
+
+from typing import Any
+
+import torch
+
+from ..evaluation.runner import encode
+from ..modeling.configuration_spts import Probe
+from ..modeling.spts import pool_scores, probe_scores
+from .shared import Dense
+
+SHARE = 0.25  # of the prompt's tokens
+EDGE = 4  # first tokens, which take attention whatever they say
+
+
+@torch.no_grad()
+def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list[float]:
+    """For every layer: of the attention that the tokens of the dense answer pay to the prompt there (mean over heads;
+    but to its first 4 tokens and to those that probe), the share that falls on the quarter of the prompt which the
+    layer's probe ranks highest, without scores of layers before. From a dense pass."""
+    ids = encode(tokenizer, [prompt.item.text], whole.device)["input_ids"]
+    length, found, handles = ids.shape[1], list[float](), []
+    ids = torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1)
+    rotate = whole.model.layers[-1]._rotate
+
+    def note(attention: Any, args: Any, kwargs: dict) -> None:
+        normed = args[0] if args else kwargs["hidden_states"]
+        cos, sin = kwargs["position_embeddings"]
+
+        def heads(projection: Any, first: int, last: int) -> torch.Tensor:
+            made = projection(normed[:, first:last])
+            made = made.view(*made.shape[:2], -1, attention.head_dim).transpose(1, 2)
+            return rotate(made, cos[:, first:last], sin[:, first:last])
+
+        key, asking = heads(attention.k_proj, 0, ids.shape[1]), min(probe.queries, length)
+        query = heads(attention.q_proj, length - asking, length)
+        score = pool_scores(probe_scores(query, key[:, :, :length], attention.scaling, probe.heads), probe.pool)
+        answering = heads(attention.q_proj, length, ids.shape[1])
+        truth = probe_scores(answering, key, attention.scaling)
+        middle = slice(EDGE, length - asking)
+        score, truth = score[0, middle], truth[0, middle]
+        top = score.topk(max(1, round(SHARE * len(score)))).indices
+        found.append(float(truth[top].sum() / truth.sum()))
+
+    try:
+        for layer in whole.model.layers:
+            handles.append(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True))
+        whole(ids, spts=False, logits_to_keep=1, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
