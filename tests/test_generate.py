@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from tiny import SCHEDULE, TEXT, stock_twin, tiny_model, tiny_tokenizer
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -223,6 +223,15 @@ def test_chunked_prefill_is_dense(model):
     dense = new_tokens(model, tokens, spts=False)
     assert torch.equal(new_tokens(model, tokens, prefill_chunk_size=16), dense)
     assert torch.equal(dense, new_tokens(stock_twin(model), tokens))
+
+
+def test_continuous_batching_is_dense(model):
+    prompts = [prompt(length, seed=length)[0].tolist() for length in (20, 40, 60)]
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0, use_cuda_graph=False)
+    found = model.generate_batch(prompts, generation_config=config, warmup=False)
+    for (_, request), tokens in zip(sorted(found.items()), prompts, strict=True):
+        dense = model.generate(torch.tensor([tokens]), generation_config=config, spts=False)
+        assert request.generated_tokens == dense[0, len(tokens) :].tolist()
 
 
 def test_without_a_cache_every_pass_is_dense(model):
