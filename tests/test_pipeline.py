@@ -400,3 +400,30 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
         ("search.kv_share=0.5", "takes one of speedup and kv_share, not both"),
     ):
         assert message in run("recipe", path, "--force", "--set", edit, code=2)
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+from spts_compress.base import resolve
+from spts_compress.recipe import ModelSection
+from spts_compress.store import Store
+base = resolve(ModelSection(path=sys.argv[1]), Store(Path(sys.argv[2])))
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+before = anonymous()
+model = base.load("bfloat16", "cpu")
+total = sum(float(p.detach().sum()) for p in model.parameters())  # all pages are read
+print(base.size, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_weights_are_pages_of_their_files_and_not_copies(tmp_path):
+    base = tiny_base(tmp_path / "base", hidden_size=1024, intermediate_size=4096, num_hidden_layers=5)
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPED, base, tmp_path / "work"], capture_output=True, text=True, check=True
+    )
+    weights, grown = map(int, done.stdout.split())
+    assert weights > 100e6 and grown < weights / 2, (weights, grown)

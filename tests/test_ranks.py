@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluation import checkpoint  # noqa: F401
-from test_pipeline import contents, corpus, recipe_for  # noqa: F401
+from test_pipeline import built, contents, corpus, recipe_for  # noqa: F401
 from tiny import tiny_base
 
 from spts_compress.ranks import Ranks, _in_order
@@ -20,6 +21,32 @@ def test_shares_are_put_together_in_order(items, size):
     parts = [Ranks(rank, size).mine(items) for rank in range(size)]
     assert _in_order(parts) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+PARALLEL = """
+import sys
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+options = {"trust_remote_code": True, "dtype": torch.float32}
+dist.init_process_group("gloo")
+spread = DistributedConfig(tp_plan="auto")
+split = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=spread, **options)
+whole = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
+assert split.model.layers[-1].self_attn.k_proj.weight.placements
+ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
+for probe in ({"heads": "mean"}, {"heads": "max", "queries": 4, "carry": 1.0, "pool": 3}):
+    made = []
+    for model in (split.eval(), whole.eval()):
+        with torch.no_grad():
+            out = model(ids, logits_to_keep=1, spts={"probe": probe, "positions": True})
+        made.append((out.logits, [row["positions"] for row in model.skipped(out.past_key_values)[2:]]))
+    assert all(torch.equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True)), "other tokens"
+    assert torch.allclose(made[0][0], made[1][0], atol=1e-4), "other logits"
+print("ALIKE", flush=True)
+dist.destroy_process_group()
+"""
 
 
 def start(folder, *arguments, processes=1):
@@ -73,3 +100,14 @@ def test_two_processes_evaluate_what_one_evaluates(checkpoint, tmp_path):  # noq
     assert results[1] == results[2]
     own = (tmp_path / "2" / "answers.1.jsonl").read_text().splitlines()
     assert len(own) == 3 * 2 + 1  # of 6 items in two modes and 3 free answers
+
+
+@pytest.mark.parametrize("built", ["llama"], indirect=True)
+def test_devices_that_share_the_heads_choose_the_same_tokens(built, tmp_path):  # noqa: F811
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "parallel.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(built[0] / "out")], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.count("ALIKE") == 2, done.stdout + done.stderr

@@ -83,6 +83,18 @@ def probe_scores(
     return raw if valid is None else raw * valid
 
 
+def over_devices(raw: torch.Tensor, weight: Any, heads: str) -> torch.Tensor:
+    """The scores (B, T) over all heads, where tensor parallelism has given each device some of them: `weight` is then
+    a tensor sharded over the devices. All of them must choose the same tokens."""
+    for dimension, placement in enumerate(getattr(weight, "placements", ())):
+        if placement.is_shard():
+            mesh, mean = weight.device_mesh, heads == "mean"
+            how = torch.distributed.ReduceOp.SUM if mean else torch.distributed.ReduceOp.MAX
+            torch.distributed.all_reduce(raw, how, group=mesh.get_group(dimension))
+            raw = raw / mesh.size(dimension) if mean else raw
+    return raw
+
+
 def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
     """The largest score among `width` neighbouring candidates, (B, T); zero on padding."""
     if width == 1:
@@ -464,6 +476,7 @@ class SkippingDecoderLayer:
             window = min(plan.probe.queries, entering.width)
             query = self._rotate(heads(attention.q_proj(normed[:, -window:])), cos[:, -window:], sin[:, -window:])
             raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid)
+            raw = over_devices(raw, attention.k_proj.weight, plan.probe.heads)
             if plan.probe.carry and carried is not None:
                 raw = raw + plan.probe.carry * carried
             score = pool_scores(raw, plan.probe.pool, entering.valid)
