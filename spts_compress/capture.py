@@ -89,8 +89,11 @@ def feed_forward(
         if number not in layers:
             continue
         owner = layers.index(number) % ranks.size
+        if ranks.size > 1:  # each may have a device of its own
+            inputs, norms = [part.cpu() for part in inputs], [part.cpu() for part in norms]
         if (made := ranks.to(owner, list(zip(inputs, norms, strict=True)))) is not None:
-            held = number, torch.cat([states for states, _ in made]), torch.cat([norms for _, norms in made])
+            captured, norm = (torch.cat(parts).to(model.device) for parts in zip(*made, strict=True))
+            held = number, captured, norm
         if owner == ranks.size - 1 or number == max(layers):  # each has one layer, or there are no more
             if held is not None:
                 yield held

@@ -114,7 +114,7 @@ def run(
         searched = None
         if recipe.search is not None and asked is not None:
             whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
-            key = fingerprint(base.key, recipe.model.dtype, device, _sums(parameters), __version__)
+            key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, _sums(parameters), __version__)
             with stage("search"):
                 searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say, ranks)
             del whole
