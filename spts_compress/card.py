@@ -137,8 +137,9 @@ budget; then the same on the states that skipping leaves in one long prompt.
 ## Limits
 
 Skipping is lossy, prefill only, and tuned on the recipe's text. It needs a dynamic cache and left padding. Prompts
-below the budgets run dense. Engines with their own model code (vLLM, llama.cpp, SGLang) do not run the skipping code;
-`spts-compress strip` gives them the stock checkpoint back, byte for byte.
+below the budgets{f" or {schedule.min_length} tokens" if schedule.min_length else ""} run dense. Engines with their own
+model code (vLLM, llama.cpp, SGLang) do not run the skipping code; `spts-compress strip` gives them the stock checkpoint
+back, byte for byte.
 
 ## Citation
 

@@ -126,7 +126,8 @@ def describe(
             f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, probe: last "
             f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, carrying {schedule.probe.carry:g}, "
             f"pooled over {schedule.probe.pool}; "
-            f"first {schedule.keep_first} and last {schedule.always_last} tokens always active",
+            f"first {schedule.keep_first} and last {schedule.always_last} tokens always active"
+            + (f"; prompts of fewer than {schedule.min_length} tokens run dense" if schedule.min_length else ""),
             "",
             "Active tokens of the candidates, per layer:",
             schedule_table(config, schedule, lengths),

@@ -4,12 +4,14 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Repositories in memory. `fail`: a part of a path; requests to it get `status` instead of an answer."""
+    """Repositories in memory. `fail`: a part of a path; requests to it get `status` instead of an answer, and with 0
+    the connection is cut."""
 
     def __init__(self):
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> commit -> file -> content
@@ -63,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, self.path.split("?")[0]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append(f"{self.command} {path}")
+        if hub.fail and hub.fail in path and not hub.status:
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if hub.fail and hub.fail in path:
             return self.answer(hub.status, {"error": "said no"}, {"X-Error-Message": "said no"})
         if self.headers.get("Authorization") != "Bearer hf_test" and self.command == "POST":

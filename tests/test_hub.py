@@ -79,6 +79,7 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_published(built, h
         ({}, "/api/repos/create", 403, "user/model: not uploaded: the token has no right to write there"),
         ({}, "/large/", 400, "user/model: not uploaded: "),
         ({}, "/commit/", 400, "user/model: not uploaded: "),
+        ({}, "/commit/", 0, "user/model: not uploaded: "),
     ):
         hub.fail, hub.status = fail, status
         done = push(hub, tmp_path, folder, "user/model", **options)
