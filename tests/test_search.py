@@ -9,9 +9,10 @@ from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 from spts_compress.cost import predicted
 from spts_compress.evaluation import agreement
 from spts_compress.evaluation.items import Item
+from spts_compress.evaluation.prices import grid
 from spts_compress.evaluation.runner import encode
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
-from spts_compress.search import halving, prompts, shared, space
+from spts_compress.search import halving, prompts, run, shared, space
 from spts_compress.search.reliability import reliability
 from spts_compress.store import Store
 
@@ -124,3 +125,29 @@ def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(tm
         answer = mean[length:, 4 : length - 1].mean(0)
         top = ranking.argsort(descending=True)[: round(len(ranking) / 4)]
         assert share == pytest.approx(float(answer[top].sum() / answer.sum()), rel=1e-4)
+
+
+def test_a_measured_cost_takes_the_place_of_the_counted_one():
+    model = tiny_model(vocab_size=300)
+    table = run._prices(stock_twin(model), 1000)
+    assert table.tokens == grid(1000) and all(s > 0 for part in table.seconds.values() for s in part)
+    found, counted = (run._cost(model.config, 1000, prices)(schedule(1)) for prices in (table, None))
+    assert counted == predicted(model.config, schedule(1), 1000)
+    assert found == {
+        **counted,
+        "speedup": table.speedup(model.config, schedule(1), 1000),
+        "counted": counted["speedup"],
+    }
+
+
+def test_one_stage_at_a_time_gets_fewer_and_more_tokens():
+    best = halving.Candidate(space.Shape(1), schedule(1), {}, [])
+    found = run._varied(best, run._cost(tiny_model(vocab_size=300).config, 1000, None))
+    assert [(row["stage"], row["factor"]) for row, _ in found] == [(0, 0.7), (0, 1.4), (1, 0.7), (1, 1.4)]
+    for row, changed in found:
+        tokens = [changed.counts(layer, 1000).active for layer in range(1, 5)]
+        plain = [schedule(1).counts(layer, 1000).active for layer in range(1, 5)]
+        own = [a for a, layer in zip(tokens, range(1, 5), strict=True) if changed.stage_of(layer) == row["stage"]]
+        before = [a for a, layer in zip(plain, range(1, 5), strict=True) if changed.stage_of(layer) == row["stage"]]
+        assert all(a == pytest.approx(row["factor"] * b, abs=1) for a, b in zip(own, before, strict=True))
+        assert sum(a != b for a, b in zip(tokens, plain, strict=True)) == len(own)  # and no other stage
