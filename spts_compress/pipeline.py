@@ -175,14 +175,7 @@ def fit_proxies(
         counts = schedule.counts(layer, max(recipe.report.lengths))
         shares[layer] = counts.changed / counts.entering
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
-    missing = ranks.agree(
-        [
-            layer
-            for layer in layers
-            if store.tensors(f"proxy-{layer}", keys[layer]) is None
-            or not store.path(f"choice-{layer}", keys[layer], ".json").exists()
-        ]
-    )
+    missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
         everything = sequences.fit + sequences.held_out
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
@@ -195,16 +188,16 @@ def fit_proxies(
             proxy, tried = choose(ffn, tokens, check, recipe.proxy, shares[layer], relative)
             proxy.to(getattr(torch, recipe.model.dtype))  # judged as it is exported
             judged = {f"judged.{name}": value for name, value in fidelity.norms(proxy, ffn, judge).items()}
-            store.put_json(f"choice-{layer}", keys[layer], tried)
-            # last: a proxy that is there is finished, wherever a run was killed
-            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged})
+            # one unit, so that no kill can part what was tried from what was chosen
+            choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
+            store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
     ranks.wait()
     parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])
-        tried = store.json(f"choice-{layer}", keys[layer], lambda: None)
-        if unit is None or tried is None:
+        if unit is None:
             raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
+        tried = json.loads(bytes(unit.pop("choice").tolist()))
         judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
         fits.append({"layer": layer, "share": shares[layer], **fidelity.of(judged, shares[layer], relative), **tried})
         chosen = tried["candidates"][tried["chosen"]]
