@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .choose import choose
 from .errors import UserError
 from .evaluation.bench import stock_twin
 from .evaluation.break_even import break_even
+from .evaluation.items import Item
 from .modeling.configuration_spts import Proxy, Schedule
 from .proxies import FeedForward, Tokens
 from .ranks import ALONE, Ranks
@@ -61,6 +62,55 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
     return searching.widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What search and export start from.
+
+    `model`: the stock model. `asked`: the prompts that a search is to use, and those that confirm it; None without one.
+    `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`: see
+    `fit_proxies`.
+    """
+
+    base: Base
+    tokenizer: Any
+    sequences: Blocks
+    asked: tuple[list[Item], list[Item]] | None
+    model: PreTrainedModel
+    schedule: Schedule
+    parameters: dict[str, torch.Tensor]
+    fits: list[dict]
+
+    def skipping(self, schedule: Schedule | None = None) -> Any:
+        """The skipping model on the parameters of the stock one."""
+        return shared.skipping(
+            self.model, export.model_class(self.base.family), schedule or self.schedule, self.parameters
+        )
+
+
+def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, stage: Stages | None = None) -> Prepared:
+    """Read model and text, and fit proxies for every layer in which the recipe may skip; what `store` has is reused.
+
+    Raises:
+        UserError: for bad input, where possible before long work.
+    """
+    stage = stage or Stages(device)
+    with stage("model and text"):
+        texts, search = documents(recipe.calibration), recipe.search
+        with ranks.leader_first():  # who may convert or download it
+            base = resolve(recipe.model, store)
+        tokenizer = base.tokenizer()
+        sequences = blocks(recipe.calibration, texts, tokenizer)
+        asked = None
+        if search is not None:  # made here, since bad lengths show before the long work
+            asked = searching.items(search, tokenizer, _prose(search.text) or sequences.unseen)
+        model = base.load(recipe.model.dtype, device)
+        _try_forward(model, sequences.fit[0][:8], base.name)
+    with stage("proxies"):
+        schedule = _widest(recipe, base.config)
+        schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
+    return Prepared(base, tokenizer, sequences, asked, model, schedule, parameters, fits)
+
+
 def run(
     recipe: Recipe,
     verbatim: str,
@@ -86,8 +136,7 @@ def run(
     """
     if output.exists() and not force:
         raise UserError(f"{output} exists; give another --output, or --force to replace it")
-    texts = documents(recipe.calibration)
-    prose, searched_on = (_prose(section.text) if section else "" for section in (recipe.report, recipe.search))
+    prose = _prose(recipe.report.text)
     config = resolve_config(recipe.model)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy)
@@ -99,46 +148,37 @@ def run(
             sweep(output.parent, new.name)
             shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
         stage = Stages(device)
-        with stage("model and text"):
-            with ranks.leader_first():  # who may convert or download it
-                base = resolve(recipe.model, store)
-            tokenizer = base.tokenizer()
-            sequences = blocks(recipe.calibration, texts, tokenizer)
-            asked = None
-            if recipe.search is not None:  # made here, since bad lengths show before the long work
-                asked = searching.items(recipe.search, tokenizer, searched_on or sequences.unseen)
-            model = base.load(recipe.model.dtype, device)
-            _try_forward(model, sequences.fit[0][:8], base.name)
-        with stage("proxies"):
-            schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
+        ready = prepare(recipe, store, device, ranks, stage)
+        base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
         searched = None
-        if recipe.search is not None and asked is not None:
-            whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
+        if recipe.search is not None and ready.asked is not None:
             key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, _sums(parameters), __version__)
             with stage("search"):
-                searched = searching.run(model, whole, tokenizer, asked, recipe.search, store, key, say, ranks)
-            del whole
+                searched = searching.run(
+                    ready.model, ready.skipping(), ready.tokenizer, ready.asked, recipe.search, store, key, say, ranks
+                )
             folder = output.with_name(output.name + ".search")
             if ranks.leads:
                 findings.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
             fits = [fit for fit in fits if fit["layer"] >= schedule.start]
             parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
+            ready = replace(ready, parameters=parameters)
         if not ranks.leads:
             return None
         if recipe.export.break_even:
-            schedule = _from_break_even(model, base, schedule, parameters, device, store, say)
+            schedule = _from_break_even(ready, schedule, device, store, say)
+        tokenizer, text = ready.tokenizer, prose or ready.sequences.unseen
+        del ready  # and its model: the check loads the checkpoint twice
+        gc.collect()
         with writing(new) as staging:
             staging.mkdir()
             say("writing the checkpoint")
             with stage("export"):
                 export.write(base, schedule, parameters, staging)
-            del model  # the check loads the checkpoint twice
-            gc.collect()
             say("checking it in a fresh process")
             with stage("check"):
                 export.check(staging, base, recipe.model.dtype, schedule)
-            text = prose or sequences.unseen
             measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
             for fit in fits:
                 if found := measured["skipped_states"].get(str(fit["layer"])):
@@ -230,18 +270,11 @@ def _report(
 
 
 def _from_break_even(
-    model: PreTrainedModel,
-    base: Base,
-    schedule: Schedule,
-    parameters: dict[str, torch.Tensor],
-    device: str,
-    store: Store,
-    say: Callable[[str], None],
+    ready: Prepared, schedule: Schedule, device: str, store: Store, say: Callable[[str], None]
 ) -> Schedule:
     """The schedule with prompts dense up to where skipping begins to pay; what was timed is kept."""
-    whole = shared.skipping(model, export.model_class(base.family), schedule, parameters)
-    key = fingerprint(base.key, schedule.to_dict(), hardware(device), str(model.dtype))
-    found = store.json("break-even", key, lambda: break_even(model, whole))
+    key = fingerprint(ready.base.key, schedule.to_dict(), hardware(device), str(ready.model.dtype))
+    found = store.json("break-even", key, lambda: break_even(ready.model, ready.skipping(schedule)))
     if found is None:
         say("skipping does not pay here at any length tried, so min_length stays; the KV cache is smaller all the same")
         return schedule

@@ -129,6 +129,13 @@ class ScheduleSection(Section):
     min_length: Natural = 0
 
 
+Kind = Literal[
+    "retrieval", "multi-hop", "free", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1",
+    "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "multi_hop",
+    "repository", "arithmetic",
+]  # fmt: skip
+
+
 class SearchSection(Section):
     """A target instead of a schedule. One of `speedup` (dense over SPTS operations of a prompt as long as the longest
     of `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
@@ -138,7 +145,8 @@ class SearchSection(Section):
     Speed-ups are `cost: counted` in operations, or `measured`: told by a table of this machine's times for a layer's
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
     quarters of the depth). `candidates` are drawn, half as many varied in each of `rounds`. They are judged on
-    `prompts` of every one of `kinds` and `lengths`, and the winner on as many others; their text is `text` (a .txt or
+    `prompts` of every one of `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and
+    the winner on as many others; their text is `text` (a .txt or
     .jsonl file or a folder), by default the calibration documents that nothing was fitted on. `if_missed`: whether the
     nearest schedule is exported if the quality is not reached."""
 
@@ -148,11 +156,7 @@ class SearchSection(Section):
     cost: Literal["counted", "measured"] = "counted"
     speedups: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=1)] = [1.25, 1.5, 1.75, 2.0, 2.25]
     lengths: Annotated[list[Annotated[int, Field(ge=512)]], Field(min_length=1)] = [4096, 8192]
-    kinds: Annotated[list[Literal["retrieval", "multi-hop", "free"]], Field(min_length=1)] = [
-        "retrieval",
-        "multi-hop",
-        "free",
-    ]
+    kinds: Annotated[list[Kind], Field(min_length=1)] = ["retrieval", "multi-hop", "free"]
     prompts: Positive = 4
     answer_tokens: Annotated[int, Field(ge=8)] = 40
     starts: Annotated[list[Positive], Field(min_length=1)] | None = None

@@ -1,6 +1,7 @@
 """The search: shared dense work gives the same figures as whole runs, and the search finds what is there."""
 
 import random
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from spts_compress.evaluation.items import Item
 from spts_compress.evaluation.prices import grid
 from spts_compress.evaluation.runner import encode
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
+from spts_compress.recipe import Kind
 from spts_compress.search import halving, prompts, run, shared, space
 from spts_compress.search.reliability import reliability
 from spts_compress.store import Store
@@ -102,9 +104,19 @@ def test_the_loss_counts_the_worst_kind():
 def test_prompts_take_turns_and_other_seeds_give_other_texts():
     prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
     one, two = ([*prompts.make(KINDS, TOKENIZER, prose, 6000, 3, 40, seed)] for seed in (1, 2))
-    assert [prompts.kind_of(item) for item in one] == ["retrieval", "multi-hop", "free"] * 3
+    assert [prompts.kind_of(item, KINDS) for item in one] == ["retrieval", "multi-hop", "free"] * 3
     assert not {item.text for item in one} & {item.text for item in two}
     assert all(item.tokens + item.answer_tokens <= 6000 for item in one)
+
+
+def test_single_tasks_are_kinds_of_their_own():
+    known = {"free", *prompts.GROUPS, *prompts.RETRIEVAL, *prompts.MULTI_HOP, "niah_single_1"}
+    assert set(get_args(Kind)) == known
+    prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
+    kinds = ["niah_multiquery", "retrieval", "vt"]
+    made = prompts.make(kinds, TOKENIZER, prose, 6000, 2, 40, 3)
+    assert [item.task for item in made][::3] == ["niah_multiquery"] * 2
+    assert [prompts.kind_of(item, kinds) for item in made] == kinds * 2
 
 
 def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(tmp_path):

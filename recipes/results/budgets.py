@@ -17,17 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spts_compress import pipeline, text
-from spts_compress.base import resolve
+from spts_compress import pipeline
 from spts_compress.cost import predicted
 from spts_compress.evaluation.runner import Answers
-from spts_compress.export import model_class
-from spts_compress.modeling.configuration_spts import Amount, Proxy, Schedule
-from spts_compress.ranks import ALONE
+from spts_compress.modeling.configuration_spts import Amount, Schedule
 from spts_compress.recipe import load
 from spts_compress.report import hardware
 from spts_compress.search import halving, prompts, shared
-from spts_compress.search.run import Bench, starts_of, widest
+from spts_compress.search.run import Bench
 from spts_compress.store import Store, fingerprint
 from spts_compress.tables import table
 
@@ -41,21 +38,16 @@ parser.add_argument("--prompts", type=int, default=6)
 args = parser.parse_args()
 
 recipe, store = load(args.recipe), Store(args.work)
-base = resolve(recipe.model, store)
-tokenizer, layers = base.tokenizer(), base.config.num_hidden_layers
-sequences = text.blocks(recipe.calibration, text.documents(recipe.calibration), tokenizer)
-model = base.load(recipe.model.dtype, "cpu")
-starts = starts_of(recipe.search, base.config)
-wide = widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
-wide, proxies, _ = pipeline.fit_proxies(model, base, recipe, wide, sequences, store, ALONE)
-whole = shared.skipping(model, model_class(base.family), wide, proxies)
+ready = pipeline.prepare(recipe, store, "cpu")
+base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
+layers = base.config.num_hidden_layers
 winner = Schedule.from_dict(json.loads(args.search.read_text())["points"][-1]["winner"]["schedule"], layers)
 key = fingerprint(base.key, recipe.model.dtype, "cpu", "budgets")
 lengths, kinds = [int(n) for n in args.lengths.split(",")], ("retrieval", "multi-hop", "free")
 items = [
     item
     for n in lengths
-    for item in prompts.make(kinds, tokenizer, sequences.unseen, n, args.prompts, 40, recipe.search.seed + 200)
+    for item in prompts.make(kinds, tokenizer, ready.sequences.unseen, n, args.prompts, 40, recipe.search.seed + 200)
 ]
 dense = [shared.dense(model, tokenizer, item, [winner.start - 1], store, key) for item in tqdm(items, desc="dense")]
 firsts = [winner.start, *(stage.end + 1 for stage in winner.stages[:-1])]
@@ -114,7 +106,7 @@ ways = {
 }
 rows, lines = {}, []
 with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
-    bench = Bench(whole, Answers(store.path("budgets", key, ".jsonl")), key, bar)
+    bench = Bench(whole, Answers(store.path("budgets", key, ".jsonl")), key, bar, kinds)
     for way, counts in ways.items():
         schedules = [with_counts(given) for given in counts]
         found = [bench.rows(schedule, [prompt])[0] for schedule, prompt in zip(schedules, dense, strict=True)]

@@ -14,17 +14,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spts_compress import pipeline, text
-from spts_compress.base import resolve
+from spts_compress import pipeline
 from spts_compress.cost import predicted
 from spts_compress.evaluation.runner import Answers
-from spts_compress.export import model_class
-from spts_compress.modeling.configuration_spts import Proxy, Schedule
-from spts_compress.ranks import ALONE
+from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import load
 from spts_compress.report import hardware
 from spts_compress.search import halving, prompts, shared, space
-from spts_compress.search.run import Bench, quality, starts_of, widest
+from spts_compress.search.run import Bench, quality, starts_of
 from spts_compress.store import Store, fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,23 +36,20 @@ args = parser.parse_args()
 
 recipe, store = load(args.recipe), Store(args.work)
 section, point = recipe.search, json.loads(args.search.read_text())["points"][-1]
-base = resolve(recipe.model, store)
-tokenizer, layers = base.tokenizer(), base.config.num_hidden_layers
-sequences = text.blocks(recipe.calibration, text.documents(recipe.calibration), tokenizer)
-model = base.load(recipe.model.dtype, args.device)
-starts = starts_of(section, base.config)
-wide = widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
-wide, proxies, _ = pipeline.fit_proxies(model, base, recipe, wide, sequences, store, ALONE)
-whole = shared.skipping(model, model_class(base.family), wide, proxies)
+ready = pipeline.prepare(recipe, store, args.device)
+base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
+layers, starts, wide = base.config.num_hidden_layers, starts_of(recipe.search, base.config), ready.schedule
 sizes = {layer: wide.proxy_of(layer) for layer in range(wide.start, layers)}
 longest = max(section.lengths)
 
 key = fingerprint(base.key, recipe.model.dtype, args.device, "random schedules")
-seed = section.seed + 100  # neither the search's prompts nor those that confirmed it
+prose, seed = ready.sequences.unseen, section.seed + 100  # neither the search's prompts nor those that confirmed it
 items = [
     item
     for n in section.lengths
-    for item in prompts.make(section.kinds, tokenizer, sequences.unseen, n, args.prompts, section.answer_tokens, seed)
+    for item in prompts.make(
+        section.kinds, tokenizer, ready.sequences.unseen, n, args.prompts, section.answer_tokens, seed
+    )
 ]
 dense = [
     shared.dense(model, tokenizer, item, [s - 1 for s in starts], store, key) for item in tqdm(items, desc="dense")
@@ -77,7 +71,7 @@ if made is not None:
 winner = Schedule.from_dict(point["winner"]["schedule"], layers)
 rows = []
 with tqdm(total=(len(drawn) + 1) * len(dense), desc="evaluating") as bar:
-    bench = Bench(whole, Answers(store.path("random", key, ".jsonl")), key, bar)
+    bench = Bench(whole, Answers(store.path("random", key, ".jsonl")), key, bar, section.kinds)
     for name, schedule in [("searched", winner), *((name, made) for name, (_, made) in drawn.items())]:
         found = bench.rows(schedule, dense)
         value, interval = quality(found)

@@ -13,6 +13,7 @@ RETRIEVAL = (
     "niah_multikey_3",
 )  # fmt: skip
 MULTI_HOP = ("vt", "multi_hop", "repository", "arithmetic")
+GROUPS = {"retrieval": RETRIEVAL, "multi-hop": MULTI_HOP}
 FREE = (
     "Explain in a few sentences what the following text says.\n\n{context}",
     "{context}\n\nWhich names and terms matter most in the text above, and what is said of them?",
@@ -24,7 +25,8 @@ FREE = (
 def make(
     kinds: Sequence[str], tokenizer: Any, prose: str, length: int, count: int, tokens: int, seed: int
 ) -> list[Item]:
-    """`count` items of each kind, of at most `length` tokens with `tokens` for the answer; kinds take turns.
+    """`count` items of each kind ("free", one of `GROUPS` or one of their tasks), of at most `length` tokens with
+    `tokens` for the answer; kinds take turns.
 
     Raises:
         UserError: if a task does not fit into `length`.
@@ -33,17 +35,17 @@ def make(
     return [item for row in zip(*columns, strict=True) for item in row]
 
 
-def kind_of(item: Item) -> str:
-    """The kind that an item was made for."""
+def kind_of(item: Item, kinds: Sequence[str]) -> str:
+    """Which of `kinds` an item was made for."""
     if item.task == agreement.TASK:
         return "free"
-    return "retrieval" if item.task in RETRIEVAL else "multi-hop"
+    return next((kind for kind in kinds if kind == item.task or item.task in GROUPS.get(kind, ())), item.task)
 
 
 def _of_kind(kind: str, tokenizer: Any, prose: str, length: int, count: int, tokens: int, seed: int) -> list[Item]:
     if kind == "free":
         return [_free(tokenizer, prose, length, index, tokens, seed) for index in range(count)]
-    tasks = RETRIEVAL if kind == "retrieval" else MULTI_HOP
+    tasks = GROUPS.get(kind, (kind,))
     made = []
     for index in range(count):
         task = tasks[(index + seed) % len(tasks)]

@@ -1,7 +1,7 @@
 """From a recipe's target to a schedule: prompts, dense work, search at each cost, confirmation on other prompts."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Bench:
     kept: Answers
     key: str
     progress: Any
+    kinds: Sequence[str]
     ranks: Ranks = ALONE
     evaluated: int = 0
 
@@ -57,7 +58,7 @@ class Bench:
         if first not in self.tails:
             self.tails[first] = shared.tail(self.whole, first)
         item = prompt.item
-        named = {"key": key, "kind": prompts.kind_of(item), "task": item.task, "length": item.limit}
+        named = {"key": key, "kind": prompts.kind_of(item, self.kinds), "task": item.task, "length": item.limit}
         row = {**named, **shared.compare(self.tails[first], schedule, prompt)}
         self.kept.add(row)
         self.progress.update()
@@ -264,7 +265,7 @@ def run(
 
     points: list[dict[str, Any]] = []
     with tqdm(desc="searching", unit="evaluation") as bar:
-        bench = Bench(whole, Answers(store.path("search", key, ".jsonl"), ranks.rank), key, bar, ranks)
+        bench = Bench(whole, Answers(store.path("search", key, ".jsonl"), ranks.rank), key, bar, section.kinds, ranks)
         seeds = space.seeds(starts)
         for name, target in section.targets():
             scaled = _scaling(name, target, cost, layers, sizes)
