@@ -21,13 +21,21 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
+from .modeling.spts import has_windows
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names.
-FAMILIES = {"llama": ("modeling_spts_llama", "SptsLlama"), "qwen2": ("modeling_spts_qwen2", "SptsQwen2")}
+# Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
+# such a file, a line here, one in the tests' tiny.py and one in the README's table.
+FAMILIES = {
+    "llama": ("modeling_spts_llama", "SptsLlama"),
+    "mistral": ("modeling_spts_mistral", "SptsMistral"),
+    "phi3": ("modeling_spts_phi3", "SptsPhi3"),
+    "qwen2": ("modeling_spts_qwen2", "SptsQwen2"),
+    "qwen3": ("modeling_spts_qwen3", "SptsQwen3"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,11 @@ def check_family(config: Any, name: str) -> None:
     family = getattr(config, "model_type", None)
     if family not in FAMILIES:
         raise UserError(f"{name}: model family {family} is not supported; supported are {', '.join(FAMILIES)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise UserError(f"{name}: sliding-window layers are not supported yet; set use_sliding_window to false")
+    if has_windows(config):
+        raise UserError(
+            f"{name}: sliding-window attention is not supported; take a model without it, or where its authors say "
+            "that it is not used, set sliding_window to null (use_sliding_window to false) in its config.json"
+        )
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name}: a quantised base is not supported; start from the unquantised checkpoint")
 

@@ -35,7 +35,11 @@ class FeedForward:
     def of(cls, layer: nn.Module, config: Any) -> "FeedForward":
         """From a stock decoder layer."""
         mlp: Any = layer.mlp
-        gate, up, down = (getattr(mlp, f"{part}_proj").weight.detach().float() for part in ("gate", "up", "down"))
+        down = mlp.down_proj.weight.detach().float()
+        if hasattr(mlp, "gate_up_proj"):
+            gate, up = mlp.gate_up_proj.weight.detach().float().chunk(2)
+        else:
+            gate, up = mlp.gate_proj.weight.detach().float(), mlp.up_proj.weight.detach().float()
         norm = layer.post_attention_layernorm.weight.detach().float()  # type: ignore[union-attr, operator]
         return cls(gate * norm, up * norm, down, norm, config.rms_norm_eps, config.hidden_act)
 

@@ -9,16 +9,33 @@ import torch
 
 
 class Reference:
-    """A Llama- or Qwen2-like decoder that skips tokens, from a state dict of the exported model."""
+    """A Llama-like decoder that skips tokens, from a state dict of the exported model; with norms of queries and keys,
+    fused projections and partial rotary positions where the model has them."""
 
     def __init__(self, state: dict, config, schedule: dict):
-        self.w = {name: tensor.double() for name, tensor in state.items()}
         self.c = config
+        self.w = {}
+        for name, tensor in state.items():
+            for part, rows in self.unfused(name, tensor.double()):
+                self.w[part] = rows
         self.s = schedule
         self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache: list[dict] = []  # per layer: {"pos": [...], "k": [(G, d)], "v": [(G, d)]}
         self.count = 0
         self.margin = float("inf")  # smallest gap between the last chosen and the first not chosen score
+
+    def unfused(self, name, tensor):
+        """A fused projection's rows by the names of the single ones."""
+        c = self.c
+        if "qkv_proj" in name:
+            d = c.hidden_size // c.num_attention_heads
+            counts = [d * c.num_attention_heads, d * c.num_key_value_heads, d * c.num_key_value_heads]
+            return [
+                (name.replace("qkv_proj", f"{n}_proj"), t) for n, t in zip("qkv", tensor.split(counts), strict=True)
+            ]
+        if "gate_up_proj" in name:
+            return [(name.replace("gate_up", n), t) for n, t in zip(("gate", "up"), tensor.chunk(2), strict=True)]
+        return [(name, tensor)]
 
     # -- parts ---------------------------------------------------------------------------------------------------
     def lin(self, x, name):
@@ -30,11 +47,12 @@ class Reference:
         return x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps) * self.w[name + ".weight"]
 
     def rope(self, vector, position):
-        half = self.d // 2
+        turned = int(self.d * self.c.rope_parameters.get("partial_rotary_factor", 1))
+        half = turned // 2
         theta = self.c.rope_parameters["rope_theta"]
         out = vector.clone()
         for i in range(half):
-            angle = position * theta ** (-2 * i / self.d)
+            angle = position * theta ** (-2 * i / turned)
             a, b = vector[i], vector[i + half]
             out[i] = a * math.cos(angle) - b * math.sin(angle)
             out[i + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -42,6 +60,9 @@ class Reference:
 
     def heads(self, x, name, position=None):
         parts = self.lin(x, name).view(-1, self.d)
+        norm = name.replace("_proj", "_norm")
+        if norm + ".weight" in self.w:
+            parts = torch.stack([self.norm(part, norm) for part in parts])
         return parts if position is None else torch.stack([self.rope(p, position) for p in parts])
 
     def ffn(self, x, layer):

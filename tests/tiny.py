@@ -1,10 +1,13 @@
 """Tiny random models, built on the spot."""
 
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig, SptsLlamaForCausalLM
+from spts_compress.modeling.modeling_spts_mistral import SptsMistralConfig, SptsMistralForCausalLM
+from spts_compress.modeling.modeling_spts_phi3 import SptsPhi3Config, SptsPhi3ForCausalLM
 from spts_compress.modeling.modeling_spts_qwen2 import SptsQwen2Config, SptsQwen2ForCausalLM
+from spts_compress.modeling.modeling_spts_qwen3 import SptsQwen3Config, SptsQwen3ForCausalLM
 
 SIZES = dict(
     vocab_size=97,
@@ -27,20 +30,33 @@ SCHEDULE = dict(
 )
 FAMILIES = {
     "llama": (LlamaConfig, SptsLlamaConfig, SptsLlamaForCausalLM),
+    "mistral": (MistralConfig, SptsMistralConfig, SptsMistralForCausalLM),
+    "phi3": (Phi3Config, SptsPhi3Config, SptsPhi3ForCausalLM),
     "qwen2": (Qwen2Config, SptsQwen2Config, SptsQwen2ForCausalLM),
+    "qwen3": (Qwen3Config, SptsQwen3Config, SptsQwen3ForCausalLM),
 }
+# What a family's tiny model has beside the common sizes: what makes it different, at its smallest.
+SPECIAL = {
+    "mistral": {"sliding_window": None, "head_dim": 16},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "qwen3": {"head_dim": 16, "attention_bias": True},
+}
+
+
+def sizes(family: str, changes: dict) -> dict:
+    return {**SIZES, **SPECIAL.get(family, {}), **changes}
 
 
 def tiny_config(family: str, **changes):
     """Stock configuration of a tiny model."""
-    return FAMILIES[family][0](**{**SIZES, **changes})
+    return FAMILIES[family][0](**sizes(family, changes))
 
 
 def tiny_model(family: str = "llama", schedule: dict | None = None, seed: int = 0, **changes):
     """A tiny skipping model with random weights and biases, in evaluation mode."""
     torch.manual_seed(seed)
     _, config_class, model_class = FAMILIES[family]
-    config = config_class(**{**SIZES, **changes}, spts=schedule or SCHEDULE)
+    config = config_class(**sizes(family, changes), spts=schedule or SCHEDULE)
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

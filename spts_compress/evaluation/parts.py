@@ -15,7 +15,7 @@ FUNCTIONS = {
     "normalise": "norms",
 }  # fmt: skip
 MODULES = {"proxy": "probing", "mlp": "feed-forward"}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 
 
 @torch.no_grad()
@@ -69,7 +69,8 @@ def parts(model: Any, ids: torch.Tensor) -> dict[str, float]:
         for name, part in MODULES.items():
             watch(getattr(layer, name), part)
         for name in PROJECTIONS:
-            watch(getattr(layer.self_attn, name), "projections")
+            if hasattr(layer.self_attn, name):
+                watch(getattr(layer.self_attn, name), "projections")
     interface = names["ALL_ATTENTION_FUNCTIONS"]
 
     class Attention:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..cost import LayerShape, layer_costs
 from ..modeling.configuration_spts import Schedule
@@ -54,6 +55,8 @@ def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int =
     """Time the parts of the first layer of a `stock` model on the first so many tokens of `ids` (B, n); medians of
     `repeats` after a warm-up."""
     layer, whole = stock.model.layers[0], stock.model.embed_tokens(ids)
+    shape = LayerShape.of(stock.config)
+    keys = whole.new_ones(shape.kv_heads * shape.head_dim, shape.hidden)  # time depends on no values
     counts = sorted(set(tokens))
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     for count in counts:
@@ -63,7 +66,7 @@ def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int =
         seconds["feed_forward"].append(
             _time(lambda: layer.mlp(layer.post_attention_layernorm(states)), ids.device, repeats)  # noqa: B023
         )
-        seconds["keys"].append(_time(lambda: layer.self_attn.k_proj(states), ids.device, repeats))  # noqa: B023
+        seconds["keys"].append(_time(lambda: nn.functional.linear(states, keys), ids.device, repeats))  # noqa: B023
     return Prices(counts, seconds)
 
 

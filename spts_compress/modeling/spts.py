@@ -142,6 +142,21 @@ def select(
     return torch.zeros_like(slot[:, :1]).repeat(1, width + 1).scatter_(1, slot, source)[:, :width]
 
 
+def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, T, heads * d) as (B, heads, T, d), for heads of d = `size`."""
+    return projected.view(*projected.shape[:2], -1, size).transpose(1, 2)
+
+
+def linear_rows(module: nn.Module, states: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some `rows` of what a linear module makes of states (B, T, D), without the others where the module is plain: a
+    quantised, offloaded, hooked, sharded or adapted one makes all."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
+    if not plain or any(hooks):
+        return module(states)[..., rows]
+    return nn.functional.linear(states, module.weight[rows], None if module.bias is None else module.bias[rows])
+
+
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Gather along dimension 1: (B or 1, T, ...) and (B, M) give (B, M, ...)."""
     if index.shape[0] == 1:
@@ -396,7 +411,7 @@ class Skip:
             raise TypeError(f"spts must be None, True, False or a dict of schedule changes, not {type(spts).__name__}")
         if config.spts is None:
             raise ValueError("this model's config has no spts block, so it can't skip tokens")
-        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        if has_windows(config):
             raise ValueError("skipping is not written for sliding-window layers; pass spts=False")
         changes = dict(spts) if isinstance(spts, dict) else {}
         positions = changes.pop("positions", False)
@@ -434,7 +449,11 @@ class Skip:
 
 
 class SkippingDecoderLayer:
-    """Mixed into a family's decoder layer: adds PAP and LTP. Without a `plan` the layer is the stock one."""
+    """Mixed into a family's decoder layer: adds PAP and LTP. Without a `plan` the layer is the stock one.
+
+    This is where families differ: `rotate_half` and `eager_attention` are the family's own functions, and `project`
+    says how queries, keys and values are made; a family whose attention makes them in another way overrides it.
+    """
 
     # From the family's own module.
     rotate_half: Any
@@ -448,9 +467,17 @@ class SkippingDecoderLayer:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return self._skip(hidden_states, plan=plan, **kwargs)
 
-    def _rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """Queries ("q"), keys ("k") or values ("v") of normed states (B, T, D), not rotated yet: (B, heads, T, d)."""
+        return split_heads(getattr(self.self_attn, f"{name}_proj")(states), self.self_attn.head_dim)
+
+    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotary positions for queries or keys (B, heads, T, d); tables (B or 1, T, d, or less than d: the rest of each
+        head keeps its place)."""
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return states * cos + type(self).rotate_half(states) * sin
+        turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+        turned = turned * cos + type(self).rotate_half(turned) * sin
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
     def _skip(
         self,
@@ -465,18 +492,16 @@ class SkippingDecoderLayer:
         cos, sin = position_embeddings
         entering, active, changed = plan.entering, plan.active, plan.changed
 
-        def heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
-
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
         normed = normalise(self.input_layernorm, hidden_states)
-        key = self._rotate(heads(attention.k_proj(normed)), cos, sin)
+        key = self.rotate(self.project("k", normed), cos, sin)
         chosen = score = raw = None
         if plan.ranks:
             window = min(plan.probe.queries, entering.width)
-            query = self._rotate(heads(attention.q_proj(normed[:, -window:])), cos[:, -window:], sin[:, -window:])
+            query = self.rotate(self.project("q", normed[:, -window:]), cos[:, -window:], sin[:, -window:])
             raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid)
-            raw = over_devices(raw, attention.k_proj.weight, plan.probe.heads)
+            if hasattr(attention, "k_proj"):  # a fused projection gives every device all heads
+                raw = over_devices(raw, attention.k_proj.weight, plan.probe.heads)
             if plan.probe.carry and carried is not None:
                 raw = raw + plan.probe.carry * carried
             score = pool_scores(raw, plan.probe.pool, entering.valid)
@@ -487,8 +512,7 @@ class SkippingDecoderLayer:
             cos, sin = take(cos, chosen), take(sin, chosen)
 
         # Attention among the active tokens, in their order and with their original positions.
-        query = self._rotate(heads(attention.q_proj(normed)), cos, sin)
-        value = heads(attention.v_proj(normed))
+        query, value = self.rotate(self.project("q", normed), cos, sin), self.project("v", normed)
         if past_key_values is not None:
             past_key_values.update(key, value, attention.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -815,6 +839,14 @@ class SkippingForCausalLM(SkippingPreTrainedModel):
         if generation_config.prefill_chunk_size is not None:
             model_kwargs["spts"] = False
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def has_windows(config: Any) -> bool:
+    """Whether attention of some layer reaches less far than the model's context."""
+    if layer_types := getattr(config, "layer_types", None):
+        return set(layer_types) != {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    return window is not None and window < config.max_position_embeddings
 
 
 def wants_every_layer(config: Any, kwargs: dict) -> bool:

@@ -1,5 +1,6 @@
 """Which layers rank tokens well: how much of the attention that the answer will pay goes to a layer's own top ones."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +22,20 @@ def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list
     ids = encode(tokenizer, [prompt.item.text], whole.device)["input_ids"]
     length, found, handles = ids.shape[1], list[float](), []
     ids = torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1)
-    rotate = whole.model.layers[-1]._rotate
+    skipping = whole.model.layers[-1]  # layers in front of the first skipping one are stock ones
 
-    def note(attention: Any, args: Any, kwargs: dict) -> None:
+    def note(layer: Any, attention: Any, args: Any, kwargs: dict) -> None:
         normed = args[0] if args else kwargs["hidden_states"]
         cos, sin = kwargs["position_embeddings"]
 
-        def heads(projection: Any, first: int, last: int) -> torch.Tensor:
-            made = projection(normed[:, first:last])
-            made = made.view(*made.shape[:2], -1, attention.head_dim).transpose(1, 2)
-            return rotate(made, cos[:, first:last], sin[:, first:last])
+        def heads(name: str, first: int, last: int) -> torch.Tensor:
+            made = type(skipping).project(layer, name, normed[:, first:last])
+            return skipping.rotate(made, cos[:, first:last], sin[:, first:last])
 
-        key, asking = heads(attention.k_proj, 0, ids.shape[1]), min(probe.queries, length)
-        query = heads(attention.q_proj, length - asking, length)
+        key, asking = heads("k", 0, ids.shape[1]), min(probe.queries, length)
+        query = heads("q", length - asking, length)
         score = pool_scores(probe_scores(query, key[:, :, :length], attention.scaling, probe.heads), probe.pool)
-        answering = heads(attention.q_proj, length, ids.shape[1])
+        answering = heads("q", length, ids.shape[1])
         truth = probe_scores(answering, key, attention.scaling)
         middle = slice(EDGE, length - asking)
         score, truth = score[0, middle], truth[0, middle]
@@ -44,7 +44,7 @@ def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list
 
     try:
         for layer in whole.model.layers:
-            handles.append(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True))
+            handles.append(layer.self_attn.register_forward_pre_hook(partial(note, layer), with_kwargs=True))
         whole(ids, spts=False, logits_to_keep=1, use_cache=False)
     finally:
         for handle in handles:
