@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
 from .modeling.spts import has_windows
@@ -36,6 +37,9 @@ FAMILIES = {
     "qwen2": ("modeling_spts_qwen2", "SptsQwen2"),
     "qwen3": ("modeling_spts_qwen3", "SptsQwen3"),
 }
+# Families whose own code is remote -> the stock family with the same parts and names of weights, and what their config
+# calls otherwise. openPangu-Embedded is a Llama with biases in its attention.
+ALIASES = {"PanguEmbedded": ("llama", {"bias": "attention_bias"})}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Base:
     """A base checkpoint on disk.
 
     `folder`: config, tokenizer and safetensors files. `name`: what the recipe calls it. `revision`: the Hub commit, or
-    None. `weights`: safetensors file names with their SHA-256.
+    None. `weights`: safetensors file names with their SHA-256. `trusted`: whether its tokenizer's own code may run.
     """
 
     folder: Path
@@ -51,6 +55,7 @@ class Base:
     revision: str | None
     weights: dict[str, str]
     config: Any
+    trusted: bool = False
 
     @property
     def title(self) -> str:
@@ -72,13 +77,23 @@ class Base:
         return sum((self.folder / name).stat().st_size for name in self.weights)
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.folder)
+        """The tokenizer.
+
+        Raises:
+            UserError: if it can't be loaded, such as code of its own that the recipe does not trust.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trusted)
+        except (ValueError, OSError, ImportError) as error:
+            advice = (
+                "" if self.trusted else "; code of its own needs model.trust_remote_code: true, once you have read it"
+            )
+            raise UserError(f"{self.name}: no usable tokenizer: {str(error).splitlines()[0]}{advice}") from None
 
     def load(self, dtype: str, device: str) -> PreTrainedModel:
         """The stock model in evaluation mode."""
-        model = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+        model = AutoModelForCausalLM.from_pretrained(self.folder, config=deepcopy(self.config), **options)
         return model.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -89,8 +104,11 @@ def check_family(config: Any, name: str) -> None:
         UserError: naming the family or setting and what is supported.
     """
     family = getattr(config, "model_type", None)
-    if family not in FAMILIES:
-        raise UserError(f"{name}: model family {family} is not supported; supported are {', '.join(FAMILIES)}")
+    if family not in FAMILIES and family not in ALIASES:
+        known = ", ".join([*FAMILIES, *ALIASES])
+        raise UserError(
+            f"{name}: model family {family} is not supported; supported are {known} (README, Model families)"
+        )
     if has_windows(config):
         raise UserError(
             f"{name}: sliding-window attention is not supported; take a model without it, or where its authors say "
@@ -98,6 +116,17 @@ def check_family(config: Any, name: str) -> None:
         )
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name}: a quantised base is not supported; start from the unquantised checkpoint")
+
+
+def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` of a family with remote code of its own as that of the stock family it is built like."""
+    family = plain.get("model_type")
+    if family not in ALIASES:
+        return plain
+    stock, renamed = ALIASES[family]
+    kept = {name: value for name, value in plain.items() if name != "auto_map" and name not in renamed}
+    moved = {renamed[name]: plain[name] for name in renamed if name in plain}
+    return {**kept, **moved, "model_type": stock}
 
 
 def resolve_config(section: ModelSection) -> Any:
@@ -117,6 +146,9 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
             raise UserError(f"{folder / 'config.json'}: can't be read: {error}") from None
         check_family(SimpleNamespace(model_type=family), name)
     try:
+        if gguf is None and family in ALIASES:
+            config = as_stock(json.loads((folder / "config.json").read_text()))
+            return CONFIG_MAPPING[config["model_type"]].from_dict(config)
         config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
     except (ValueError, OSError, StrictDataclassError) as error:
         raise UserError(f"{folder}: not a usable configuration: {str(error).splitlines()[0]}") from None
@@ -141,7 +173,14 @@ def resolve(section: ModelSection, store: Store) -> Base:
                 _convert_gguf(folder, gguf, section.dtype, partial)
         folder = converted
     config = _read_config(folder, name)
-    return Base(folder, name, revision, {file: file_hash(folder / file) for file in _weight_files(folder)}, config)
+    return Base(
+        folder,
+        name,
+        revision,
+        {file: file_hash(folder / file) for file in _weight_files(folder)},
+        config,
+        section.trust_remote_code,
+    )
 
 
 def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
@@ -156,7 +195,11 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
         if not folder.is_dir():
             raise UserError(f"model.path: {folder} is a file; give its folder, and for a GGUF file gguf_file as well")
     elif section.path and re.fullmatch(r"[\w.-]+/[\w.-]+", section.path):
-        patterns = [section.gguf_file] if section.gguf_file else ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+        patterns = (
+            [section.gguf_file]
+            if section.gguf_file
+            else ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "tokenization_*.py"]
+        )
         if weights and not section.gguf_file:
             patterns.append("*.safetensors")
         try:

@@ -97,7 +97,7 @@ def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="{report["dtype"]}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY"{", trust_remote_code=True" if base.trusted else ""})
 ```
 
 `generate` skips by itself; `generate(..., spts=False)` does not. Forward passes that return every position (losses,

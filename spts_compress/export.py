@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .base import FAMILIES, INDEX, Base
+from .base import FAMILIES, INDEX, Base, as_stock
 from .errors import UserError
 from .modeling.configuration_spts import Schedule
 
@@ -24,7 +24,7 @@ PROXIES = "spts-proxies.safetensors"
 BASE_CONFIG, BASE_INDEX, BASE_WEIGHTS = "base_config.json", "base_index.json", "base.safetensors"
 CARRIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "spiece.model",
-    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenization_*.py",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], targ
     shutil.copyfile(base.folder / "config.json", target / BASE_CONFIG)
     if (base.folder / INDEX).is_file():
         shutil.copyfile(base.folder / INDEX, target / BASE_INDEX)
-    config = json.loads((base.folder / "config.json").read_text())
+    config = as_stock(json.loads((base.folder / "config.json").read_text()))
     config["model_type"] = f"spts_{base.family}"
     config["architectures"] = [f"{prefix}ForCausalLM"]
     config["auto_map"] = {

@@ -20,13 +20,15 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model: `path` is a folder or a Hub id; `package` an installed Python package that holds `gguf_file`."""
+    """The base model: `path` is a folder or a Hub id; `package` an installed Python package that holds `gguf_file`.
+    `trust_remote_code`: whether a tokenizer that is code of its own may run; the base model's own code never does."""
 
     path: str | None = None
     package: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def one_source(self) -> "ModelSection":

@@ -38,7 +38,10 @@ FAMILIES = {
 # What a family's tiny model has beside the common sizes: what makes it different, at its smallest.
 SPECIAL = {
     "mistral": {"sliding_window": None, "head_dim": 16},
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "sliding_window": 4096,  # longer than the context, so none
+    },
     "qwen3": {"head_dim": 16, "attention_bias": True},
 }
 

@@ -20,9 +20,9 @@ class SptsPhi3DecoderLayer(SkippingDecoderLayer, modeling_phi3.Phi3DecoderLayer)
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values come from one matrix, of which only the rows asked for are used."""
         attention = self.self_attn
-        kv = attention.num_key_value_heads * attention.head_dim
-        queries = attention.qkv_proj.out_features - 2 * kv
-        rows = {"q": slice(queries), "k": slice(queries, queries + kv), "v": slice(queries + kv, None)}[name]
+        queries = attention.o_proj.in_features
+        keys = (attention.qkv_proj.out_features - queries) // 2
+        rows = {"q": slice(queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}[name]
         return split_heads(linear_rows(attention.qkv_proj, states, rows), attention.head_dim)
 
 

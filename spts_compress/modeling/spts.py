@@ -26,7 +26,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -901,7 +901,8 @@ def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: An
     while cache.layer_class_to_replicate is not None and len(cache.layers) < last_layer:
         cache.layers.append(cache.layer_class_to_replicate())
     for index, plan in enumerate(plans, schedule.start):
-        if type(cache.layers[index]) not in (DynamicLayer, SkippedCacheLayer):
+        # A layer with a window is there if the window is as long as the context, and so none.
+        if type(cache.layers[index]) not in (DynamicLayer, DynamicSlidingWindowLayer, SkippedCacheLayer):
             raise ValueError(
                 f"skipping needs a dynamic cache, this one has {type(cache.layers[index]).__name__}; "
                 "leave cache_implementation unset, or pass spts=False"

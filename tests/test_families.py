@@ -1,0 +1,196 @@
+"""Every family through the whole tool, and what makes it different; exactness is in test_exactness.py."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny import FAMILIES, SCHEDULE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from spts_compress.base import ALIASES
+from spts_compress.base import FAMILIES as SUPPORTED
+from spts_compress.cli import main
+
+ELSEWHERE = ("llama", "qwen2")  # go through test_pipeline.py and test_generate.py
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def recipe_for(base, folder, **model):
+    """A recipe for the tiny model in `base`, and text for it."""
+    lines = (json.dumps({"text": f"Document {n}. {TEXT * 3}It ends at {n * 37}. "}) for n in range(12))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    data = {
+        "model": {"path": str(base), **model},
+        "calibration": {"source": "files", "path": str(folder / "text.jsonl"), "tokens": 1200, "length": 128},
+        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 20},
+        "schedule": {
+            "start": 2,
+            "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}],
+            "keep_first": 2,
+            "feed_forward": "relative",
+        },
+        "report": {"lengths": [300], "pairs": 1, "needles": 1, "answers": 1, "answer_tokens": 4, "quality_length": 400},
+        "export": {"path": str(folder / "out")},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_every_supported_family_is_tested():
+    assert set(FAMILIES) == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ELSEWHERE])
+def test_from_recipe_to_answers(family, tmp_path):
+    """The run itself checks the export in a fresh process and the report's dense side against stock code."""
+    base = tiny_base(tmp_path / "base", family)
+    run("recipe", recipe_for(base, tmp_path))
+    run("verify", tmp_path / "out")
+    report = json.loads((tmp_path / "out/spts_report.json").read_text())
+    assert [fit["layer"] for fit in report["proxies"]] == [2, 3, 4]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    rows = [torch.randint(3, 300, (n,), generator=generator) for n in (150, 90)]
+    tokens = torch.stack([torch.cat([torch.zeros(150 - len(r), dtype=torch.long), r]) for r in rows])
+    mask = (tokens > 0).long()
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    together = model.generate(tokens, attention_mask=mask, **options)[:, 150:]
+    for row, ours in zip(rows, together, strict=True):
+        assert torch.equal(model.generate(row[None], **options)[0, len(row) :], ours)
+    dense = model.generate(tokens, attention_mask=mask, spts=False, **options)
+    assert torch.equal(dense, stock.generate(tokens, attention_mask=mask, **options))
+    one = model.generate(rows[0][None], return_dict_in_generate=True, **options)
+    kept = [layer.get_seq_length() for layer in one.past_key_values.layers]
+    assert kept[0] > kept[2] > kept[4]
+    more = torch.cat([one.sequences, torch.full((1, 3), 7)], dim=1)  # a second turn on the same cache
+    again = model.generate(more, past_key_values=one.past_key_values, **options)
+    assert again.shape[1] == more.shape[1] + 6
+
+
+def test_only_the_rows_asked_for_of_a_fused_projection():
+    """And all of them where the module is not plain, with the same result."""
+    model = tiny_model("phi3")
+    tokens = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(5))
+    plain, calls = model(tokens, logits_to_keep=1).logits, []
+    for layer in model.model.layers[1:]:
+        layer.self_attn.qkv_proj.register_forward_hook(lambda *args: calls.append(1))
+    torch.testing.assert_close(model(tokens, logits_to_keep=1).logits, plain, rtol=0, atol=1e-5)
+    assert len(calls) >= 3 * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scaled_rotary_positions_are_the_stock_ones(family):
+    """Where nothing is skipped in the first skipping layer, its keys are the dense model's, at every length."""
+    theta = {"rope_theta": 10000.0}
+    kinds = {
+        "llama3": {
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+        "dynamic": {"factor": 2.0},
+        "linear": {"factor": 2.0},
+    }
+    if family == "phi3":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+        kinds = {"longrope": factors}
+    schedule = {**SCHEDULE, "stages": [{"end": 2, "budget": {"fraction": 0.9}}, {"end": 4, "budget": 8}]}
+    for kind, more in kinds.items():
+        changes = {"rope_parameters": {"rope_type": kind, **theta, **more}, "max_position_embeddings": 64}
+        model = tiny_model(family, schedule, **changes)
+        stock = stock_twin(model)
+        for length in (20, 60):
+            tokens = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(6))
+            with torch.no_grad():
+                ours = model(tokens, logits_to_keep=1, spts={"positions": True}).past_key_values
+                theirs = stock(tokens, use_cache=True).past_key_values
+            where = ours.layers[1].positions[0]
+            assert len(where) < length
+            torch.testing.assert_close(ours.layers[1].keys[0], theirs.layers[1].keys[0][:, where], rtol=0, atol=1e-5)
+
+
+def test_windows_are_refused_unless_they_are_longer_than_the_context(tmp_path):
+    base = tiny_base(tmp_path / "base", "mistral", sliding_window=64)
+    assert "sliding-window attention is not supported" in run("recipe", recipe_for(base, tmp_path), code=2)
+    with pytest.raises(ValueError, match="sliding-window"):
+        tiny_model("mistral", sliding_window=16)(torch.ones(1, 40, dtype=torch.long), logits_to_keep=1)
+
+
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+
+class PanguTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def pangu(folder):
+    """An openPangu-like checkpoint: Llama's parts with attention biases, under a config and a tokenizer of its own."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2
+    )
+    more = dict(vocab_size=300, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **more, rope_theta=16e6, attention_bias=True, initializer_range=0.25))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    stock = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = {
+        "architectures": ["PanguEmbeddedForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"},
+        "model_type": "PanguEmbedded",
+        "bias": True,
+        "hidden_act": "silu",
+        "rope_theta": 16e6,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps({**plain, **sizes, **more}))
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "tokenization_openpangu.py").write_text(TOKENIZER)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told["auto_map"] = {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}
+    told["tokenizer_class"] = "PanguTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return stock
+
+
+def test_openpangu_is_read_as_the_llama_it_is(tmp_path):
+    (tmp_path / "base").mkdir()
+    stock = pangu(tmp_path / "base")
+    assert set(ALIASES) == {"PanguEmbedded"}
+    assert "model.trust_remote_code: true" in run("recipe", recipe_for(tmp_path / "base", tmp_path), code=2)
+    run("recipe", recipe_for(tmp_path / "base", tmp_path, trust_remote_code=True))
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "spts_llama" and config["attention_bias"] is True and "bias" not in config
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    tokens = torch.randint(3, 300, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(tokens, spts=False).logits, stock(tokens).logits)
+        assert not torch.equal(model(tokens, logits_to_keep=1).logits[:, -1], stock(tokens).logits[:, -1])
+    assert type(AutoTokenizer.from_pretrained(out, trust_remote_code=True)).__name__ == "PanguTokenizer"
+    assert 'from_pretrained("THIS_REPOSITORY", trust_remote_code=True)' in (out / "README.md").read_text()
+    run("strip", out, "--output", tmp_path / "back")
+    names = {p.name for p in (tmp_path / "base").iterdir()}
+    assert {p.name for p in (tmp_path / "back").iterdir()} == names
+    assert all((tmp_path / "back" / n).read_bytes() == (tmp_path / "base" / n).read_bytes() for n in names)
+    assert load_file(out / "base.safetensors").keys() == load_file(tmp_path / "base/model.safetensors").keys()
