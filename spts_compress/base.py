@@ -33,6 +33,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = {
     "llama": ("modeling_spts_llama", "SptsLlama"),
     "mistral": ("modeling_spts_mistral", "SptsMistral"),
+    "olmo2": ("modeling_spts_olmo2", "SptsOlmo2"),
     "phi3": ("modeling_spts_phi3", "SptsPhi3"),
     "qwen2": ("modeling_spts_qwen2", "SptsQwen2"),
     "qwen3": ("modeling_spts_qwen3", "SptsQwen3"),

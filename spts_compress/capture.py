@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from .errors import UserError
+from .modeling.spts import Norms
 from .ranks import Ranks
 from .store import Store
 
@@ -22,9 +23,10 @@ def feed_forward(
     store: Store,
     key: str,
     ranks: Ranks,
+    places: Norms | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each of `layers` in turn: (layer, residual states in front of the feed-forward norm (N, D), norms of the
-    feed-forward outputs (N,) in float32) for the N tokens of `sequences`.
+    """For each of `layers` in turn: (layer, residual states in front of the feed-forward network and its norm (N, D),
+    norms of what it adds to them (N,) in float32) for the N tokens of `sequences`.
 
     Only one layer's inputs and one hidden state a token are held. Hidden states in front of the layer being worked on
     are kept in `store`, so that a killed run goes on there. Of several processes each runs its share of the sequences,
@@ -33,7 +35,7 @@ def feed_forward(
     Raises:
         UserError: if the model's states are not finite, or there are more processes than sequences.
     """
-    decoder = model.model
+    decoder, places = model.model, places or Norms()
     if len(sequences) < ranks.size:
         raise UserError(f"{ranks.size} processes for {len(sequences)} calibration sequences: start fewer")
     share = ranks.mine(sequences)
@@ -63,10 +65,10 @@ def feed_forward(
         inputs: list[torch.Tensor] = []
         norms: list[torch.Tensor] = []
         handles = [
-            layer.post_attention_layernorm.register_forward_pre_hook(
+            getattr(layer, places.before_feed_forward or "mlp").register_forward_pre_hook(
                 lambda _, args, kept=inputs: kept.append(args[0][0])
             ),
-            layer.mlp.register_forward_hook(
+            getattr(layer, places.after_feed_forward or "mlp").register_forward_hook(
                 lambda _, args, output, kept=norms: kept.append(
                     torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32)
                 )

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from .base import FAMILIES, INDEX, Base, as_stock
 from .errors import UserError
 from .modeling.configuration_spts import Schedule
+from .modeling.spts import Norms
 
 PROXIES = "spts-proxies.safetensors"
 # The base's own files under other names, so that `strip` can give them back.
@@ -32,6 +33,11 @@ def model_class(family: str) -> Any:
     """The family's causal language model class, the same code that is exported."""
     module, prefix = FAMILIES[family]
     return getattr(importlib.import_module(f".modeling.{module}", __package__), f"{prefix}ForCausalLM")
+
+
+def norms_of(family: str) -> Norms:
+    """Where the norms of a family's decoder layers stand."""
+    return model_class(family).model_class.layer_class.norms
 
 
 def load(folder: Path, family: str, device: str, dtype: str) -> Any:

@@ -50,7 +50,7 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
     def watch(number: int, layer: Any) -> None:
         def hook(proxy: nn.Module, args: tuple, predicted: torch.Tensor) -> None:
             states = args[0]
-            parts = (layer.mlp(layer.post_attention_layernorm(part)) for part in states.split(1024, dim=1))
+            parts = (layer.feed_forward(part) for part in states.split(1024, dim=1))
             true = torch.cat([part.float().norm(dim=-1)[0] for part in parts])
             if relative:
                 true = true / states[0].float().square().mean(-1).sqrt()

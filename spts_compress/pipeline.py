@@ -217,10 +217,10 @@ def fit_proxies(
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
     missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
-        everything = sequences.fit + sequences.held_out
+        everything, places = sequences.fit + sequences.held_out, export.norms_of(base.family)
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
-        for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key, ranks):
-            ffn = FeedForward.of(model.model.layers[layer], base.config)
+        for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key, ranks, places):
+            ffn = FeedForward.of(model.model.layers[layer], base.config, places)
             tokens, check, judge = (
                 Tokens.of(ffn, *part)
                 for part in zip(*(x.split([fitted, kept // 2, kept - kept // 2]) for x in (states, norms)), strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .modeling.configuration_spts import Proxy
-from .modeling.spts import FeedForwardProxy
+from .modeling.spts import FeedForwardProxy, Norms
 
 CHANNELS_AT_ONCE = 1024  # bounds the saliencies held at a time to N x 1024 numbers
 RATING_TOKENS = 4096  # channels are rated on that many tokens, evenly spread
@@ -32,15 +32,16 @@ class FeedForward:
     activation: str
 
     @classmethod
-    def of(cls, layer: nn.Module, config: Any) -> "FeedForward":
-        """From a stock decoder layer."""
+    def of(cls, layer: nn.Module, config: Any, places: Norms | None = None) -> "FeedForward":
+        """From a stock decoder layer. Without a norm in front, states are taken as if they had unit RMS."""
         mlp: Any = layer.mlp
         down = mlp.down_proj.weight.detach().float()
         if hasattr(mlp, "gate_up_proj"):
             gate, up = mlp.gate_up_proj.weight.detach().float().chunk(2)
         else:
             gate, up = mlp.gate_proj.weight.detach().float(), mlp.up_proj.weight.detach().float()
-        norm = layer.post_attention_layernorm.weight.detach().float()  # type: ignore[union-attr, operator]
+        name = (places or Norms()).before_feed_forward
+        norm = torch.ones_like(gate[0]) if name is None else getattr(layer, name).weight.detach().float()
         return cls(gate * norm, up * norm, down, norm, config.rms_norm_eps, config.hidden_act)
 
     def unit(self, states: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .base import resolve
 from .choose import fit
 from .cost import proxy_share
 from .errors import UserError
+from .export import norms_of
 from .modeling.configuration_spts import Proxy
 from .proxies import FeedForward, Regression, Tokens, regress
 from .ranks import ALONE
@@ -147,9 +148,9 @@ def run(
         missing = [n for n in layers if not all(store.path(*unit(n, v), ".json").exists() for v in tried)]
         if missing:
             model = base.load(recipe.model.dtype, device)
-            everything = [s for b in found.values() for s in b.fit + b.held_out]
-            for layer, states, norms in capture.feed_forward(model, everything, missing, store, data, ALONE):
-                ffn = FeedForward.of(model.model.layers[layer], base.config)
+            everything, places = [s for b in found.values() for s in b.fit + b.held_out], norms_of(base.family)
+            for layer, states, norms in capture.feed_forward(model, everything, missing, store, data, ALONE, places):
+                ffn = FeedForward.of(model.model.layers[layer], base.config, places)
                 fitted, kept = _split(found, ffn, states, norms)
                 for variant in tqdm(tried, desc=f"layer {layer}", unit="fit", leave=False):
                     store.json(*unit(layer, variant), _judge(ffn, variant, fitted, kept))

@@ -38,6 +38,23 @@ class Reference:
         return [(name, tensor)]
 
     # -- parts ---------------------------------------------------------------------------------------------------
+    def norm_if_there(self, x, name):
+        return self.norm(x, name) if name + ".weight" in self.w else x
+
+    def transform(self, x, layer):
+        """What the feed-forward network adds to a state, between the norms that the layer has."""
+        p = f"model.layers.{layer}."
+        if p + "post_feedforward_layernorm.weight" in self.w:
+            return self.norm(self.ffn(x, layer), p + "post_feedforward_layernorm")
+        return self.ffn(self.norm(x, p + "post_attention_layernorm"), layer)
+
+    def attended(self, out, layer):
+        """What attention adds."""
+        p = f"model.layers.{layer}."
+        made = self.lin(out, p + "self_attn.o_proj")
+        behind = p + "post_feedforward_layernorm.weight" in self.w
+        return self.norm(made, p + "post_attention_layernorm") if behind else made
+
     def lin(self, x, name):
         y = self.w[name + ".weight"] @ x
         bias = self.w.get(name + ".bias")
@@ -59,10 +76,11 @@ class Reference:
         return out
 
     def heads(self, x, name, position=None):
-        parts = self.lin(x, name).view(-1, self.d)
-        norm = name.replace("_proj", "_norm")
-        if norm + ".weight" in self.w:
-            parts = torch.stack([self.norm(part, norm) for part in parts])
+        whole, norm = self.lin(x, name), name.replace("_proj", "_norm")
+        size = len(self.w.get(norm + ".weight", ()))
+        if size:  # of each head, or of all together
+            whole = torch.cat([self.norm(part, norm) for part in whole.split(size)])
+        parts = whole.view(-1, self.d)
         return parts if position is None else torch.stack([self.rope(p, position) for p in parts])
 
     def ffn(self, x, layer):
@@ -159,7 +177,7 @@ class Reference:
         pruned = {}
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
-            normed = [self.norm(v, p + "input_layernorm") for v in x]
+            normed = [self.norm_if_there(v, p + "input_layernorm") for v in x]
             keys = [self.heads(v, p + "self_attn.k_proj", pos) for v, pos in zip(normed, positions, strict=True)]
             places = range(len(x))
             skipping = layer >= self.s["start"]
@@ -178,8 +196,7 @@ class Reference:
             for number, i in enumerate(places):
                 q = self.heads(normed[i], p + "self_attn.q_proj", positions[i])
                 out = self.attend(q, held["k"][: number + 1], held["v"][: number + 1])
-                x[i] = x[i] + self.lin(out, p + "self_attn.o_proj")
-            normed = [self.norm(v, p + "post_attention_layernorm") for v in x]
+                x[i] = x[i] + self.attended(out, layer)
             places = range(len(x))
             choice = self.s.get("feed_forward", "proxy")
             ffn_budget = len(x)
@@ -194,7 +211,7 @@ class Reference:
                     change = [c / float(s) for c, s in zip(change, size, strict=True)]
                 places = self.top(change, raw, ffn_budget)
             for i in places:
-                x[i] = x[i] + self.ffn(normed[i], layer)
+                x[i] = x[i] + self.transform(x[i], layer)
             if skipping and layer == stage["end"] and stage.get("prune_to") is not None:
                 count = min(len(x), self.amount(stage["prune_to"], n))
                 keep = self.top(score, raw, count)
@@ -211,14 +228,14 @@ class Reference:
         x = self.w["model.embed_tokens.weight"][token]
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
-            normed = self.norm(x, p + "input_layernorm")
+            normed = self.norm_if_there(x, p + "input_layernorm")
             held = self.cache[layer]
             held["pos"].append(position)
             held["k"].append(self.heads(normed, p + "self_attn.k_proj", position))
             held["v"].append(self.heads(normed, p + "self_attn.v_proj"))
             q = self.heads(normed, p + "self_attn.q_proj", position)
-            x = x + self.lin(self.attend(q, held["k"], held["v"]), p + "self_attn.o_proj")
-            x = x + self.ffn(self.norm(x, p + "post_attention_layernorm"), layer)
+            x = x + self.attended(self.attend(q, held["k"], held["v"]), layer)
+            x = x + self.transform(x, layer)
         return self.logits(x)
 
     def logits(self, x):

@@ -1,10 +1,11 @@
 """Tiny random models, built on the spot."""
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config
 
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig, SptsLlamaForCausalLM
 from spts_compress.modeling.modeling_spts_mistral import SptsMistralConfig, SptsMistralForCausalLM
+from spts_compress.modeling.modeling_spts_olmo2 import SptsOlmo2Config, SptsOlmo2ForCausalLM
 from spts_compress.modeling.modeling_spts_phi3 import SptsPhi3Config, SptsPhi3ForCausalLM
 from spts_compress.modeling.modeling_spts_qwen2 import SptsQwen2Config, SptsQwen2ForCausalLM
 from spts_compress.modeling.modeling_spts_qwen3 import SptsQwen3Config, SptsQwen3ForCausalLM
@@ -31,6 +32,7 @@ SCHEDULE = dict(
 FAMILIES = {
     "llama": (LlamaConfig, SptsLlamaConfig, SptsLlamaForCausalLM),
     "mistral": (MistralConfig, SptsMistralConfig, SptsMistralForCausalLM),
+    "olmo2": (Olmo2Config, SptsOlmo2Config, SptsOlmo2ForCausalLM),
     "phi3": (Phi3Config, SptsPhi3Config, SptsPhi3ForCausalLM),
     "qwen2": (Qwen2Config, SptsQwen2Config, SptsQwen2ForCausalLM),
     "qwen3": (Qwen3Config, SptsQwen3Config, SptsQwen3ForCausalLM),

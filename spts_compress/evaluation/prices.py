@@ -4,6 +4,7 @@ the same an operation, nor the same at every number of tokens."""
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -62,16 +63,21 @@ def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int =
     for count in counts:
         states, positions = whole[:, :count], torch.arange(count, device=ids.device)[None]
         rotary = stock.model.rotary_emb(states, position_ids=positions)
-        seconds["attention"].append(_time(lambda: _attention(layer, states, rotary), ids.device, repeats))  # noqa: B023
+        attend = partial(_attention, layer, stock.model.norm, states, rotary)
+        seconds["attention"].append(_time(attend, ids.device, repeats))
         seconds["feed_forward"].append(
-            _time(lambda: layer.mlp(layer.post_attention_layernorm(states)), ids.device, repeats)  # noqa: B023
+            _time(partial(_feed_forward, layer, stock.model.norm, states), ids.device, repeats)
         )
-        seconds["keys"].append(_time(lambda: nn.functional.linear(states, keys), ids.device, repeats))  # noqa: B023
+        seconds["keys"].append(_time(partial(nn.functional.linear, states, keys), ids.device, repeats))
     return Prices(counts, seconds)
 
 
-def _attention(layer: Any, states: torch.Tensor, rotary: Any) -> Any:
-    return layer.self_attn(layer.input_layernorm(states), position_embeddings=rotary, attention_mask=None)
+def _attention(layer: Any, norm: Any, states: torch.Tensor, rotary: Any) -> Any:
+    return layer.self_attn(norm(states), position_embeddings=rotary, attention_mask=None)
+
+
+def _feed_forward(layer: Any, norm: Any, states: torch.Tensor) -> Any:
+    return layer.mlp(norm(states))
 
 
 def _time(call: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -448,12 +448,25 @@ class Skip:
         return lengths if any(map(self.schedule.skips, lengths)) else []
 
 
+@dataclass(frozen=True)
+class Norms:
+    """Names of a decoder layer's norms, by where they stand; None where there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_feed_forward: str | None = "post_attention_layernorm"
+    after_feed_forward: str | None = None
+
+
 class SkippingDecoderLayer:
     """Mixed into a family's decoder layer: adds PAP and LTP. Without a `plan` the layer is the stock one.
 
-    This is where families differ: `rotate_half` and `eager_attention` are the family's own functions, and `project`
-    says how queries, keys and values are made; a family whose attention makes them in another way overrides it.
+    This is where families differ: `rotate_half` and `eager_attention` are the family's own functions, `norms` says
+    which norms there are, and `project` how queries, keys and values are made; a family whose attention makes them in
+    another way overrides it.
     """
+
+    norms = Norms()
 
     # From the family's own module.
     rotate_half: Any
@@ -476,8 +489,17 @@ class SkippingDecoderLayer:
         head keeps its place)."""
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
-        turned = turned * cos + type(self).rotate_half(turned) * sin
+        turned = (turned * cos + type(self).rotate_half(turned) * sin).to(states.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+    def normed(self, place: str, states: torch.Tensor) -> torch.Tensor:
+        """States (B, T, D) after the norm at a place, see `Norms`; as they are if there is none."""
+        name = getattr(self.norms, place)
+        return states if name is None else normalise(getattr(self, name), states)
+
+    def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward network adds to residual states (B, T, D)."""
+        return self.normed("after_feed_forward", self.mlp(self.normed("before_feed_forward", states)))
 
     def _skip(
         self,
@@ -493,7 +515,7 @@ class SkippingDecoderLayer:
         entering, active, changed = plan.entering, plan.active, plan.changed
 
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
-        normed = normalise(self.input_layernorm, hidden_states)
+        normed = self.normed("before_attention", hidden_states)
         key = self.rotate(self.project("k", normed), cos, sin)
         chosen = score = raw = None
         if plan.ranks:
@@ -519,7 +541,7 @@ class SkippingDecoderLayer:
             attention.config._attn_implementation, type(self).eager_attention
         )
         output, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
-        output = attention.o_proj(output.reshape(*output.shape[:2], -1))
+        output = self.normed("after_attention", attention.o_proj(output.reshape(*output.shape[:2], -1)))
         if chosen is None:
             hidden_states = hidden_states + output
         else:
@@ -527,15 +549,14 @@ class SkippingDecoderLayer:
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
         if changed is entering:
-            hidden_states = hidden_states + self.mlp(normalise(self.post_attention_layernorm, hidden_states))
+            hidden_states = hidden_states + self.feed_forward(hidden_states)
         else:
             change = ranked
             if plan.feed_forward != "attention":
                 change = plan.pin(self.proxy(hidden_states, plan.feed_forward == "relative") * score)
             where = select(change, raw, changed.width, changed.rows, entering.valid)
             states = take(hidden_states, where)
-            states = states + self.mlp(normalise(self.post_attention_layernorm, states))
-            hidden_states = put(hidden_states, where, states, changed.valid)
+            hidden_states = put(hidden_states, where, states + self.feed_forward(states), changed.valid)
 
         keep = None
         if plan.prunes:
