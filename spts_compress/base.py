@@ -33,10 +33,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = {
     "llama": ("modeling_spts_llama", "SptsLlama"),
     "mistral": ("modeling_spts_mistral", "SptsMistral"),
+    "mixtral": ("modeling_spts_mixtral", "SptsMixtral"),
     "olmo2": ("modeling_spts_olmo2", "SptsOlmo2"),
     "phi3": ("modeling_spts_phi3", "SptsPhi3"),
     "qwen2": ("modeling_spts_qwen2", "SptsQwen2"),
     "qwen3": ("modeling_spts_qwen3", "SptsQwen3"),
+    "qwen3_moe": ("modeling_spts_qwen3_moe", "SptsQwen3Moe"),
 }
 # Families whose own code is remote -> the stock family with the same parts and names of weights, and what their config
 # calls otherwise. openPangu-Embedded is a Llama with biases in its attention.

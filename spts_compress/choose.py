@@ -6,15 +6,25 @@ import torch
 
 from . import fidelity, refine
 from .cost import proxy_share
+from .errors import UserError
 from .modeling.configuration_spts import Proxy
 from .modeling.spts import FeedForwardProxy
 from .proxies import FeedForward, Regression, Tokens, blend, centre, log_error, low_rank, most_important, regress
 from .recipe import ProxySection
 
 
-def sizes(section: ProxySection) -> list[Proxy]:
-    """Candidate sizes, cheapest first: the regression alone, a quarter of the recipe's size, and all of it."""
+def sizes(section: ProxySection, experts: bool = False) -> list[Proxy]:
+    """Candidate sizes, cheapest first: the regression alone, a quarter of the recipe's size, and all of it. For experts
+    the regression alone.
+
+    Raises:
+        UserError: for experts without a regression.
+    """
     full = Proxy(section.channels, section.rank)
+    if experts and not section.regression:
+        raise UserError("proxy.regression is false, but a layer of experts has no matrices to make another proxy of")
+    if experts:
+        return [Proxy(1, 0)]
     if not section.regression:
         return [full]
     small = Proxy(max(1, section.channels // 4), section.rank // 4)
@@ -67,12 +77,12 @@ def choose(
         return fidelity.of(fidelity.norms(proxy, ffn, check), share, relative)["proxy"]
 
     made, rows = [], []
-    for size in sizes(section):
+    for size in sizes(section, experts=not len(ffn.gate)):
         proxy, improved = regressed, False
         if proxy is None or size.rank:
             proxy, improved = fit(ffn, size, tokens, check, section, regressed, share)
         row = {"channels": size.channels if size.rank else 0, "rank": size.rank, "improved": improved}
-        rows.append({**row, "cost": proxy_share(ffn.down.shape[0], ffn.down.shape[1], size), **rank(proxy)})
+        rows.append({**row, "cost": proxy_share(ffn.gate.shape[1], ffn.width, size), **rank(proxy)})
         made.append(proxy)
     best = max(row["recall"] for row in rows)
     number = next(i for i, row in enumerate(rows) if row["recall"] >= best - section.tolerance)

@@ -12,7 +12,7 @@ from .modeling.configuration_spts import Proxy, Schedule
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer: D, D_ff, H, G and d."""
+    """Sizes of one decoder layer: D, D_ff (of the experts that work on one token, together), H, G and d."""
 
     hidden: int
     intermediate: int
@@ -24,7 +24,10 @@ class LayerShape:
     def of(cls, config: Any) -> "LayerShape":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return cls(config.hidden_size, config.intermediate_size, config.num_attention_heads, kv_heads, head_dim)
+        width = config.intermediate_size
+        if experts := getattr(config, "num_experts_per_tok", None):
+            width = experts * (getattr(config, "moe_intermediate_size", None) or width)
+        return cls(config.hidden_size, width, config.num_attention_heads, kv_heads, head_dim)
 
     def project(self, tokens: int, heads: int) -> float:
         """Operations of a projection between the hidden size and `heads` heads."""

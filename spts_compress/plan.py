@@ -14,7 +14,10 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 def parameters(config: Any) -> int:
     """Number of parameters of the dense model, without norms and biases."""
     shape = LayerShape.of(config)
-    layer = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads) + 3 * shape.hidden * shape.intermediate
+    feed_forward = 3 * shape.hidden * shape.intermediate
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        feed_forward = feed_forward // config.num_experts_per_tok * experts
+    layer = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads) + feed_forward
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     return layer * config.num_hidden_layers + embeddings
 
@@ -67,13 +70,13 @@ def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
     features, and its feed-forward network in float32; on a GPU the weights, too. On a CPU they are pages of the
     files, which the system reads again where memory is short."""
     weights = 0 if device == "cpu" else BYTES[dtype] * parameters(config)
-    layer = 5 * 4 * config.hidden_size * config.intermediate_size
+    layer = 5 * 4 * config.hidden_size * LayerShape.of(config).intermediate
     return weights + layer + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
 
 
 def check_share(config: Any, section: Any) -> None:
     """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network."""
-    share = proxy_share(config.hidden_size, config.intermediate_size, Proxy(section.channels, section.rank))
+    share = proxy_share(config.hidden_size, LayerShape.of(config).intermediate, Proxy(section.channels, section.rank))
     if share > section.share:
         fits = int(section.rank * section.share / share)
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cost import LayerShape
 from .modeling.configuration_spts import Proxy
 from .modeling.spts import FeedForwardProxy, Norms
 
@@ -21,7 +22,9 @@ PENALTIES = (1e-4, 1e-3, 1e-2)  # of the ridge regression, in units of each feat
 class FeedForward:
     """A layer's gated feed-forward network behind its RMS norm, in float32, acting on states of unit RMS.
 
-    `gate` and `up` (D_ff, D) hold the norm's weight `norm` (D); `down` is (D, D_ff).
+    `gate` and `up` (D_ff, D) hold the norm's weight `norm` (D); `down` is (D, D_ff). Of experts there is none that all
+    tokens share: D_ff is then 0, what they do to a token is only known from calibration, and `routed` is the number of
+    channels that work on one token.
     """
 
     gate: torch.Tensor
@@ -30,19 +33,29 @@ class FeedForward:
     norm: torch.Tensor
     eps: float
     activation: str
+    routed: int = 0
+
+    @property
+    def width(self) -> int:
+        """Channels that work on one token."""
+        return self.routed or len(self.gate)
 
     @classmethod
     def of(cls, layer: nn.Module, config: Any, places: Norms | None = None) -> "FeedForward":
         """From a stock decoder layer. Without a norm in front, states are taken as if they had unit RMS."""
         mlp: Any = layer.mlp
+        name = (places or Norms()).before_feed_forward
+        scale = torch.ones(config.hidden_size) if name is None else getattr(layer, name).weight.detach().float()
+        if hasattr(mlp, "experts"):
+            none, routed = scale.new_zeros(0, len(scale)), LayerShape.of(config).intermediate
+            return cls(none, none, none.T, scale, config.rms_norm_eps, config.hidden_act, routed)
         down = mlp.down_proj.weight.detach().float()
         if hasattr(mlp, "gate_up_proj"):
             gate, up = mlp.gate_up_proj.weight.detach().float().chunk(2)
         else:
             gate, up = mlp.gate_proj.weight.detach().float(), mlp.up_proj.weight.detach().float()
-        name = (places or Norms()).before_feed_forward
-        norm = torch.ones_like(gate[0]) if name is None else getattr(layer, name).weight.detach().float()
-        return cls(gate * norm, up * norm, down, norm, config.rms_norm_eps, config.hidden_act)
+        scale = scale.to(gate)
+        return cls(gate * scale, up * scale, down, scale, config.rms_norm_eps, config.hidden_act)
 
     def unit(self, states: torch.Tensor) -> torch.Tensor:
         """Residual states (N, D) divided by their root mean square, in float32."""

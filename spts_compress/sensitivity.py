@@ -199,7 +199,7 @@ def _judge(
             norms = fidelity.norms(proxy, ffn, part[len(part) // 2 :])
             ranked[name] = {kind: fidelity.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
         return {
-            "cost": proxy_share(ffn.down.shape[0], ffn.down.shape[1], variant.size),
+            "cost": proxy_share(ffn.gate.shape[1], ffn.width, variant.size),
             "seconds": seconds,
             "ranked": ranked,
         }

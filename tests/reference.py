@@ -33,7 +33,7 @@ class Reference:
             return [
                 (name.replace("qkv_proj", f"{n}_proj"), t) for n, t in zip("qkv", tensor.split(counts), strict=True)
             ]
-        if "gate_up_proj" in name:
+        if "gate_up_proj.weight" in name:
             return [(name.replace("gate_up", n), t) for n, t in zip(("gate", "up"), tensor.chunk(2), strict=True)]
         return [(name, tensor)]
 
@@ -84,10 +84,26 @@ class Reference:
         return parts if position is None else torch.stack([self.rope(p, position) for p in parts])
 
     def ffn(self, x, layer):
+        if f"model.layers.{layer}.mlp.gate.weight" in self.w:
+            return self.routed(x, layer)
         p = f"model.layers.{layer}.mlp."
         return self.lin(
             torch.nn.functional.silu(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj"
         )
+
+    def routed(self, x, layer):
+        """The most probable experts' outputs, weighed."""
+        p = f"model.layers.{layer}.mlp."
+        probable = torch.softmax(self.w[p + "gate.weight"] @ x, 0)
+        order = sorted(range(len(probable)), key=lambda e: -float(probable[e]))[: self.c.num_experts_per_tok]
+        total = sum(probable[e] for e in order) if getattr(self.c, "norm_topk_prob", True) else 1
+        made = 0
+        for e in order:
+            gate, up = (self.w[p + "experts.gate_up_proj"][e] @ x).chunk(2)
+            made = made + probable[e] / total * (
+                self.w[p + "experts.down_proj"][e] @ (torch.nn.functional.silu(gate) * up)
+            )
+        return made
 
     def predicted_norm(self, x, layer):
         """From the residual state in front of the feed-forward norm, whose weight is part of `down`."""

@@ -1,14 +1,25 @@
 """Tiny random models, built on the spot."""
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig, SptsLlamaForCausalLM
 from spts_compress.modeling.modeling_spts_mistral import SptsMistralConfig, SptsMistralForCausalLM
+from spts_compress.modeling.modeling_spts_mixtral import SptsMixtralConfig, SptsMixtralForCausalLM
 from spts_compress.modeling.modeling_spts_olmo2 import SptsOlmo2Config, SptsOlmo2ForCausalLM
 from spts_compress.modeling.modeling_spts_phi3 import SptsPhi3Config, SptsPhi3ForCausalLM
 from spts_compress.modeling.modeling_spts_qwen2 import SptsQwen2Config, SptsQwen2ForCausalLM
 from spts_compress.modeling.modeling_spts_qwen3 import SptsQwen3Config, SptsQwen3ForCausalLM
+from spts_compress.modeling.modeling_spts_qwen3_moe import SptsQwen3MoeConfig, SptsQwen3MoeForCausalLM
 
 SIZES = dict(
     vocab_size=97,
@@ -32,10 +43,12 @@ SCHEDULE = dict(
 FAMILIES = {
     "llama": (LlamaConfig, SptsLlamaConfig, SptsLlamaForCausalLM),
     "mistral": (MistralConfig, SptsMistralConfig, SptsMistralForCausalLM),
+    "mixtral": (MixtralConfig, SptsMixtralConfig, SptsMixtralForCausalLM),
     "olmo2": (Olmo2Config, SptsOlmo2Config, SptsOlmo2ForCausalLM),
     "phi3": (Phi3Config, SptsPhi3Config, SptsPhi3ForCausalLM),
     "qwen2": (Qwen2Config, SptsQwen2Config, SptsQwen2ForCausalLM),
     "qwen3": (Qwen3Config, SptsQwen3Config, SptsQwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, SptsQwen3MoeConfig, SptsQwen3MoeForCausalLM),
 }
 # What a family's tiny model has beside the common sizes: what makes it different, at its smallest.
 SPECIAL = {
@@ -45,6 +58,14 @@ SPECIAL = {
         "sliding_window": 4096,  # longer than the context, so none
     },
     "qwen3": {"head_dim": 16, "attention_bias": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "experts_implementation": "eager",
+    },
 }
 
 
@@ -81,6 +102,8 @@ def stock_twin(model):
     config = FAMILIES[family][0](**settings)
     stock_class = FAMILIES[family][2].__bases__[1]
     stock = stock_class(config).eval()
+    if experts := model.config._experts_implementation:
+        stock.set_experts_implementation(experts)
     stock.load_state_dict({k: v for k, v in model.state_dict().items() if ".proxy." not in k})
     return stock.to(model.dtype)
 

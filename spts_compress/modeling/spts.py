@@ -573,6 +573,12 @@ class SkippingPreTrainedModel:
             for parameter in module.parameters():
                 init.normal_(parameter, std=self.config.initializer_range)  # type: ignore[attr-defined]
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the stock class; transformers reads it from a class's own file, and this family's experts are stock."""
+        stock: Any = next(kind for kind in cls.__mro__ if kind.__module__.startswith("transformers.models."))
+        return stock._can_set_experts_implementation()
+
     @staticmethod
     def skipped(cache: Cache) -> list[dict[str, Any]]:
         """What a prefill did, read from its cache, for each layer: `candidates`, `active` (tokens that attention ran
@@ -599,6 +605,7 @@ class SkippingModel(SkippingPreTrainedModel):
     """Mixed into a family's decoder: runs the prefill stage by stage, and later tokens on caches of unequal length."""
 
     layer_class: Any
+    output_class: Any = BaseModelOutputWithPast
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -635,7 +642,7 @@ class SkippingModel(SkippingPreTrainedModel):
             if self.training:
                 raise ValueError("tokens are skipped in inference only; call model.eval(), or pass spts=False")
             if wants_every_layer(self.config, kwargs):
-                raise ValueError("hidden states and attentions of every layer need spts=False")
+                raise ValueError("hidden states, attentions and routing of every layer need spts=False")
             if not all(hasattr(layer, "proxy") for layer in self.layers[request.schedule.start :]):
                 raise ValueError("the spts block was set or changed after this model was built; load it again")
             if (input_ids is None) == (inputs_embeds is None):
@@ -752,7 +759,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 states, cos, sin, where = take(states, keep), take(cos, here), take(sin, here), take(where, here)
                 carried = None if carried is None else take(carried, keep)
         states = states[:, -1:] if every is None else put(every, where, states.to(device), plan.leaving.valid)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
+        return self.output_class(last_hidden_state=self.norm(states), past_key_values=past_key_values)
 
     @capture_outputs
     def _continue(
@@ -800,7 +807,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
+        return self.output_class(last_hidden_state=self.norm(states), past_key_values=past_key_values)
 
 
 class SkippingForCausalLM(SkippingPreTrainedModel):
@@ -871,8 +878,8 @@ def has_windows(config: Any) -> bool:
 
 
 def wants_every_layer(config: Any, kwargs: dict) -> bool:
-    """Whether a call asks for hidden states or attentions of every layer, which only a dense pass has."""
-    names = ("output_hidden_states", "output_attentions")
+    """Whether a call asks for hidden states, attentions or routing of every layer, which only a dense pass has."""
+    names = ("output_hidden_states", "output_attentions", "output_router_logits")
     return any(kwargs.get(name, getattr(config, name, False)) for name in names)
 
 
