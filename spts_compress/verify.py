@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.core_model_loading import revert_weight_conversion
 
 from . import __version__
 from .base import FAMILIES, INDEX
@@ -99,8 +100,10 @@ def _tensors(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
     with torch.device("meta"):
         model = cls(cls.config_class(**{k: v for k, v in config.items() if k != "model_type"}))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    index = _json(folder / INDEX).get("weight_map", {})
+    index, state = _json(folder / INDEX).get("weight_map", {}), model.state_dict()
+    alone = revert_weight_conversion(model, state)  # every expert alone, as most checkpoints have them
+    state = alone if (alone.keys() - state.keys()) & index.keys() else state
+    expected = {name: list(tensor.shape) for name, tensor in state.items()}
     faults, there = [], {}
     for file in sorted(set(index.values())):
         if Path(file).name != file:

@@ -77,6 +77,21 @@ def test_from_recipe_to_answers(family, tmp_path):
     assert again.shape[1] == more.shape[1] + 6
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_skipped_tokens_never_reach_a_router(family):
+    model = tiny_model(family)
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-2]))
+    tokens = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model(tokens, logits_to_keep=1)
+        assert seen == [40, 12, 12, 8, 8]
+        seen.clear()
+        routing = model(tokens, logits_to_keep=1, output_router_logits=True).router_logits  # of every layer: dense
+    assert seen == [40] * 5 and [len(logits) for logits in routing] == [40] * 5
+
+
 def test_only_the_rows_asked_for_of_a_fused_projection():
     """And all of them where the module is not plain, with the same result."""
     model = tiny_model("phi3")
