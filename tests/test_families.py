@@ -211,3 +211,44 @@ def test_openpangu_is_read_as_the_llama_it_is(tmp_path):
     assert {p.name for p in (tmp_path / "back").iterdir()} == names
     assert all((tmp_path / "back" / n).read_bytes() == (tmp_path / "base" / n).read_bytes() for n in names)
     assert load_file(out / "base.safetensors").keys() == load_file(tmp_path / "base/model.safetensors").keys()
+
+
+# What the models' own config.json files say.
+PUBLISHED = {
+    "llama.yaml": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "qwen2.5-7b.yaml": {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
+        "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    },
+    "openpangu-1b.yaml": {  # but for intermediate_size, which its documents do not tell
+        "model_type": "PanguEmbedded", "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 26,
+        "num_attention_heads": 12, "num_key_value_heads": 6, "vocab_size": 153376, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5, "rope_theta": 16000000.0, "bias": True, "tie_word_embeddings": False,
+        "auto_map": {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "kept"),
+    [
+        ("llama.yaml", "8.03B", "41.5%"),
+        ("qwen2.5-7b.yaml", "7.62B", "48.3%"),
+        ("openpangu-1b.yaml", "B parameters", "%"),
+    ],
+)
+def test_the_papers_models_plan_from_their_published_configs(recipe, size, kept, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[recipe]))
+    plan = run("recipe", recipe, "--set", f"model.path={tmp_path}", "--set", "report.lengths=[32768]", "--dry-run")
+    assert size in plan and kept in plan
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]

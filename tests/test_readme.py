@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from spts_compress.base import ALIASES, FAMILIES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -12,6 +14,11 @@ def test_every_row_of_the_matrix_names_existing_tests():
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert len(rows) >= 25
     assert named <= there, named - there
+
+
+def test_the_table_of_families_is_the_supported_ones():
+    part = (ROOT / "README.md").read_text().split("## Model families")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE)[1:] == ["llama", *ALIASES, *list(FAMILIES)[1:]]
 
 
 def test_every_shipped_recipe_is_listed():
