@@ -6,7 +6,6 @@ import torch
 
 from . import fidelity, refine
 from .cost import proxy_share
-from .errors import UserError
 from .modeling.configuration_spts import Proxy
 from .modeling.spts import FeedForwardProxy
 from .proxies import FeedForward, Regression, Tokens, blend, centre, log_error, low_rank, most_important, regress
@@ -15,14 +14,8 @@ from .recipe import ProxySection
 
 def sizes(section: ProxySection, experts: bool = False) -> list[Proxy]:
     """Candidate sizes, cheapest first: the regression alone, a quarter of the recipe's size, and all of it. For experts
-    the regression alone.
-
-    Raises:
-        UserError: for experts without a regression.
-    """
+    the regression alone."""
     full = Proxy(section.channels, section.rank)
-    if experts and not section.regression:
-        raise UserError("proxy.regression is false, but a layer of experts has no matrices to make another proxy of")
     if experts:
         return [Proxy(1, 0)]
     if not section.regression:

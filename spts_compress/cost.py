@@ -10,6 +10,11 @@ from typing import Any
 from .modeling.configuration_spts import Proxy, Schedule
 
 
+def has_experts(config: Any) -> bool:
+    """Whether feed-forward networks are mixtures of experts."""
+    return getattr(config, "num_experts_per_tok", None) is not None
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Sizes of one decoder layer: D, D_ff (of the experts that work on one token, together), H, G and d."""
@@ -25,8 +30,8 @@ class LayerShape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = config.intermediate_size
-        if experts := getattr(config, "num_experts_per_tok", None):
-            width = experts * (getattr(config, "moe_intermediate_size", None) or width)
+        if has_experts(config):
+            width = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or width)
         return cls(config.hidden_size, width, config.num_attention_heads, kv_heads, head_dim)
 
     def project(self, tokens: int, heads: int) -> float:

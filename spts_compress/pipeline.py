@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from . import __version__, capture, card, export, fidelity, plan
 from .base import Base, resolve, resolve_config
 from .choose import choose
+from .cost import has_experts
 from .errors import UserError
 from .evaluation.bench import stock_twin
 from .evaluation.break_even import break_even
@@ -55,11 +56,11 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
 
 def _widest(recipe: Recipe, config: Any) -> Schedule:
     """The recipe's schedule; where it is to be searched for, one that skips from the earliest start on."""
+    size = Proxy(1, 0) if has_experts(config) else Proxy(recipe.proxy.channels, recipe.proxy.rank)
     layers = config.num_hidden_layers
     if (schedule := recipe.read_schedule(layers)) is not None:
-        return schedule
-    starts = searching.starts_of(recipe.search or SearchSection(), config)
-    return searching.widest(starts, layers, Proxy(recipe.proxy.channels, recipe.proxy.rank))
+        return replace(schedule, proxy=(size,))
+    return searching.widest(searching.starts_of(recipe.search or SearchSection(), config), layers, size)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .cost import LayerShape, layer_costs, predicted, proxy_share
+from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
 from .errors import UserError
 from .modeling.configuration_spts import Proxy, Schedule
 from .recipe import SearchSection
@@ -15,7 +15,8 @@ def parameters(config: Any) -> int:
     """Number of parameters of the dense model, without norms and biases."""
     shape = LayerShape.of(config)
     feed_forward = 3 * shape.hidden * shape.intermediate
-    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+    if has_experts(config):
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
         feed_forward = feed_forward // config.num_experts_per_tok * experts
     layer = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads) + feed_forward
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
@@ -75,7 +76,12 @@ def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
 
 
 def check_share(config: Any, section: Any) -> None:
-    """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network."""
+    """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network, or
+    where there are experts asks for matrices of theirs."""
+    if has_experts(config):
+        if not section.regression:
+            raise UserError("proxy.regression is false, but experts share no matrices that another proxy is made of")
+        return
     share = proxy_share(config.hidden_size, LayerShape.of(config).intermediate, Proxy(section.channels, section.rank))
     if share > section.share:
         fits = int(section.rank * section.share / share)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import __version__, capture, fidelity
 from .base import resolve
 from .choose import fit
-from .cost import proxy_share
+from .cost import has_experts, proxy_share
 from .errors import UserError
 from .export import norms_of
 from .modeling.configuration_spts import Proxy
@@ -130,6 +130,10 @@ def run(
     store = Store(work)
     with store.lock():
         base = resolve(recipe.model, store)
+        if has_experts(base.config):
+            raise UserError(
+                f"{base.name}: the study varies low-rank proxies, and experts share no matrices to make one of"
+            )
         depth = base.config.num_hidden_layers
         schedule = recipe.read_schedule(depth)
         skipping = list(range(schedule.start if schedule else depth // 3, depth))

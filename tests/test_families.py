@@ -92,6 +92,13 @@ def test_skipped_tokens_never_reach_a_router(family):
     assert seen == [40] * 5 and [len(logits) for logits in routing] == [40] * 5
 
 
+def test_experts_have_no_low_rank_proxies(tmp_path):
+    recipe = recipe_for(tiny_base(tmp_path / "base", "mixtral"), tmp_path)
+    assert "regression" in run("recipe", recipe, "--dry-run")
+    assert "share no matrices" in run("recipe", recipe, "--set", "proxy.regression=false", code=2)
+    assert "share no matrices" in run("sweep", recipe, "--output", tmp_path / "study", code=2)
+
+
 def test_only_the_rows_asked_for_of_a_fused_projection():
     """And all of them where the module is not plain, with the same result."""
     model = tiny_model("phi3")
