@@ -142,7 +142,8 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
     """The checked configuration in `folder`; the family is looked up before transformers is asked for it."""
     if gguf is None:
         try:
-            family = json.loads((folder / "config.json").read_text()).get("model_type")
+            plain = json.loads((folder / "config.json").read_text())
+            family = plain.get("model_type")
         except FileNotFoundError:
             raise UserError(f"{folder}: no config.json, so this is not a model folder") from None
         except (ValueError, AttributeError, OSError) as error:
@@ -150,7 +151,7 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
         check_family(SimpleNamespace(model_type=family), name)
     try:
         if gguf is None and family in ALIASES:
-            config = as_stock(json.loads((folder / "config.json").read_text()))
+            config = as_stock(plain)
             return CONFIG_MAPPING[config["model_type"]].from_dict(config)
         config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
     except (ValueError, OSError, StrictDataclassError) as error:

@@ -148,9 +148,9 @@ class SearchSection(Section):
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
     quarters of the depth). `candidates` are drawn, half as many varied in each of `rounds`. They are judged on
     `prompts` of every one of `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and
-    the winner on as many others; their text is `text` (a .txt or
-    .jsonl file or a folder), by default the calibration documents that nothing was fitted on. `if_missed`: whether the
-    nearest schedule is exported if the quality is not reached."""
+    the winner on as many others; their text is `text` (a .txt or .jsonl file or a folder), by default the calibration
+    documents that nothing was fitted on. `if_missed`: whether the nearest schedule is exported if the quality is not
+    reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None

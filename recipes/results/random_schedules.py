@@ -47,9 +47,7 @@ prose, seed = ready.sequences.unseen, section.seed + 100  # neither the search's
 items = [
     item
     for n in section.lengths
-    for item in prompts.make(
-        section.kinds, tokenizer, ready.sequences.unseen, n, args.prompts, section.answer_tokens, seed
-    )
+    for item in prompts.make(section.kinds, tokenizer, prose, n, args.prompts, section.answer_tokens, seed)
 ]
 dense = [
     shared.dense(model, tokenizer, item, [s - 1 for s in starts], store, key) for item in tqdm(items, desc="dense")

@@ -1,11 +1,10 @@
 """Qwen3 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the family's part; the method is in spts.py."""
 
-import torch
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from .configuration_spts import SptsConfigMixin
-from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel, split_heads
+from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel
 
 
 class SptsQwen3Config(SptsConfigMixin, Qwen3Config):
@@ -16,11 +15,6 @@ class SptsQwen3Config(SptsConfigMixin, Qwen3Config):
 class SptsQwen3DecoderLayer(SkippingDecoderLayer, modeling_qwen3.Qwen3DecoderLayer):
     rotate_half = staticmethod(modeling_qwen3.rotate_half)
     eager_attention = staticmethod(modeling_qwen3.eager_attention_forward)
-
-    def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """Queries and keys are normed, head by head."""
-        heads = split_heads(getattr(self.self_attn, f"{name}_proj")(states), self.self_attn.head_dim)
-        return heads if name == "v" else getattr(self.self_attn, f"{name}_norm")(heads)
 
 
 class SptsQwen3Model(SkippingModel, modeling_qwen3.Qwen3Model):

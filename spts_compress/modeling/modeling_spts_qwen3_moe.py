@@ -1,13 +1,12 @@
 """Qwen3 with experts and Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the family's part of spts.py."""
 
-import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from .configuration_spts import SptsConfigMixin
-from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel, split_heads
+from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel
 
 # Published checkpoints hold every expert's weights alone; transformers joins them, told so for each type of model.
 JOINED = get_checkpoint_conversion_mapping("qwen3_moe")
@@ -22,11 +21,6 @@ class SptsQwen3MoeConfig(SptsConfigMixin, Qwen3MoeConfig):
 class SptsQwen3MoeDecoderLayer(SkippingDecoderLayer, modeling_qwen3_moe.Qwen3MoeDecoderLayer):
     rotate_half = staticmethod(modeling_qwen3_moe.rotate_half)
     eager_attention = staticmethod(modeling_qwen3_moe.eager_attention_forward)
-
-    def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """Queries and keys are normed, head by head."""
-        heads = split_heads(getattr(self.self_attn, f"{name}_proj")(states), self.self_attn.head_dim)
-        return heads if name == "v" else getattr(self.self_attn, f"{name}_norm")(heads)
 
 
 class SptsQwen3MoeModel(SkippingModel, modeling_qwen3_moe.Qwen3MoeModel):

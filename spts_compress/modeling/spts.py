@@ -481,8 +481,11 @@ class SkippingDecoderLayer:
         return self._skip(hidden_states, plan=plan, **kwargs)
 
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """Queries ("q"), keys ("k") or values ("v") of normed states (B, T, D), not rotated yet: (B, heads, T, d)."""
-        return split_heads(getattr(self.self_attn, f"{name}_proj")(states), self.self_attn.head_dim)
+        """Queries ("q"), keys ("k") or values ("v") of normed states (B, T, D), not rotated yet: (B, heads, T, d);
+        normed head by head where attention has such a norm."""
+        heads = split_heads(getattr(self.self_attn, f"{name}_proj")(states), self.self_attn.head_dim)
+        norm = getattr(self.self_attn, f"{name}_norm", None)
+        return heads if norm is None else norm(heads)
 
     def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotary positions for queries or keys (B, heads, T, d); tables (B or 1, T, d, or less than d: the rest of each
