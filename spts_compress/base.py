@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .modeling.spts import has_windows
+from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
 
@@ -31,7 +31,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
 # such a file, a line here, one in the tests' tiny.py and one in the README's table.
 FAMILIES = {
+    "gemma3_text": ("modeling_spts_gemma3", "SptsGemma3"),
     "llama": ("modeling_spts_llama", "SptsLlama"),
+    "ministral": ("modeling_spts_ministral", "SptsMinistral"),
     "mistral": ("modeling_spts_mistral", "SptsMistral"),
     "mixtral": ("modeling_spts_mixtral", "SptsMixtral"),
     "olmo2": ("modeling_spts_olmo2", "SptsOlmo2"),
@@ -109,14 +111,14 @@ def check_family(config: Any, name: str) -> None:
     family = getattr(config, "model_type", None)
     if family not in FAMILIES and family not in ALIASES:
         known = ", ".join([*FAMILIES, *ALIASES])
+        wraps = "; of a multimodal model, save the text part alone" if hasattr(config, "text_config") else ""
         raise UserError(
-            f"{name}: model family {family} is not supported; supported are {known} (README, Model families)"
+            f"{name}: model family {family} is not supported; supported are {known} (README, Model families){wraps}"
         )
-    if has_windows(config):
-        raise UserError(
-            f"{name}: sliding-window attention is not supported; take a model without it, or where its authors say "
-            "that it is not used, set sliding_window to null (use_sliding_window to false) in its config.json"
-        )
+    if strange := set(getattr(config, "layer_types", None) or ()) - set(MASKS):
+        raise UserError(f"{name}: layers of {', '.join(sorted(strange))} are not supported; {' and '.join(MASKS)} are")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(f"{name}: attention that looks ahead is not supported; it is for embeddings, not for answers")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name}: a quantised base is not supported; start from the unquantised checkpoint")
 
@@ -148,7 +150,7 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
             raise UserError(f"{folder}: no config.json, so this is not a model folder") from None
         except (ValueError, AttributeError, OSError) as error:
             raise UserError(f"{folder / 'config.json'}: can't be read: {error}") from None
-        check_family(SimpleNamespace(model_type=family), name)
+        check_family(SimpleNamespace(**{k: plain[k] for k in ("model_type", "text_config") if k in plain}), name)
     try:
         if gguf is None and family in ALIASES:
             config = as_stock(plain)

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
 from .errors import UserError
-from .modeling.spts import Norms
+from .modeling.spts import MASKS, Norms, layer_kinds, position_tables
 from .ranks import Ranks
 from .store import Store
 
@@ -51,17 +50,18 @@ def feed_forward(
         states = torch.cat([decoder.embed_tokens(s.to(model.device)[None])[0] for s in share])
     else:
         states = kept["states"].to(model.device)
-    rotary, masks = {}, {}
+    kinds, rotary, masks = layer_kinds(model.config), {}, {}
     for size in set(sizes):
         shape = states.new_empty(1, size, model.config.hidden_size)
-        rotary[size] = decoder.rotary_emb(shape, position_ids=torch.arange(size, device=model.device)[None])
-        masks[size] = create_causal_mask(model.config, shape, None, None)
+        positions = torch.arange(size, device=model.device)[None]
+        rotary[size] = position_tables(decoder.rotary_emb, model.config, shape, positions)
+        masks[size] = {kind: MASKS[kind](model.config, shape, None, None) for kind in set(kinds)}
     held: tuple[int, torch.Tensor, torch.Tensor] | None = None
     saved = first
     for number in tqdm(
         range(first, max(layers) + 1), desc="calibrating", unit="layer", initial=first, total=max(layers) + 1
     ):
-        layer = decoder.layers[number]
+        layer, kind = decoder.layers[number], kinds[number]
         inputs: list[torch.Tensor] = []
         norms: list[torch.Tensor] = []
         handles = [
@@ -77,7 +77,11 @@ def feed_forward(
         try:
             states = torch.cat(
                 [
-                    layer(part[None], attention_mask=masks[len(part)], position_embeddings=rotary[len(part)])[0]
+                    layer(
+                        part[None],
+                        attention_mask=masks[len(part)][kind],
+                        position_embeddings=rotary[len(part)][kind],
+                    )[0]
                     for part in states.split(sizes)
                 ]
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .modeling.configuration_spts import Proxy, Schedule
+from .modeling.spts import layer_windows
 
 
 def has_experts(config: Any) -> bool:
@@ -38,9 +39,11 @@ class LayerShape:
         """Operations of a projection between the hidden size and `heads` heads."""
         return 2.0 * tokens * self.hidden * heads * self.head_dim
 
-    def attention(self, tokens: int) -> float:
-        """Operations of causal attention among `tokens` tokens: scores and weighted values."""
-        return 2.0 * self.heads * self.head_dim * tokens * tokens
+    def attention(self, tokens: int, window: int | None = None) -> float:
+        """Operations of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
+        weighted values."""
+        reach = tokens if window is None else min(tokens, window)
+        return 4.0 * self.heads * self.head_dim * (tokens - reach / 2) * reach
 
     def feed_forward(self, tokens: int) -> float:
         return 6.0 * tokens * self.hidden * self.intermediate
@@ -49,10 +52,10 @@ class LayerShape:
         """Operations of a proxy, a token."""
         return 4.0 * size.rank * (self.hidden + size.channels) + 5.0 * self.hidden
 
-    def dense(self, tokens: int) -> float:
+    def dense(self, tokens: int, window: int | None = None) -> float:
         """Operations of one stock layer."""
         projections = 2 * self.project(tokens, self.heads) + 2 * self.project(tokens, self.kv_heads)
-        return projections + self.attention(tokens) + self.feed_forward(tokens)
+        return projections + self.attention(tokens, window) + self.feed_forward(tokens)
 
 
 def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
@@ -63,12 +66,14 @@ def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of one prefill: tokens (see `Counts`) and operations by part."""
+    """One layer of one prefill: tokens (see `Counts`; `cached` of the active ones) and operations by part. Where there
+    is a window, active tokens are counted as if all inside one were neighbours: the most operations there can be."""
 
     entering: int
     active: int
     changed: int
     leaving: int
+    cached: int
     probing: float
     attention: float
     feed_forward: float
@@ -82,7 +87,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
     """Costs of all layers for a prompt of `length` tokens."""
     shape = LayerShape.of(config)
     costs = []
-    for layer in range(config.num_hidden_layers):
+    for layer, window in enumerate(layer_windows(config)):
         entering, active, changed, leaving = schedule.counts(layer, length)
         probing = 0.0
         carries = schedule.probe.carry > 0 and layer >= schedule.start and schedule.skips(length)
@@ -94,19 +99,24 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
             shape.project(entering, shape.kv_heads)
             + shape.project(active, shape.kv_heads)
             + 2 * shape.project(active, shape.heads)
-            + shape.attention(active)
+            + shape.attention(active, window)
         )
-        costs.append(LayerCost(entering, active, changed, leaving, probing, attention, shape.feed_forward(changed)))
+        spare = schedule.always_last if layer >= schedule.start and schedule.skips(length) else 0
+        cached = active if window is None else min(active, window - 1 + spare)
+        tokens = entering, active, changed, leaving, cached
+        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(changed)))
     return costs
 
 
 def predicted(config: Any, schedule: Schedule, length: int) -> dict[str, float]:
     """Dense over SPTS operations, share of the KV cache kept, and share of probing in the SPTS prefill."""
     costs = layer_costs(config, schedule, length)
-    dense = LayerShape.of(config).dense(length) * config.num_hidden_layers
+    windows = layer_windows(config)
+    dense = sum(LayerShape.of(config).dense(length, window) for window in windows)
+    cached = sum(length if window is None else min(length, window - 1) for window in windows)
     total = sum(cost.total for cost in costs)
     return {
         "speedup": dense / total,
-        "kv_share": sum(cost.active for cost in costs) / (length * config.num_hidden_layers),
+        "kv_share": sum(cost.cached for cost in costs) / cached,
         "probing_share": sum(cost.probing for cost in costs) / total,
     }

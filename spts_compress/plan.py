@@ -5,6 +5,7 @@ from typing import Any
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
 from .errors import UserError
 from .modeling.configuration_spts import Proxy, Schedule
+from .modeling.spts import layer_windows
 from .recipe import SearchSection
 from .tables import size, table
 
@@ -91,6 +92,12 @@ def check_share(config: Any, section: Any) -> None:
         )
 
 
+def blind_ends(config: Any, schedule: Schedule) -> list[int]:
+    """Layers that prune by what their own window shows, and so drop all that is before it."""
+    ends = [stage.end for stage in schedule.stages if stage.prune_to is not None]
+    return [layer for layer in ends if layer_windows(config)[layer] is not None and schedule.probe.carry == 0]
+
+
 def _sizes(schedule: Schedule) -> str:
     ranks = sorted({(size_.channels, size_.rank) for size_ in schedule.proxy})
     return ", ".join(f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in ranks)
@@ -129,6 +136,11 @@ def describe(
     ]
     if search is not None:
         return "\n".join([*head, _search(search)])
+    if blind := blind_ends(config, schedule):
+        head.append(
+            f"careful   stages end at layers with a window ({', '.join(map(str, blind))}), where pruning drops all "
+            "that is before it: end them at layers without one, or set probe.carry"
+        )
     return "\n".join(
         [
             *head,

@@ -11,7 +11,7 @@ from torch import nn
 
 from .cost import LayerShape
 from .modeling.configuration_spts import Proxy
-from .modeling.spts import FeedForwardProxy, Norms
+from .modeling.spts import FeedForwardProxy, Norms, activation_of
 
 CHANNELS_AT_ONCE = 1024  # bounds the saliencies held at a time to N x 1024 numbers
 RATING_TOKENS = 4096  # channels are rated on that many tokens, evenly spread
@@ -45,17 +45,20 @@ class FeedForward:
         """From a stock decoder layer. Without a norm in front, states are taken as if they had unit RMS."""
         mlp: Any = layer.mlp
         name = (places or Norms()).before_feed_forward
-        scale = torch.ones(config.hidden_size) if name is None else getattr(layer, name).weight.detach().float()
+        scale, numbers = torch.ones(config.hidden_size), (config.rms_norm_eps, activation_of(config))
+        if name is not None:  # what a norm multiplies by is its weight, or 1 more in some families
+            norm = getattr(layer, name)
+            scale = norm(scale.to(norm.weight.device)).detach()
         if hasattr(mlp, "experts"):
             none, routed = scale.new_zeros(0, len(scale)), LayerShape.of(config).intermediate
-            return cls(none, none, none.T, scale, config.rms_norm_eps, config.hidden_act, routed)
+            return cls(none, none, none.T, scale, *numbers, routed)
         down = mlp.down_proj.weight.detach().float()
         if hasattr(mlp, "gate_up_proj"):
             gate, up = mlp.gate_up_proj.weight.detach().float().chunk(2)
         else:
             gate, up = mlp.gate_proj.weight.detach().float(), mlp.up_proj.weight.detach().float()
         scale = scale.to(gate)
-        return cls(gate * scale, up * scale, down, scale, config.rms_norm_eps, config.hidden_act)
+        return cls(gate * scale, up * scale, down, scale, *numbers)
 
     def unit(self, states: torch.Tensor) -> torch.Tensor:
         """Residual states (N, D) divided by their root mean square, in float32."""

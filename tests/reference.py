@@ -10,7 +10,8 @@ import torch
 
 class Reference:
     """A Llama-like decoder that skips tokens, from a state dict of the exported model; with norms of queries and keys,
-    fused projections and partial rotary positions where the model has them."""
+    fused projections, partial rotary positions and windows where the model has them. The cache holds what was ever put
+    into it, also outside the windows."""
 
     def __init__(self, state: dict, config, schedule: dict):
         self.c = config
@@ -19,7 +20,9 @@ class Reference:
             for part, rows in self.unfused(name, tensor.double()):
                 self.w[part] = rows
         self.s = schedule
+        self.gemma = "gemma" in config.model_type
         self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.scaling = getattr(config, "query_pre_attn_scalar", self.d) ** -0.5
         self.cache: list[dict] = []  # per layer: {"pos": [...], "k": [(G, d)], "v": [(G, d)]}
         self.count = 0
         self.margin = float("inf")  # smallest gap between the last chosen and the first not chosen score
@@ -45,7 +48,8 @@ class Reference:
         """What the feed-forward network adds to a state, between the norms that the layer has."""
         p = f"model.layers.{layer}."
         if p + "post_feedforward_layernorm.weight" in self.w:
-            return self.norm(self.ffn(x, layer), p + "post_feedforward_layernorm")
+            inner = self.norm_if_there(x, p + "pre_feedforward_layernorm")
+            return self.norm(self.ffn(inner, layer), p + "post_feedforward_layernorm")
         return self.ffn(self.norm(x, p + "post_attention_layernorm"), layer)
 
     def attended(self, out, layer):
@@ -61,12 +65,30 @@ class Reference:
         return y if bias is None else y + bias
 
     def norm(self, x, name):
-        return x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps) * self.w[name + ".weight"]
+        weight = self.w[name + ".weight"]
+        return x / torch.sqrt((x * x).mean() + self.c.rms_norm_eps) * (weight + 1 if self.gemma else weight)
 
-    def rope(self, vector, position):
-        turned = int(self.d * self.c.rope_parameters.get("partial_rotary_factor", 1))
+    def act(self, x):
+        return torch.nn.functional.gelu(x, approximate="tanh") if self.gemma else torch.nn.functional.silu(x)
+
+    def sliding(self, layer):
+        """Whether the layer's attention has a window."""
+        kinds = getattr(self.c, "layer_types", None)
+        return kinds[layer] == "sliding_attention" if kinds else getattr(self.c, "sliding_window", None) is not None
+
+    def sees(self, layer, asking, position):
+        """Whether a token sees one at an earlier position, or itself."""
+        return not self.sliding(layer) or asking - position < self.c.sliding_window
+
+    def embedded(self, token):
+        return self.w["model.embed_tokens.weight"][token] * (math.sqrt(self.c.hidden_size) if self.gemma else 1)
+
+    def rope(self, vector, position, layer):
+        told = self.c.rope_parameters
+        told = told.get("sliding_attention" if self.sliding(layer) else "full_attention", told)
+        turned = int(self.d * told.get("partial_rotary_factor", 1))
         half = turned // 2
-        theta = self.c.rope_parameters["rope_theta"]
+        theta = told["rope_theta"]
         out = vector.clone()
         for i in range(half):
             angle = position * theta ** (-2 * i / turned)
@@ -81,15 +103,14 @@ class Reference:
         if size:  # of each head, or of all together
             whole = torch.cat([self.norm(part, norm) for part in whole.split(size)])
         parts = whole.view(-1, self.d)
-        return parts if position is None else torch.stack([self.rope(p, position) for p in parts])
+        layer = int(name.split(".")[2])
+        return parts if position is None else torch.stack([self.rope(p, position, layer) for p in parts])
 
     def ffn(self, x, layer):
         if f"model.layers.{layer}.mlp.gate.weight" in self.w:
             return self.routed(x, layer)
         p = f"model.layers.{layer}.mlp."
-        return self.lin(
-            torch.nn.functional.silu(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj"
-        )
+        return self.lin(self.act(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj")
 
     def routed(self, x, layer):
         """The most probable experts' outputs, weighed."""
@@ -114,16 +135,18 @@ class Reference:
         constant, power = self.w[p + "constants"].tolist()
         made = math.exp(float(low[-1]) + float(self.w[p + "square"] @ unit**2) + constant)
         if r:
-            product = torch.nn.functional.silu(self.w[p + "gate"] @ low[:r]) * (self.w[p + "up"] @ low[r:-1])
+            product = self.act(self.w[p + "gate"] @ low[:r]) * (self.w[p + "up"] @ low[r:-1])
             made *= math.sqrt(float((product**2).sum())) ** power
         return made
 
-    def attend(self, q, keys, values):
-        """One token's attention: q (H, d) over lists of keys and values (G, d)."""
+    def attend(self, q, held, layer):
+        """Attention of the last of the tokens held: q (H, d) over lists of keys and values (G, d)."""
         group = self.c.num_attention_heads // self.c.num_key_value_heads
+        seen = [i for i, position in enumerate(held["pos"]) if self.sees(layer, held["pos"][-1], position)]
+        keys, values = [held["k"][i] for i in seen], [held["v"][i] for i in seen]
         out = []
         for h in range(self.c.num_attention_heads):
-            logits = torch.stack([(q[h] * k[h // group]).sum() / math.sqrt(self.d) for k in keys])
+            logits = torch.stack([(q[h] * k[h // group]).sum() * self.scaling for k in keys])
             p = torch.softmax(logits, 0)
             out.append(sum(p[i] * values[i][h // group] for i in range(len(values))))
         return torch.cat(out)
@@ -169,8 +192,9 @@ class Reference:
             total = [0.0] * n
             for i in range(n - w, n):
                 q = self.heads(x[i], f"model.layers.{layer}.self_attn.q_proj", positions[i])[h]
-                logits = torch.stack([(q * keys[j][h // group]).sum() / math.sqrt(self.d) for j in range(i + 1)])
-                for j, p in enumerate(torch.softmax(logits, 0).tolist()):
+                seen = [j for j in range(i + 1) if self.sees(layer, positions[i], positions[j])]
+                logits = torch.stack([(q * keys[j][h // group]).sum() * self.scaling for j in seen])
+                for j, p in zip(seen, torch.softmax(logits, 0).tolist(), strict=True):
                     total[j] += p / w
             per_head.append(total)
         if probe.get("heads", "mean") == "mean":
@@ -187,7 +211,7 @@ class Reference:
     def prefill(self, tokens):
         """Logits after the last token; fills the cache."""
         n = len(tokens)
-        x = [self.w["model.embed_tokens.weight"][t] for t in tokens]
+        x = [self.embedded(t) for t in tokens]
         positions = list(range(n))
         last_budget = carried = None
         pruned = {}
@@ -211,7 +235,7 @@ class Reference:
             self.cache.append(held)
             for number, i in enumerate(places):
                 q = self.heads(normed[i], p + "self_attn.q_proj", positions[i])
-                out = self.attend(q, held["k"][: number + 1], held["v"][: number + 1])
+                out = self.attend(q, {name: part[: number + 1] for name, part in held.items()}, layer)
                 x[i] = x[i] + self.attended(out, layer)
             places = range(len(x))
             choice = self.s.get("feed_forward", "proxy")
@@ -241,7 +265,7 @@ class Reference:
     def step(self, token):
         """Logits after one more token, which sees what each layer's cache holds."""
         position, self.count = self.count, self.count + 1
-        x = self.w["model.embed_tokens.weight"][token]
+        x = self.embedded(token)
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
             normed = self.norm_if_there(x, p + "input_layernorm")
@@ -250,10 +274,11 @@ class Reference:
             held["k"].append(self.heads(normed, p + "self_attn.k_proj", position))
             held["v"].append(self.heads(normed, p + "self_attn.v_proj"))
             q = self.heads(normed, p + "self_attn.q_proj", position)
-            x = x + self.attended(self.attend(q, held["k"], held["v"]), layer)
+            x = x + self.attended(self.attend(q, held, layer), layer)
             x = x + self.transform(x, layer)
         return self.logits(x)
 
     def logits(self, x):
         head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
-        return head @ self.norm(x, "model.norm")
+        made, cap = head @ self.norm(x, "model.norm"), getattr(self.c, "final_logit_softcapping", None)
+        return made if cap is None else torch.tanh(made / cap) * cap

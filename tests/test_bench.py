@@ -125,9 +125,9 @@ def test_prices_are_read_between_the_measured_numbers_and_make_a_ratio():
     config = tiny_model().config
     linear = [float(n) for n in (10, 100, 1000)]
     made = prices.Prices(
-        [10, 100, 1000], {"attention": [n * n for n in linear], "feed_forward": linear, "keys": linear}
+        [10, 100, 1000], {"full_attention": [n * n for n in linear], "feed_forward": linear, "keys": linear}
     )
-    assert made.of("attention", 50) == pytest.approx(2500) and made.of("keys", 5) == 5 and made.of("keys", 0) == 0
+    assert made.of("full_attention", 50) == pytest.approx(2500) and made.of("keys", 5) == 5 and made.of("keys", 0) == 0
     block = {"start": 4, "stages": [{"end": 4, "budget": 100}], "proxy": {"channels": 1, "rank": 0}}
     schedule = Schedule.from_dict({**block, "feed_forward": "all"}, 5)
     probing = 2.0 * 1000 * 4 * 8 / (6 * 1000 * 32 * 48) * 1000  # one query, 4 heads of 8, at the pace of the network

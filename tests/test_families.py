@@ -1,13 +1,15 @@
 """Every family through the whole tool, and what makes it different; exactness is in test_exactness.py."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from reference import Reference
 from safetensors.torch import load_file
-from tiny import FAMILIES, SCHEDULE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, SCHEDULE, TEXT, stock_twin, tiny_base, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spts_compress.base import ALIASES
@@ -70,8 +72,8 @@ def test_from_recipe_to_answers(family, tmp_path):
     dense = model.generate(tokens, attention_mask=mask, spts=False, **options)
     assert torch.equal(dense, stock.generate(tokens, attention_mask=mask, **options))
     one = model.generate(rows[0][None], return_dict_in_generate=True, **options)
-    kept = [layer.get_seq_length() for layer in one.past_key_values.layers]
-    assert kept[0] > kept[2] > kept[4]
+    active = [layer["active"] for layer in model.skipped(one.past_key_values)]
+    assert active[0] > active[2] > active[4]
     more = torch.cat([one.sequences, torch.full((1, 3), 7)], dim=1)  # a second turn on the same cache
     again = model.generate(more, past_key_values=one.past_key_values, **options)
     assert again.shape[1] == more.shape[1] + 6
@@ -131,6 +133,11 @@ def test_scaled_rotary_positions_are_the_stock_ones(family):
     schedule = {**SCHEDULE, "stages": [{"end": 2, "budget": {"fraction": 0.9}}, {"end": 4, "budget": 8}]}
     for kind, more in kinds.items():
         changes = {"rope_parameters": {"rope_type": kind, **theta, **more}, "max_position_embeddings": 64}
+        if family == "gemma3_text":
+            default = {"rope_type": "default", "rope_theta": 100.0}
+            changes["rope_parameters"] = {"full_attention": changes["rope_parameters"], "sliding_attention": default}
+        if family in ("gemma3_text", "ministral"):
+            changes["sliding_window"] = 256  # the stock cache then holds what is looked at here
         if family == "mixtral":
             changes["head_dim"] = 8  # whose default transformers' scaled positions can't read
         model = tiny_model(family, schedule, **changes)
@@ -145,11 +152,56 @@ def test_scaled_rotary_positions_are_the_stock_ones(family):
             torch.testing.assert_close(ours.layers[1].keys[0], theirs.layers[1].keys[0][:, where], rtol=0, atol=1e-5)
 
 
-def test_windows_are_refused_unless_they_are_longer_than_the_context(tmp_path):
-    base = tiny_base(tmp_path / "base", "mistral", sliding_window=64)
-    assert "sliding-window attention is not supported" in run("recipe", recipe_for(base, tmp_path), code=2)
-    with pytest.raises(ValueError, match="sliding-window"):
-        tiny_model("mistral", sliding_window=16)(torch.ones(1, 40, dtype=torch.long), logits_to_keep=1)
+@pytest.mark.parametrize("family", ["gemma3_text", "ministral", "mistral", "mixtral", "phi3", "qwen2"])
+def test_windows_in_padded_batches_and_several_turns_equal_the_reference(family):
+    """Rows that end a window at different slots, then a chunk of tokens for each; all on one cache."""
+    changes = {"sliding_window": 7} if family != "qwen2" else {}
+    if family == "qwen2":
+        changes = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+    schedule = {**SCHEDULE, "probe": {"queries": 3, "carry": 0.5}, "keep_first": 2}
+    model = tiny_model(family, schedule, **changes).double()
+    rows = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 22, 5)]
+    tokens = torch.stack([torch.cat([torch.zeros(40 - len(r), dtype=torch.long), r]) for r in rows])
+    mask, later = (tokens > 0).long(), torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    positions = (torch.cat([mask, torch.ones_like(later)], 1).cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(tokens, attention_mask=mask, position_ids=positions[:, :40], logits_to_keep=1)
+        whole = torch.cat([mask, torch.ones_like(later)], 1)
+        more = model(later, attention_mask=whole, position_ids=positions[:, 40:], past_key_values=out.past_key_values)
+    for number, row in enumerate(rows):
+        reference = Reference(model.state_dict(), model.config, schedule)
+        expected = [reference.prefill(row.tolist()), *(reference.step(int(t)) for t in later[number])]
+        assert reference.margin > 1e-6
+        ours = torch.cat([out.logits[number], more.logits[number]])
+        torch.testing.assert_close(ours, torch.stack(expected), rtol=0, atol=1e-4)
+
+
+def test_pruning_where_a_window_hides_the_rest_is_warned_of(tmp_path):
+    recipe = recipe_for(tiny_base(tmp_path / "base", "gemma3_text"), tmp_path)
+    assert "stages end at layers with a window (3)" in run("recipe", recipe, "--dry-run")
+    assert "stages end" not in run("recipe", recipe, "--set", "schedule.probe.carry=1.0", "--dry-run")
+
+
+def test_windows_with_flash_attention_and_unknown_layers_and_wrappers_get_a_clear_error(tmp_path):
+    model = tiny_model("ministral")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="needs attn_implementation='sdpa'"):
+        model(torch.ones(1, 40, dtype=torch.long), logits_to_keep=1)
+    base = tiny_base(tmp_path / "base", "ministral")
+    config = json.loads((base / "config.json").read_text())
+    faults = [
+        ({"layer_types": ["full_attention"] * 4 + ["chunked_attention"]}, "layers of chunked_attention"),
+        ({"model_type": "gemma3", "text_config": {}}, "family gemma3 is not supported.*text part alone"),
+        ({"model_type": "t5"}, "family t5 is not supported"),
+        ({"model_type": "jamba"}, "family jamba is not supported"),
+    ]
+    for changes, message in faults:
+        (base / "config.json").write_text(json.dumps({**config, **changes}))
+        assert re.search(message, run("recipe", recipe_for(base, tmp_path), code=2))
+    for bidirectional in (True, False):
+        tiny_config("gemma3_text", use_bidirectional_attention=bidirectional).save_pretrained(base)
+        output = run("recipe", recipe_for(base, tmp_path), "--dry-run", code=2 if bidirectional else 0)
+        assert ("looks ahead" in output) == bidirectional
 
 
 TOKENIZER = """

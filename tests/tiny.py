@@ -2,7 +2,9 @@
 
 import torch
 from transformers import (
+    Gemma3TextConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -12,7 +14,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from spts_compress.modeling.modeling_spts_gemma3 import SptsGemma3Config, SptsGemma3ForCausalLM
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig, SptsLlamaForCausalLM
+from spts_compress.modeling.modeling_spts_ministral import SptsMinistralConfig, SptsMinistralForCausalLM
 from spts_compress.modeling.modeling_spts_mistral import SptsMistralConfig, SptsMistralForCausalLM
 from spts_compress.modeling.modeling_spts_mixtral import SptsMixtralConfig, SptsMixtralForCausalLM
 from spts_compress.modeling.modeling_spts_olmo2 import SptsOlmo2Config, SptsOlmo2ForCausalLM
@@ -41,7 +45,9 @@ SCHEDULE = dict(
     proxy={"channels": 12, "rank": 4},
 )
 FAMILIES = {
+    "gemma3_text": (Gemma3TextConfig, SptsGemma3Config, SptsGemma3ForCausalLM),
     "llama": (LlamaConfig, SptsLlamaConfig, SptsLlamaForCausalLM),
+    "ministral": (MinistralConfig, SptsMinistralConfig, SptsMinistralForCausalLM),
     "mistral": (MistralConfig, SptsMistralConfig, SptsMistralForCausalLM),
     "mixtral": (MixtralConfig, SptsMixtralConfig, SptsMixtralForCausalLM),
     "olmo2": (Olmo2Config, SptsOlmo2Config, SptsOlmo2ForCausalLM),
@@ -50,8 +56,25 @@ FAMILIES = {
     "qwen3": (Qwen3Config, SptsQwen3Config, SptsQwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, SptsQwen3MoeConfig, SptsQwen3MoeForCausalLM),
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
 # What a family's tiny model has beside the common sizes: what makes it different, at its smallest.
 SPECIAL = {
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+        "sliding_window": 10,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "final_logit_softcapping": 5.0,
+    },
+    "ministral": {
+        "head_dim": 16,
+        "layer_types": [FULL, SLIDING, FULL, FULL, SLIDING],
+        "sliding_window": 10,
+    },
     "mistral": {"sliding_window": None, "head_dim": 16},
     "phi3": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},

@@ -55,7 +55,8 @@ tails = shared.tail(whole, winner.start - 1)
 
 
 def probed(prompt: shared.Dense) -> list[torch.Tensor]:
-    """What the probe gives the candidates in each stage's first layer, largest first, as shares of the whole."""
+    """What the probe gives the candidates in the layer that decides each stage's tokens (its first one, or the last
+    before it that ranked any), largest first, as shares of the whole."""
     names, seen = type(whole.model.layers[-1])._skip.__globals__, []
     own = names["probe_scores"]
 
@@ -68,8 +69,10 @@ def probed(prompt: shared.Dense) -> list[torch.Tensor]:
         shared.compare(tails, winner, prompt)
     finally:
         names["probe_scores"] = own
-    ranked = [seen[first - winner.start][0].sort(descending=True).values for first in firsts]
-    return [scores.cumsum(0) / scores.sum() for scores in ranked]
+    counts = [winner.counts(layer, len(seen[0][0])) for layer in range(winner.start, layers)]
+    ranking = [min(c) < c.entering or winner.probe.carry > 0 for c in counts]
+    ranked = [sum(ranking[: first - winner.start + 1]) - 1 for first in firsts]
+    return [scores.cumsum(0) / scores.sum() for scores in (seen[i][0].sort(descending=True).values for i in ranked)]
 
 
 def with_counts(counts: list[int]) -> Schedule:

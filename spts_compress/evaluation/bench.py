@@ -35,7 +35,8 @@ def stock_twin(model: Any) -> Any:
     twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     twin.generation_config = model.generation_config
-    twin.model.rotary_emb = model.model.rotary_emb  # its buffers are in no state dict
+    for name in ("rotary_emb", "embed_tokens"):  # which may have buffers that are in no state dict
+        setattr(twin.model, name, getattr(model.model, name))
     return twin.eval()
 
 

@@ -14,14 +14,14 @@ from torch import nn
 
 from ..cost import LayerShape, layer_costs
 from ..modeling.configuration_spts import Schedule
+from ..modeling.spts import MASKS, layer_kinds, position_tables
 from .bench import synchronize
-
-PARTS = ("attention", "feed_forward", "keys")
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds of each of `PARTS` of one layer, by name, at each of the numbers of `tokens` (rising)."""
+    """Seconds of the parts of one layer at each of the numbers of `tokens` (rising): each kind of attention by its
+    name, "feed_forward" and "keys"."""
 
     tokens: list[int]
     seconds: dict[str, list[float]]
@@ -36,16 +36,17 @@ class Prices:
         """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
         feed-forward network's price an operation."""
         costs = layer_costs(config, schedule, length)
-        dense = self.of("attention", length) + self.of("feed_forward", length)
+        kinds = layer_kinds(config)
+        dense = sum(self.of(kind, length) + self.of("feed_forward", length) for kind in kinds)
         pace = self.of("feed_forward", length) / LayerShape.of(config).feed_forward(length)
         total = sum(
-            self.of("attention", cost.active)
+            self.of(kind, cost.active)
             + self.of("keys", cost.entering - cost.active)
             + self.of("feed_forward", cost.changed)
             + cost.probing * pace
-            for cost in costs
+            for kind, cost in zip(kinds, costs, strict=True)
         )
-        return len(costs) * dense / total
+        return dense / total
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,27 +54,29 @@ class Prices:
 
 @torch.no_grad()
 def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> Prices:
-    """Time the parts of the first layer of a `stock` model on the first so many tokens of `ids` (B, n); medians of
-    `repeats` after a warm-up."""
-    layer, whole = stock.model.layers[0], stock.model.embed_tokens(ids)
+    """Time the parts of the first layer of a `stock` model, and of the first of each kind of attention, on the first so
+    many tokens of `ids` (B, n); medians of `repeats` after a warm-up."""
+    layers, whole, kinds = stock.model.layers, stock.model.embed_tokens(ids), layer_kinds(stock.config)
     shape = LayerShape.of(stock.config)
     keys = whole.new_ones(shape.kv_heads * shape.head_dim, shape.hidden)  # time depends on no values
     counts = sorted(set(tokens))
-    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    seconds: dict[str, list[float]] = {part: [] for part in (*kinds, "feed_forward", "keys")}
     for count in counts:
         states, positions = whole[:, :count], torch.arange(count, device=ids.device)[None]
-        rotary = stock.model.rotary_emb(states, position_ids=positions)
-        attend = partial(_attention, layer, stock.model.norm, states, rotary)
-        seconds["attention"].append(_time(attend, ids.device, repeats))
+        rotary = position_tables(stock.model.rotary_emb, stock.config, states, positions)
+        for kind in set(kinds):
+            mask = MASKS[kind](stock.config, states, None, None)
+            attend = partial(_attention, layers[kinds.index(kind)], stock.model.norm, states, rotary[kind], mask)
+            seconds[kind].append(_time(attend, ids.device, repeats))
         seconds["feed_forward"].append(
-            _time(partial(_feed_forward, layer, stock.model.norm, states), ids.device, repeats)
+            _time(partial(_feed_forward, layers[0], stock.model.norm, states), ids.device, repeats)
         )
         seconds["keys"].append(_time(partial(nn.functional.linear, states, keys), ids.device, repeats))
     return Prices(counts, seconds)
 
 
-def _attention(layer: Any, norm: Any, states: torch.Tensor, rotary: Any) -> Any:
-    return layer.self_attn(norm(states), position_embeddings=rotary, attention_mask=None)
+def _attention(layer: Any, norm: Any, states: torch.Tensor, rotary: Any, mask: Any) -> Any:
+    return layer.self_attn(norm(states), position_embeddings=rotary, attention_mask=mask)
 
 
 def _feed_forward(layer: Any, norm: Any, states: torch.Tensor) -> Any:

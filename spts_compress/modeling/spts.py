@@ -9,6 +9,8 @@ state through the residual path and may be chosen again by a later layer:
   feed-forward network runs on the candidates with the largest (predicted norm x attention score).
 - Multi-Stage Delayed Pruning (MSDP): at the end of a stage, the lowest-scoring candidates leave the sequence for good.
 
+A window of a layer's attention is counted in places of the prompt, however many of the tokens inside it are skipped.
+
 Decoding runs densely on the shortened caches. This file travels with every exported checkpoint; it says what the method
 does, once, for all model families. The family's own file mixes it into the stock classes.
 
@@ -27,7 +29,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
@@ -52,6 +54,7 @@ def probe_scores(
     scaling: float,
     heads: str = "mean",
     valid: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that the last queries pay to every candidate (PAP).
 
@@ -61,9 +64,10 @@ def probe_scores(
         scaling: factor of the attention logits.
         heads: how heads are reduced, "mean" or "max".
         valid: which candidates are not padding, (B, T); None if all are.
+        unseen: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
 
     Returns:
-        Scores (B, T) in float32, zero on padding.
+        Scores (B, T) in float32, zero on padding and outside all windows.
     """
     batch, num_heads, window, _ = query.shape
     groups, candidates = key.shape[1:3]
@@ -73,6 +77,8 @@ def probe_scores(
     if window > 1:  # each query sees the tokens up to itself
         future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
         logits[..., -window:].masked_fill_(future, float("-inf"))
+    if unseen is not None:
+        logits.masked_fill_(unseen[:, None], float("-inf"))
     if valid is None:
         raw = torch.softmax(logits, dim=-1).mean(dim=2)
     else:
@@ -250,19 +256,31 @@ class FeedForwardProxy(nn.Module):
 class SkippedCacheLayer(DynamicLayer):
     """KV cache of a layer that skipped prompt tokens: shorter than the prompt, and its rows may start with padding.
 
-    `prompt_length`: slots of the prompt, with padding. `kept`: slots this layer cached of it. `entering`: candidates it
-    chose them from. `tail`: how many of the prompt's last tokens every layer holds. `stage`: layers of one stage hold
-    equally many tokens. What goes by rows and moves with them:
-    `valid`: which of the kept slots are not padding, (B, kept), None if all are. `positions`: on request, the places in
-    the row's prompt that the kept tokens came from, (B, kept), -1 for padding.
+    `prompt_length`: slots of the prompt, with padding. `active`: slots its attention ran on. `entering`: candidates it
+    chose them from. `tail`: how many of the prompt's last tokens every layer holds. `stage`: layers of one stage run on
+    equally many tokens. `window`: of the layer's attention, None if it has none. `kept`: slots cached, the last of the
+    active ones that a window, or one that begins `tail` tokens before, still sees.
+    What goes by rows and moves with them: `valid`: which of the kept slots are not padding, (B, kept), None if all are.
+    `positions`: on request, and where there is a window, the places in the row's prompt that the active tokens came
+    from, (B, active), -1 for padding.
     """
 
-    def __init__(self, prompt_length: int, entering: int, active: "Count", tail: int, stage: int):
+    def __init__(
+        self, prompt_length: int, entering: int, active: "Count", tail: int, stage: int, window: int | None = None
+    ):
         super().__init__()
-        self.prompt_length, self.entering, self.kept = prompt_length, entering, active.width
-        self.tail, self.stage = tail, stage
-        self.valid: torch.Tensor | None = active.valid
+        self.prompt_length, self.entering, self.active = prompt_length, entering, active.width
+        self.tail, self.stage, self.window = tail, stage, window
+        self.kept = active.width if window is None else min(active.width, window - 1 + tail)
+        self.valid: torch.Tensor | None = None if active.valid is None else active.valid[:, -self.kept :]
         self.positions: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.get_seq_length() == 0:  # the prompt
+            key_states, value_states = key_states[:, :, -self.kept :], value_states[:, :, -self.kept :]
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def _move_rows(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.valid = None if self.valid is None else move(self.valid)
@@ -282,7 +300,7 @@ class SkippedCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.prompt_length = self.entering = self.kept = self.tail = 0
+        self.prompt_length = self.entering = self.active = self.kept = self.tail = 0
         self.valid = self.positions = None
 
     def attention_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
@@ -302,6 +320,20 @@ class SkippedCacheLayer(DynamicLayer):
             tail = attention_mask[:, attention_mask.shape[1] - later :].to(states.device, torch.bool)
         return torch.cat([held.to(states.device), tail], dim=1)
 
+    def window_masks(
+        self, attention_mask: torch.Tensor | None, states: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[..., torch.Tensor] | None]:
+        """As `attention_mask`, of what the first of the new `states` (B, new, D) sees through the window; and for
+        `create_causal_mask`, if there are more, that the others see less."""
+        if self.positions is None or self.window is None:
+            raise ValueError("the cache does not know which tokens it holds; run the prompt again")
+        new, held = states.shape[1], self.positions[:, -self.kept :].to(states.device)
+        later = torch.arange(self.get_seq_length() - self.kept + new, device=states.device)
+        places = torch.cat([held, held[:, -1:] + 1 + later], dim=1)  # in each row's own text
+        inside = places > places[:, places.shape[1] - new, None] - self.window
+        seen = self.attention_mask(attention_mask, states)
+        return inside if seen is None else seen & inside, within(places, self.window) if new > 1 else None
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to remove as a negative number")
@@ -314,8 +346,8 @@ class SkippedCacheLayer(DynamicLayer):
             )
         super().crop(tokens_to_remove)
         if of_prompt:
-            self.prompt_length, self.kept = self.prompt_length - of_prompt, self.kept - of_prompt
-            self.tail -= of_prompt
+            self.prompt_length, self.tail = self.prompt_length - of_prompt, self.tail - of_prompt
+            self.active, self.kept = self.active - of_prompt, self.kept - of_prompt
             self._move_rows(lambda rows: rows[:, :-of_prompt])
 
 
@@ -359,6 +391,7 @@ class LayerPlan:
     keep_last: int
     probe: Any
     feed_forward: str
+    window: int | None  # of attention, where it is shorter than the longest prompt
 
     @property
     def skips(self) -> bool:
@@ -411,8 +444,6 @@ class Skip:
             raise TypeError(f"spts must be None, True, False or a dict of schedule changes, not {type(spts).__name__}")
         if config.spts is None:
             raise ValueError("this model's config has no spts block, so it can't skip tokens")
-        if has_windows(config):
-            raise ValueError("skipping is not written for sliding-window layers; pass spts=False")
         changes = dict(spts) if isinstance(spts, dict) else {}
         positions = changes.pop("positions", False)
         fixed = {"start", "proxy"} & set(changes)
@@ -510,6 +541,7 @@ class SkippingDecoderLayer:
         plan: LayerPlan,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
         past_key_values: Cache | None,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -524,7 +556,8 @@ class SkippingDecoderLayer:
         if plan.ranks:
             window = min(plan.probe.queries, entering.width)
             query = self.rotate(self.project("q", normed[:, -window:]), cos[:, -window:], sin[:, -window:])
-            raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid)
+            unseen = outside(slots, window, plan.window)
+            raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid, unseen)
             if hasattr(attention, "k_proj"):  # a fused projection gives every device all heads
                 raw = over_devices(raw, attention.k_proj.weight, plan.probe.heads)
             if plan.probe.carry and carried is not None:
@@ -535,6 +568,11 @@ class SkippingDecoderLayer:
             chosen = select(ranked, raw, active.width, active.rows, entering.valid)
             normed, key = take(normed, chosen), take(key.transpose(1, 2), chosen).transpose(1, 2)
             cos, sin = take(cos, chosen), take(sin, chosen)
+        if plan.window is not None:
+            places = slots if chosen is None else take(slots, chosen)
+            attention_mask = create_causal_mask(
+                attention.config, normed, active.valid, None, and_mask_function=within(places, plan.window)
+            )
 
         # Attention among the active tokens, in their order and with their original positions.
         query, value = self.rotate(self.project("q", normed), cos, sin), self.project("v", normed)
@@ -585,8 +623,8 @@ class SkippingPreTrainedModel:
     @staticmethod
     def skipped(cache: Cache) -> list[dict[str, Any]]:
         """What a prefill did, read from its cache, for each layer: `candidates`, `active` (tokens that attention ran
-        on and that are cached; the feed-forward network ran on as many), `cached` (with the tokens since), `bytes` of
-        keys and values, and `positions` of the active tokens if the call asked for them with
+        on; the feed-forward network ran on as many), `cached` (those a window still sees, and the tokens since),
+        `bytes` of keys and values, and `positions` of the active tokens if the call asked for them with
         `spts={"positions": True}`. In a padded batch the counts are the longest row's."""
         rows = []
         for held in cache.layers:
@@ -595,8 +633,8 @@ class SkippingPreTrainedModel:
             rows.append(
                 {
                     "candidates": held.entering if skipping else held.get_seq_length(),
-                    "active": held.kept if skipping else held.get_seq_length(),
-                    "cached": held.get_seq_length(),
+                    "active": held.active if skipping else held.get_seq_length(),
+                    "cached": held.keys.shape[-2] if held.is_initialized else 0,
                     "bytes": sum(t.numel() * t.element_size() for t in tensors),
                     "positions": held.positions if skipping else None,
                 }
@@ -618,7 +656,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 layer = self.layer_class(config, index)
                 size = schedule.proxy_of(index)
                 shape = config.hidden_size, size.channels, size.rank
-                layer.proxy = FeedForwardProxy(*shape, config.hidden_act, config.rms_norm_eps)
+                layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
                 self.layers[index] = layer
             self.post_init()
 
@@ -714,17 +752,23 @@ class SkippingModel(SkippingPreTrainedModel):
             prompt.last_hidden_state = torch.cat([prompt.last_hidden_state, rest.last_hidden_state], dim=1)
             return prompt
 
-        plans = layer_plans(schedule, len(self.layers), lengths, device)
+        kinds, windows = layer_kinds(self.config), layer_windows(self.config)
+        plans = layer_plans(schedule, windows, lengths, device)
+        if self.config._attn_implementation not in ("sdpa", "eager") and any(plan.window for plan in plans):
+            raise ValueError("skipping in layers with windows needs attn_implementation='sdpa' (or 'eager')")
         if past_key_values is not None:
-            prepare_cache(past_key_values, plans, slots, schedule)
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+            prepare_cache(past_key_values, plans, slots, schedule, windows)
+        rotary = position_tables(self.rotary_emb, self.config, inputs_embeds, position_ids)
+        masks: dict[Any, Any] = {}
         states = inputs_embeds
-        for layer in self.layers[: schedule.start]:
+        for index, layer in enumerate(self.layers[: schedule.start]):
+            if (kind := kinds[index]) not in masks:
+                seen = attention_mask, past_key_values, position_ids
+                masks[kind] = MASKS[kind](self.config, states, *seen, layer_idx=index)
             states = layer(
                 states,
-                attention_mask=mask,
-                position_embeddings=rotary,
+                attention_mask=masks[kind],
+                position_embeddings=rotary[kind],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -735,11 +779,11 @@ class SkippingModel(SkippingPreTrainedModel):
         every = states.clone() if request.last is None else None
         where = torch.arange(slots - width, slots, device=device).expand(states.shape[0], -1)  # the candidates' slots
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
-        states, cos, sin = states[:, -width:].clone(), rotary[0][:, -width:], rotary[1][:, -width:]
-        masks: dict[int, Any] = {}
-        carried = None
-        for layer, plan in zip(self.layers[schedule.start :], plans, strict=True):
-            active = plan.active
+        states = states[:, -width:].clone()
+        rotary = {kind: tuple(table[:, -width:] for table in tables) for kind, tables in rotary.items()}
+        masks, carried = {}, None
+        for index, plan in enumerate(plans, schedule.start):
+            layer, active = self.layers[index], plan.active
             if id(active) not in masks:  # not by width: rows may be filled differently
                 shape = states.new_empty(states.shape[0], active.width, 0)
                 masks = {id(active): create_causal_mask(self.config, shape, active.valid, None)}
@@ -747,19 +791,21 @@ class SkippingModel(SkippingPreTrainedModel):
                 states,
                 plan=plan,
                 attention_mask=masks[id(active)],
-                position_embeddings=(cos, sin),
+                position_embeddings=rotary[kinds[index]],
+                slots=where,
                 past_key_values=past_key_values,
                 carried=carried,
             )
             carried = carried if scores is None else scores
-            if request.positions and past_key_values is not None:
+            if past_key_values is not None and (request.positions or windows[index] is not None):
                 held = where if chosen is None else take(where, chosen.to(device))
-                note_positions(past_key_values.layers[layer.self_attn.layer_idx], held, slots, lengths)
+                note_positions(past_key_values.layers[index], held, slots, lengths, active)
             if keep is not None:
                 if every is not None:
                     every = put(every, where, states.to(device), plan.entering.valid)
                 here = keep.to(device)  # layers may be on several devices
-                states, cos, sin, where = take(states, keep), take(cos, here), take(sin, here), take(where, here)
+                states, where = take(states, keep), take(where, here)
+                rotary = {kind: tuple(take(table, here) for table in tables) for kind, tables in rotary.items()}
                 carried = None if carried is None else take(carried, keep)
         states = states[:, -1:] if every is None else put(every, where, states.to(device), plan.leaving.valid)
         return self.output_class(last_hidden_state=self.norm(states), past_key_values=past_key_values)
@@ -789,22 +835,29 @@ class SkippingModel(SkippingPreTrainedModel):
             )
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
-        rotary = self.rotary_emb(states, position_ids=position_ids)
-        masks: dict[int, Any] = {}
+        kinds, rotary = layer_kinds(self.config), position_tables(self.rotary_emb, self.config, states, position_ids)
+        masks: dict[Any, Any] = {}
         for index, layer in enumerate(self.layers):
-            held = past_key_values.layers[index]
-            stage = held.stage if isinstance(held, SkippedCacheLayer) else -1
-            if stage not in masks and states.shape[1] == 1 and masks.get(-1, 0) is None and held.valid is None:
-                masks[stage] = None  # one new token and no padding: if layer 0 needs no mask, no layer does
-            if stage not in masks:
-                seen_by_layer = attention_mask
-                if isinstance(held, SkippedCacheLayer):
-                    seen_by_layer = held.attention_mask(attention_mask, states)
-                masks[stage] = create_causal_mask(self.config, states, seen_by_layer, past_key_values, layer_idx=index)
+            held, kind = past_key_values.layers[index], kinds[index]
+            if not isinstance(held, SkippedCacheLayer):
+                if (group := kind) not in masks:
+                    masks[group] = MASKS[kind](self.config, states, attention_mask, past_key_values, layer_idx=index)
+            elif held.window is not None and held.window < total:
+                group = f"layer {index}"  # such layers each hold other tokens
+                seen, less = held.window_masks(attention_mask, states)
+                masks[group] = create_causal_mask(
+                    self.config, states, seen, past_key_values, and_mask_function=less, layer_idx=index
+                )
+            elif (group := held.stage) not in masks:
+                if states.shape[1] == 1 and None in masks.values() and held.valid is None:
+                    masks[group] = None  # one new token and no padding: if a dense layer needs no mask, no layer does
+                else:
+                    seen = held.attention_mask(attention_mask, states)
+                    masks[group] = create_causal_mask(self.config, states, seen, past_key_values, layer_idx=index)
             states = layer(
                 states,
-                attention_mask=masks[stage],
-                position_embeddings=rotary,
+                attention_mask=masks[group],
+                position_embeddings=rotary[kind],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -872,12 +925,45 @@ class SkippingForCausalLM(SkippingPreTrainedModel):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
-def has_windows(config: Any) -> bool:
-    """Whether attention of some layer reaches less far than the model's context."""
-    if layer_types := getattr(config, "layer_types", None):
-        return set(layer_types) != {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    return window is not None and window < config.max_position_embeddings
+FULL, SLIDING = "full_attention", "sliding_attention"
+MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Each layer's kind of attention, by the name that transformers has for it."""
+    if kinds := getattr(config, "layer_types", None):
+        return kinds
+    # A family without windows may have been given one in its config, and ignores it.
+    sliding = hasattr(type(config), "sliding_window") and config.sliding_window is not None
+    return [SLIDING if sliding else FULL] * config.num_hidden_layers
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How many tokens back each layer's attention reaches, the own one counted; None: over the whole text."""
+    return [config.sliding_window if kind == SLIDING else None for kind in layer_kinds(config)]
+
+
+def position_tables(rotary: nn.Module, config: Any, states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Cosines and sines (B or 1, T, d) for each kind of attention, some of which have rotary positions of their own."""
+    kinds = set(layer_kinds(config))
+    if kinds <= set(config.rope_parameters):
+        return {kind: rotary(states, position_ids, kind) for kind in kinds}
+    return dict.fromkeys(kinds, rotary(states, position_ids))
+
+
+def outside(places: torch.Tensor, asking: int, window: int | None) -> torch.Tensor | None:
+    """Which tokens at `places` (B, T) are before the windows of the last `asking` ones, (B, asking, T)."""
+    return None if window is None else places[:, -asking:, None] - places[:, None] >= window
+
+
+def within(places: torch.Tensor, window: int) -> Callable[..., torch.Tensor]:
+    """For `create_causal_mask`: a token sees those at most `window` - 1 `places` (B, T) before it."""
+    return lambda row, head, query, key: places[row, query] - places[row, key] < window
+
+
+def activation_of(config: Any) -> str:
+    """Name of the feed-forward network's activation function."""
+    return getattr(config, "hidden_act", None) or config.hidden_activation
 
 
 def wants_every_layer(config: Any, kwargs: dict) -> bool:
@@ -895,15 +981,17 @@ def is_packed(position_ids: torch.Tensor | None, mask: Any, cache: Cache | None,
     return bool((position_ids[:, 1:] - position_ids[:, :-1] != 1).any())
 
 
-def layer_plans(schedule: Any, num_layers: int, lengths: list[int], device: torch.device) -> list[LayerPlan]:
+def layer_plans(schedule: Any, windows: list[int | None], lengths: list[int], device: torch.device) -> list[LayerPlan]:
     """Plans of the skipping layers, for rows of `lengths` tokens. Equal counts share one `Count`."""
     known: dict[tuple[int, ...], Count] = {}
     plans = []
-    for layer in range(schedule.start, num_layers):
+    for layer in range(schedule.start, len(windows)):
         columns = zip(*(schedule.counts(layer, length) for length in lengths), strict=True)
         counts = [known.get(column) or known.setdefault(column, Count.of(column, device)) for column in columns]
         kept = schedule.keep_first, schedule.always_last
-        plans.append(LayerPlan(*counts, *kept, schedule.probe, schedule.feed_forward))
+        window = windows[layer]
+        window = window if window is not None and window < max(lengths) else None
+        plans.append(LayerPlan(*counts, *kept, schedule.probe, schedule.feed_forward, window))
     return plans
 
 
@@ -915,14 +1003,14 @@ def check_cache(cache: Cache) -> None:
             raise ValueError(f"layer {index} of the cache does not fit the others; run the prompt again")
 
 
-def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, lengths: list[int]) -> None:
-    """Keep with a cache layer which tokens of each row's own prompt it holds; `slots` (B or 1, kept) of `width`."""
+def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, lengths: list[int], active: Count) -> None:
+    """Keep with a cache layer which tokens of each row's prompt were active there; `slots` (B, active) of `width`."""
     padding = width - torch.tensor(lengths, device=slots.device)[:, None]
     positions = slots - padding
-    held.positions = positions if held.valid is None else positions.masked_fill(~held.valid, -1)
+    held.positions = positions if active.valid is None else positions.masked_fill(~active.valid, -1)
 
 
-def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: Any) -> None:
+def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: Any, windows: list[int | None]) -> None:
     """Give the skipping layers' caches the class that knows which tokens they hold.
 
     Raises:
@@ -932,7 +1020,6 @@ def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: An
     while cache.layer_class_to_replicate is not None and len(cache.layers) < last_layer:
         cache.layers.append(cache.layer_class_to_replicate())
     for index, plan in enumerate(plans, schedule.start):
-        # A layer with a window is there if the window is as long as the context, and so none.
         if type(cache.layers[index]) not in (DynamicLayer, DynamicSlidingWindowLayer, SkippedCacheLayer):
             raise ValueError(
                 f"skipping needs a dynamic cache, this one has {type(cache.layers[index]).__name__}; "
@@ -940,4 +1027,5 @@ def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: An
             )
         stage = schedule.stage_of(index)
         tail = min(plan.keep_last, plan.active.width)
-        cache.layers[index] = SkippedCacheLayer(slots, plan.entering.width, plan.active, tail, stage)
+        counts = plan.entering.width, plan.active
+        cache.layers[index] = SkippedCacheLayer(slots, *counts, tail, stage, windows[index])

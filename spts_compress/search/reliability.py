@@ -7,7 +7,7 @@ import torch
 
 from ..evaluation.runner import encode
 from ..modeling.configuration_spts import Probe
-from ..modeling.spts import pool_scores, probe_scores
+from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores
 from .shared import Dense
 
 SHARE = 0.25  # of the prompt's tokens
@@ -23,6 +23,7 @@ def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list
     length, found, handles = ids.shape[1], list[float](), []
     ids = torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1)
     skipping = whole.model.layers[-1]  # layers in front of the first skipping one are stock ones
+    places, windows = torch.arange(ids.shape[1], device=ids.device)[None], layer_windows(whole.config)
 
     def note(layer: Any, attention: Any, args: Any, kwargs: dict) -> None:
         normed = args[0] if args else kwargs["hidden_states"]
@@ -34,9 +35,13 @@ def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list
 
         key, asking = heads("k", 0, ids.shape[1]), min(probe.queries, length)
         query = heads("q", length - asking, length)
-        score = pool_scores(probe_scores(query, key[:, :, :length], attention.scaling, probe.heads), probe.pool)
+        window = windows[len(found)]
+        unseen = outside(places[:, :length], asking, window)
+        raw = probe_scores(query, key[:, :, :length], attention.scaling, probe.heads, unseen=unseen)
+        score = pool_scores(raw, probe.pool)
         answering = heads("q", length, ids.shape[1])
-        truth = probe_scores(answering, key, attention.scaling)
+        unseen = outside(places, ids.shape[1] - length, window)
+        truth = probe_scores(answering, key, attention.scaling, unseen=unseen)
         middle = slice(EDGE, length - asking)
         score, truth = score[0, middle], truth[0, middle]
         top = score.topk(max(1, round(SHARE * len(score)))).indices

@@ -88,7 +88,8 @@ def skipping(model: Any, model_class: Any, schedule: Schedule, proxies: dict[str
         made = model_class(config)
     moved = {name: tensor.to(model.device, model.dtype) for name, tensor in proxies.items()}
     made.load_state_dict({**model.state_dict(), **moved}, assign=True)
-    made.model.rotary_emb = model.model.rotary_emb  # its buffers are no part of the state
+    for name in ("rotary_emb", "embed_tokens"):  # which may have buffers that are no part of the state
+        setattr(made.model, name, getattr(model.model, name))
     return made.eval()
 
 
@@ -142,7 +143,8 @@ def compare(tails: Any, schedule: Schedule, prompt: Dense) -> dict[str, Any]:
     device = tails.lm_head.weight.device
     states = prompt.states(first).to(device)
     logits = tails(inputs_embeds=states, use_cache=True, logits_to_keep=len(prompt.answer)).logits[0]
-    own = torch.log_softmax(tails.lm_head(prompt.final.to(device)).float(), dim=-1)
-    other = torch.log_softmax(logits.float(), dim=-1)
-    found = agreement(own, other)
+    own = tails.lm_head(prompt.final.to(device))
+    if cap := getattr(tails.config, "final_logit_softcapping", None):
+        own = torch.tanh(own / cap) * cap
+    found = agreement(torch.log_softmax(own.float(), dim=-1), torch.log_softmax(logits.float(), dim=-1))
     return {**found, "same": found["top1"] == 1}
