@@ -32,6 +32,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # such a file, a line here, one in the tests' tiny.py and one in the README's table.
 FAMILIES = {
     "llama": ("modeling_spts_llama", "SptsLlama"),
+    "deepseek_v2": ("modeling_spts_deepseek", "SptsDeepseekV2"),
+    "deepseek_v3": ("modeling_spts_deepseek", "SptsDeepseekV3"),
     "mistral": ("modeling_spts_mistral", "SptsMistral"),
     "mixtral": ("modeling_spts_mixtral", "SptsMixtral"),
     "olmo2": ("modeling_spts_olmo2", "SptsOlmo2"),

@@ -147,14 +147,23 @@ def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
     return projected.view(*projected.shape[:2], -1, size).transpose(1, 2)
 
 
-def linear_rows(module: nn.Module, states: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some `rows` of what a linear module makes of states (B, T, D), without the others where the module is plain: a
-    quantised, offloaded, hooked, sharded or adapted one makes all."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear module is no more than its matrix: not quantised, offloaded, hooked, sharded or adapted."""
     hooks = module._forward_hooks, module._forward_pre_hooks
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
-    if not plain or any(hooks):
+    return plain and not any(hooks)
+
+
+def linear_rows(module: nn.Module, states: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some `rows` of what a linear module makes of states (B, T, D), without the others where the module is plain."""
+    if not is_plain(module):
         return module(states)[..., rows]
     return nn.functional.linear(states, module.weight[rows], None if module.bias is None else module.bias[rows])
+
+
+def tables_of(rotary: Any) -> tuple[torch.Tensor, ...]:
+    """What a rotary embedding gives, (B or 1, T, ...) each, as a tuple: mostly cosines and sines."""
+    return rotary if isinstance(rotary, tuple) else (rotary,)
 
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -462,11 +471,14 @@ class SkippingDecoderLayer:
     """Mixed into a family's decoder layer: adds PAP and LTP. Without a `plan` the layer is the stock one.
 
     This is where families differ: `rotate_half` and `eager_attention` are the family's own functions, `norms` says
-    which norms there are, and `project` how queries, keys and values are made; a family whose attention makes them in
-    another way overrides it.
+    which norms there are, `project` how queries, keys and values are made, and `rotate` how they get their positions; a
+    family whose attention does so in another way overrides it. One that caches something else than keys and values
+    overrides `keys`, `probes` and `attended`. `by_heads` names a projection whose rows tensor parallelism may share
+    among devices, head by head.
     """
 
     norms = Norms()
+    by_heads = "k_proj"
 
     # From the family's own module.
     rotate_half: Any
@@ -487,13 +499,31 @@ class SkippingDecoderLayer:
         norm = getattr(self.self_attn, f"{name}_norm", None)
         return heads if norm is None else norm(heads)
 
-    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotary positions for queries or keys (B, heads, T, d); tables (B or 1, T, d, or less than d: the rest of each
-        head keeps its place)."""
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    def rotate(self, states: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        """Rotary positions for queries or keys (B, heads, T, d); cosines and sines (B or 1, T, d, or less than d: the
+        rest of each head keeps its place)."""
+        cos, sin = (table.unsqueeze(1) for table in tables)
         turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
         turned = (turned * cos + type(self).rotate_half(turned) * sin).to(states.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+    def keys(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        """What candidates are scored by, (B, G, T, d), from normed states (B, T, D) and their rotary tables."""
+        return self.rotate(self.project("k", normed), *tables)
+
+    def probes(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        """Queries (B, H, w, d) that score such keys."""
+        return self.rotate(self.project("q", normed), *tables)
+
+    def attended(
+        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *tables: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, heads, M, .) of the active tokens, which are cached, from their normed states
+        (B, M, D), their `keys` and their rotary tables."""
+        query, value = self.rotate(self.project("q", normed), *tables), self.project("v", normed)
+        if cache is not None:
+            cache.update(key, value, self.self_attn.layer_idx)
+        return query, key, value
 
     def normed(self, place: str, states: torch.Tensor) -> torch.Tensor:
         """States (B, T, D) after the norm at a place, see `Norms`; as they are if there is none."""
@@ -509,24 +539,24 @@ class SkippingDecoderLayer:
         hidden_states: torch.Tensor,
         plan: LayerPlan,
         attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, ...],
         past_key_values: Cache | None,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         attention = self.self_attn
-        cos, sin = position_embeddings
+        tables = position_embeddings
         entering, active, changed = plan.entering, plan.active, plan.changed
 
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
         normed = self.normed("before_attention", hidden_states)
-        key = self.rotate(self.project("k", normed), cos, sin)
+        key = self.keys(normed, *tables)
         chosen = score = raw = None
         if plan.ranks:
             window = min(plan.probe.queries, entering.width)
-            query = self.rotate(self.project("q", normed[:, -window:]), cos[:, -window:], sin[:, -window:])
+            query = self.probes(normed[:, -window:], *(table[:, -window:] for table in tables))
             raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid)
-            if hasattr(attention, "k_proj"):  # a fused projection gives every device all heads
-                raw = over_devices(raw, attention.k_proj.weight, plan.probe.heads)
+            if hasattr(attention, self.by_heads):  # a fused projection gives every device all heads
+                raw = over_devices(raw, getattr(attention, self.by_heads).weight, plan.probe.heads)
             if plan.probe.carry and carried is not None:
                 raw = raw + plan.probe.carry * carried
             score = pool_scores(raw, plan.probe.pool, entering.valid)
@@ -534,12 +564,10 @@ class SkippingDecoderLayer:
         if plan.skips:
             chosen = select(ranked, raw, active.width, active.rows, entering.valid)
             normed, key = take(normed, chosen), take(key.transpose(1, 2), chosen).transpose(1, 2)
-            cos, sin = take(cos, chosen), take(sin, chosen)
+            tables = tuple(take(table, chosen) for table in tables)
 
         # Attention among the active tokens, in their order and with their original positions.
-        query, value = self.rotate(self.project("q", normed), cos, sin), self.project("v", normed)
-        if past_key_values is not None:
-            past_key_values.update(key, value, attention.layer_idx)
+        query, key, value = self.attended(normed, key, past_key_values, *tables)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, type(self).eager_attention
         )
@@ -735,7 +763,7 @@ class SkippingModel(SkippingPreTrainedModel):
         every = states.clone() if request.last is None else None
         where = torch.arange(slots - width, slots, device=device).expand(states.shape[0], -1)  # the candidates' slots
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
-        states, cos, sin = states[:, -width:].clone(), rotary[0][:, -width:], rotary[1][:, -width:]
+        states, tables = states[:, -width:].clone(), tuple(table[:, -width:] for table in tables_of(rotary))
         masks: dict[int, Any] = {}
         carried = None
         for layer, plan in zip(self.layers[schedule.start :], plans, strict=True):
@@ -747,7 +775,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 states,
                 plan=plan,
                 attention_mask=masks[id(active)],
-                position_embeddings=(cos, sin),
+                position_embeddings=tables,
                 past_key_values=past_key_values,
                 carried=carried,
             )
@@ -759,7 +787,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 if every is not None:
                     every = put(every, where, states.to(device), plan.entering.valid)
                 here = keep.to(device)  # layers may be on several devices
-                states, cos, sin, where = take(states, keep), take(cos, here), take(sin, here), take(where, here)
+                states, where, tables = take(states, keep), take(where, here), tuple(take(t, here) for t in tables)
                 carried = None if carried is None else take(carried, keep)
         states = states[:, -1:] if every is None else put(every, where, states.to(device), plan.leaving.valid)
         return self.output_class(last_hidden_state=self.norm(states), past_key_values=past_key_values)
