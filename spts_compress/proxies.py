@@ -47,7 +47,8 @@ class FeedForward:
         name = (places or Norms()).before_feed_forward
         scale = torch.ones(config.hidden_size) if name is None else getattr(layer, name).weight.detach().float()
         if hasattr(mlp, "experts"):
-            none, routed = scale.new_zeros(0, len(scale)), LayerShape.of(config).intermediate
+            none, number = scale.new_zeros(0, len(scale)), int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
+            routed = LayerShape.of(config, number).intermediate
             return cls(none, none, none.T, scale, config.rms_norm_eps, config.hidden_act, routed)
         down = mlp.down_proj.weight.detach().float()
         if hasattr(mlp, "gate_up_proj"):

@@ -35,17 +35,19 @@ class Prices:
     def speedup(self, config: Any, schedule: Schedule, length: int) -> float:
         """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
         feed-forward network's price an operation."""
-        costs = layer_costs(config, schedule, length)
-        dense = self.of("attention", length) + self.of("feed_forward", length)
-        pace = self.of("feed_forward", length) / LayerShape.of(config).feed_forward(length)
-        total = sum(
-            self.of("attention", cost.active)
-            + self.of("keys", cost.entering - cost.active)
-            + self.of("feed_forward", cost.changed)
-            + cost.probing * pace
-            for cost in costs
-        )
-        return len(costs) * dense / total
+        last = LayerShape.of(config)
+        pace = self.of("feed_forward", length) / last.feed_forward(length)
+        dense = total = 0.0
+        for layer, cost in enumerate(layer_costs(config, schedule, length)):
+            width = LayerShape.of(config, layer).intermediate / last.intermediate
+            dense += self.of("attention", length) + width * self.of("feed_forward", length)
+            total += (
+                self.of("attention", cost.active)
+                + self.of("keys", cost.entering - cost.active)
+                + width * self.of("feed_forward", cost.changed)
+                + cost.probing * pace
+            )
+        return dense / total
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,11 +55,11 @@ class Prices:
 
 @torch.no_grad()
 def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> Prices:
-    """Time the parts of the first layer of a `stock` model on the first so many tokens of `ids` (B, n); medians of
+    """Time the parts of the last layer of a `stock` model on the first so many tokens of `ids` (B, n); medians of
     `repeats` after a warm-up."""
-    layer, whole = stock.model.layers[0], stock.model.embed_tokens(ids)
+    layer, whole = stock.model.layers[-1], stock.model.embed_tokens(ids)
     shape = LayerShape.of(stock.config)
-    keys = whole.new_ones(shape.kv_heads * shape.head_dim, shape.hidden)  # time depends on no values
+    keys = whole.new_ones(shape.key // shape.hidden, shape.hidden)  # time depends on no values
     counts = sorted(set(tokens))
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     for count in counts:

@@ -1,10 +1,11 @@
 """DeepSeek V2 and V3 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the families' part; the method is in
 spts.py.
 
-Their attention is multi-head latent attention: what a token is to the others is one latent of R numbers, which
-`kv_b_proj` makes into keys and values of all heads, and one key of r rotated numbers that all heads share. Both are what
-the stock layers cache.
+Their attention is multi-head latent attention: of a token the stock layers cache one latent of R numbers, out of which
+`kv_b_proj` makes keys and values of all heads, and one key of r rotated numbers that all heads share.
 """
+
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -28,6 +29,7 @@ class LatentDecoderLayer(SkippingDecoderLayer):
     """Multi-head latent attention: candidates are scored by their latents, and only active ones get keys and values."""
 
     by_heads = "kv_b_proj"
+    self_attn: Any
 
     def keys(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
         """Latents and rotated keys, as one key head: (B, 1, T, R + r)."""
@@ -49,8 +51,8 @@ class LatentDecoderLayer(SkippingDecoderLayer):
         return still, self.rotate(turning, *tables)
 
     def probes(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
-        """Queries (B, H, w, R + r) for the latents themselves: the matrix that makes a head's keys of them is applied to
-        its few queries instead, which gives the same products. In float32, as all of scoring."""
+        """Queries (B, H, w, R + r) for the latents themselves: the matrix that would make a head's keys of them is
+        applied to its few queries instead, which gives the same products. In float32, as all of scoring."""
         attention = self.self_attn
         still, turned = self.queries(normed, *tables)
         if is_plain(attention.kv_b_proj):
@@ -130,7 +132,8 @@ class SptsDeepseekV3Model(SkippingModel, modeling_deepseek_v3.DeepseekV3Model):
         super().__init__(config)
         # Layers that predict further tokens: in published checkpoints, and in no stock model.
         extra = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-        self._keys_to_ignore_on_load_unexpected.update(rf"layers\.{number}\." for number in extra)
+        ignored: Any = self._keys_to_ignore_on_load_unexpected
+        ignored.update(rf"layers\.{number}\." for number in extra)
 
 
 class SptsDeepseekV3ForCausalLM(SkippingForCausalLM, modeling_deepseek_v3.DeepseekV3ForCausalLM):
