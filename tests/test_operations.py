@@ -4,11 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import SIZES, tiny_model
+from tiny import FAMILIES, SIZES, stock_twin, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spts_compress.cost import LayerShape, has_experts, layer_costs, predicted
+from spts_compress.plan import parameters
 
 LENGTH = 192
 SCHEDULE = dict(
@@ -80,6 +81,14 @@ def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
                 expected += 2.0 * plan.probe.queries * heads * size * config.kv_lora_rank
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
     assert predicted(config, plan, LENGTH)["speedup"] > 1.2  # so that the two cases differ
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_counts_the_parameters_that_the_model_has(family):
+    model = stock_twin(tiny_model(family))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}  # no norms and biases
+    counted = sum(weight.numel() for name, weight in weights.items() if "mlp.gate." not in name)  # no routers
+    assert parameters(model.config) == counted
 
 
 def test_a_skipping_layer_makes_few_calls_at_any_length():

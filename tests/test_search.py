@@ -35,7 +35,7 @@ def schedule(start, **changes):
     return Schedule.from_dict({**block, **changes}, 5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v2"])
 @pytest.mark.parametrize("start", [1, 3])
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, tmp_path):
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
@@ -119,9 +119,10 @@ def test_single_tasks_are_kinds_of_their_own():
     assert [prompts.kind_of(item, kinds) for item in made] == kinds * 2
 
 
-def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(family, tmp_path):
     """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""
-    whole = tiny_model("llama", schedule(1).to_dict(), vocab_size=300)
+    whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
     dense = shared.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
