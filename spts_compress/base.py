@@ -31,6 +31,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
 # such a file, a line here, one in the tests' tiny.py and one in the README's table.
 FAMILIES = {
+    "deepseek_v2": ("modeling_spts_deepseek", "SptsDeepseekV2"),
+    "deepseek_v3": ("modeling_spts_deepseek", "SptsDeepseekV3"),
     "gemma3_text": ("modeling_spts_gemma3", "SptsGemma3"),
     "llama": ("modeling_spts_llama", "SptsLlama"),
     "ministral": ("modeling_spts_ministral", "SptsMinistral"),

@@ -11,39 +11,71 @@ from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.spts import layer_windows
 
 
-def has_experts(config: Any) -> bool:
-    """Whether feed-forward networks are mixtures of experts."""
-    return getattr(config, "num_experts_per_tok", None) is not None
+def has_experts(config: Any, layer: int | None = None) -> bool:
+    """Whether the feed-forward network of a layer is a mixture of experts; the last layer's if none is named."""
+    first = getattr(config, "first_k_dense_replace", 0)
+    return getattr(config, "num_experts_per_tok", None) is not None and (layer is None or layer >= first)
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer: D, D_ff (of the experts that work on one token, together), H, G and d."""
+    """Sizes of one decoder layer.
+
+    `hidden`: D. `intermediate`: D_ff, of all experts that work on one token together; `stored`: of all there are.
+    `key`, `value`, `query`, `output`: weights of these projections. Of latent attention, `key` makes the latents and
+    `value` keys and values out of them. `pair`: multiply-adds of all heads for one query and one key, of scores and
+    weighted values. `probed`: those for a probe's query and a candidate.
+    """
 
     hidden: int
     intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    stored: int = 0
+    key: int = 0
+    value: int = 0
+    query: int = 0
+    output: int = 0
+    pair: int = 0
+    probed: int = 0
 
     @classmethod
-    def of(cls, config: Any) -> "LayerShape":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = config.intermediate_size
-        if has_experts(config):
-            width = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or width)
-        return cls(config.hidden_size, width, config.num_attention_heads, kv_heads, head_dim)
+    def of(cls, config: Any, layer: int | None = None) -> "LayerShape":
+        """Of a layer, the last one if none is named."""
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        width = stored = config.intermediate_size
+        if has_experts(config, layer):
+            one = getattr(config, "moe_intermediate_size", None) or width
+            shared = getattr(config, "n_shared_experts", 0)
+            experts = getattr(config, "num_local_experts", None) or config.num_experts
+            width, stored = one * (config.num_experts_per_tok + shared), one * (experts + shared)
+        if latent := getattr(config, "kv_lora_rank", None):
+            made, size, rank = heads * config.qk_head_dim, config.v_head_dim, config.q_lora_rank
+            cached = latent + config.qk_rope_head_dim
+            return cls(
+                hidden,
+                width,
+                stored,
+                key=hidden * cached,
+                value=latent * heads * (config.qk_nope_head_dim + size),
+                query=hidden * made if rank is None else (hidden + made) * rank,
+                output=heads * size * hidden,
+                pair=made + heads * size,
+                probed=heads * cached,
+            )
+        size = getattr(config, "head_dim", None) or hidden // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        keys, queries = hidden * kv_heads * size, hidden * heads * size
+        return cls(hidden, width, stored, keys, keys, queries, queries, pair=2 * heads * size, probed=heads * size)
 
-    def project(self, tokens: int, heads: int) -> float:
-        """Operations of a projection between the hidden size and `heads` heads."""
-        return 2.0 * tokens * self.hidden * heads * self.head_dim
+    @property
+    def weights(self) -> int:
+        """All weights, but for a router's."""
+        return self.key + self.value + self.query + self.output + 3 * self.hidden * self.stored
 
     def attention(self, tokens: int, window: int | None = None) -> float:
         """Operations of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
         weighted values."""
         reach = tokens if window is None else min(tokens, window)
-        return 4.0 * self.heads * self.head_dim * (tokens - reach / 2) * reach
+        return 2.0 * self.pair * (tokens - reach / 2) * reach
 
     def feed_forward(self, tokens: int) -> float:
         return 6.0 * tokens * self.hidden * self.intermediate
@@ -54,13 +86,13 @@ class LayerShape:
 
     def dense(self, tokens: int, window: int | None = None) -> float:
         """Operations of one stock layer."""
-        projections = 2 * self.project(tokens, self.heads) + 2 * self.project(tokens, self.kv_heads)
+        projections = 2.0 * tokens * (self.key + self.value + self.query + self.output)
         return projections + self.attention(tokens, window) + self.feed_forward(tokens)
 
 
 def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
     """Operations of a proxy as a share of the dense feed-forward network's."""
-    shape = LayerShape(hidden, intermediate, 0, 0, 0)
+    shape = LayerShape(hidden, intermediate)
     return shape.proxy(size) / shape.feed_forward(1)
 
 
@@ -85,22 +117,18 @@ class LayerCost:
 
 def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]:
     """Costs of all layers for a prompt of `length` tokens."""
-    shape = LayerShape.of(config)
     costs = []
     for layer, window in enumerate(layer_windows(config)):
+        shape = LayerShape.of(config, layer)
         entering, active, changed, leaving = schedule.counts(layer, length)
         probing = 0.0
         carries = schedule.probe.carry > 0 and layer >= schedule.start and schedule.skips(length)
         if min(active, changed, leaving) < entering or carries:
-            probing += 2.0 * schedule.probe.queries * entering * shape.heads * shape.head_dim
+            probing += 2.0 * schedule.probe.queries * entering * shape.probed
         if changed < entering and schedule.feed_forward in ("proxy", "relative"):
             probing += entering * shape.proxy(schedule.proxy_of(layer))
-        attention = (
-            shape.project(entering, shape.kv_heads)
-            + shape.project(active, shape.kv_heads)
-            + 2 * shape.project(active, shape.heads)
-            + shape.attention(active, window)
-        )
+        projections = 2.0 * (entering * shape.key + active * (shape.value + shape.query + shape.output))
+        attention = projections + shape.attention(active, window)
         spare = schedule.always_last if layer >= schedule.start and schedule.skips(length) else 0
         cached = active if window is None else min(active, window - 1 + spare)
         tokens = entering, active, changed, leaving, cached
@@ -112,7 +140,7 @@ def predicted(config: Any, schedule: Schedule, length: int) -> dict[str, float]:
     """Dense over SPTS operations, share of the KV cache kept, and share of probing in the SPTS prefill."""
     costs = layer_costs(config, schedule, length)
     windows = layer_windows(config)
-    dense = sum(LayerShape.of(config).dense(length, window) for window in windows)
+    dense = sum(LayerShape.of(config, layer).dense(length, window) for layer, window in enumerate(windows))
     cached = sum(length if window is None else min(length, window - 1) for window in windows)
     total = sum(cost.total for cost in costs)
     return {

@@ -48,7 +48,7 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     documents(recipe.calibration)
     config = resolve_config(recipe.model)
     schedule = _widest(recipe, config)
-    plan.check_share(config, recipe.proxy)
+    plan.check_share(config, recipe.proxy, schedule.start)
     name = recipe.model.path or str(recipe.model.gguf_file)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
     return plan.describe(name, config, schedule, *rest)
@@ -56,11 +56,11 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
 
 def _widest(recipe: Recipe, config: Any) -> Schedule:
     """The recipe's schedule; where it is to be searched for, one that skips from the earliest start on."""
-    size = Proxy(1, 0) if has_experts(config) else Proxy(recipe.proxy.channels, recipe.proxy.rank)
-    layers = config.num_hidden_layers
-    if (schedule := recipe.read_schedule(layers)) is not None:
-        return replace(schedule, proxy=(size,))
-    return searching.widest(searching.starts_of(recipe.search or SearchSection(), config), layers, size)
+    full, layers = Proxy(recipe.proxy.channels, recipe.proxy.rank), config.num_hidden_layers
+    sizes = tuple(Proxy(1, 0) if has_experts(config, layer) else full for layer in range(layers))
+    if (schedule := recipe.read_schedule(layers)) is None:
+        schedule = searching.widest(searching.starts_of(recipe.search or SearchSection(), config), layers)
+    return replace(schedule, proxy=sizes[schedule.start :])
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def run(
     prose = _prose(recipe.report.text)
     config = resolve_config(recipe.model)
     schedule = _widest(recipe, config)
-    plan.check_share(config, recipe.proxy)
+    plan.check_share(config, recipe.proxy, schedule.start)
     _check_room(recipe, config, schedule, output, device)
     store = Store(work or output.with_name(output.name + ".work"))
     new = output.with_name(output.name + ".new")

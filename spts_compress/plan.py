@@ -14,14 +14,8 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def parameters(config: Any) -> int:
     """Number of parameters of the dense model, without norms and biases."""
-    shape = LayerShape.of(config)
-    feed_forward = 3 * shape.hidden * shape.intermediate
-    if has_experts(config):
-        experts = getattr(config, "num_local_experts", None) or config.num_experts
-        feed_forward = feed_forward // config.num_experts_per_tok * experts
-    layer = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads) + feed_forward
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return layer * config.num_hidden_layers + embeddings
+    return sum(LayerShape.of(config, layer).weights for layer in range(config.num_hidden_layers)) + embeddings
 
 
 def proxy_parameters(config: Any, schedule: Schedule) -> int:
@@ -72,18 +66,21 @@ def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
     features, and its feed-forward network in float32; on a GPU the weights, too. On a CPU they are pages of the
     files, which the system reads again where memory is short."""
     weights = 0 if device == "cpu" else BYTES[dtype] * parameters(config)
-    layer = 5 * 4 * config.hidden_size * LayerShape.of(config).intermediate
+    width = max(LayerShape.of(config, number).intermediate for number in range(config.num_hidden_layers))
+    layer = 5 * 4 * config.hidden_size * width
     return weights + layer + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
 
 
-def check_share(config: Any, section: Any) -> None:
+def check_share(config: Any, section: Any, start: int) -> None:
     """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network, or
-    where there are experts asks for matrices of theirs."""
-    if has_experts(config):
-        if not section.regression:
-            raise UserError("proxy.regression is false, but experts share no matrices that another proxy is made of")
+    where there are experts asks for matrices of theirs, in a layer from `start` on."""
+    if has_experts(config) and not section.regression:
+        raise UserError("proxy.regression is false, but experts share no matrices that another proxy is made of")
+    plain = [n for n in range(start, config.num_hidden_layers) if not has_experts(config, n)]
+    if not plain:
         return
-    share = proxy_share(config.hidden_size, LayerShape.of(config).intermediate, Proxy(section.channels, section.rank))
+    width = LayerShape.of(config, plain[0]).intermediate
+    share = proxy_share(config.hidden_size, width, Proxy(section.channels, section.rank))
     if share > section.share:
         fits = int(section.rank * section.share / share)
         raise UserError(

@@ -50,7 +50,8 @@ class FeedForward:
             norm = getattr(layer, name)
             scale = norm(scale.to(norm.weight.device)).detach()
         if hasattr(mlp, "experts"):
-            none, routed = scale.new_zeros(0, len(scale)), LayerShape.of(config).intermediate
+            none, number = scale.new_zeros(0, len(scale)), int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
+            routed = LayerShape.of(config, number).intermediate
             return cls(none, none, none.T, scale, *numbers, routed)
         down = mlp.down_proj.weight.detach().float()
         if hasattr(mlp, "gate_up_proj"):

@@ -10,8 +10,8 @@ import torch
 
 class Reference:
     """A Llama-like decoder that skips tokens, from a state dict of the exported model; with norms of queries and keys,
-    fused projections, partial rotary positions and windows where the model has them. The cache holds what was ever put
-    into it, also outside the windows."""
+    fused projections, partial rotary positions, experts, latent attention and windows where the model has them. The
+    cache holds what was ever put into it, also outside the windows."""
 
     def __init__(self, state: dict, config, schedule: dict):
         self.c = config
@@ -22,8 +22,11 @@ class Reference:
         self.s = schedule
         self.gemma = "gemma" in config.model_type
         self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.latent = hasattr(config, "kv_lora_rank")
+        if self.latent:
+            self.d = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.scaling = getattr(config, "query_pre_attn_scalar", self.d) ** -0.5
-        self.cache: list[dict] = []  # per layer: {"pos": [...], "k": [(G, d)], "v": [(G, d)]}
+        self.cache: list[dict] = []  # per layer: {"pos": [...], "k": [(G, d)], "v": [(G, d)]}, or of latents
         self.count = 0
         self.margin = float("inf")  # smallest gap between the last chosen and the first not chosen score
 
@@ -106,19 +109,73 @@ class Reference:
         layer = int(name.split(".")[2])
         return parts if position is None else torch.stack([self.rope(p, position, layer) for p in parts])
 
+    def query(self, x, layer, position):
+        """One token's queries, (H, d)."""
+        p = f"model.layers.{layer}.self_attn."
+        if not self.latent:
+            return self.heads(x, p + "q_proj", position)
+        if p + "q_proj.weight" in self.w:
+            made = self.lin(x, p + "q_proj")
+        else:
+            made = self.lin(self.norm(self.lin(x, p + "q_a_proj"), p + "q_a_layernorm"), p + "q_b_proj")
+        still = self.c.qk_nope_head_dim
+        return torch.stack([torch.cat([q[:still], self.turn(q[still:], position)]) for q in made.view(-1, self.d)])
+
+    def held(self, x, layer, position):
+        """What one token puts into a layer's cache."""
+        p = f"model.layers.{layer}.self_attn."
+        if not self.latent:
+            return self.heads(x, p + "k_proj", position), self.heads(x, p + "v_proj")
+        made, rank = self.lin(x, p + "kv_a_proj_with_mqa"), self.c.kv_lora_rank
+        return self.norm(made[:rank], p + "kv_a_layernorm")[None], self.turn(made[rank:], position)[None]
+
+    def read(self, k, v, layer):
+        """Keys and values of every query head, (H, .), from what the cache holds of a token."""
+        if not self.latent:
+            group = self.c.num_attention_heads // self.c.num_key_value_heads
+            return k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        made = self.lin(k[0], f"model.layers.{layer}.self_attn.kv_b_proj").view(self.c.num_attention_heads, -1)
+        still = self.c.qk_nope_head_dim
+        return torch.stack([torch.cat([m[:still], v[0]]) for m in made]), made[:, still:]
+
+    def turn(self, vector, position):
+        """Rotary positions of DeepSeek: neighbours turn together. V3 then puts all first ones in front of all second
+        ones, or has them there from the start."""
+        size = len(vector)
+        paired = getattr(self.c, "rope_interleave", True)
+        firsts, seconds = (vector[0::2], vector[1::2]) if paired else vector.chunk(2)
+        angles = [position * self.c.rope_parameters["rope_theta"] ** (-2 * i / size) for i in range(size // 2)]
+        cos = vector.new_tensor([math.cos(angle) for angle in angles])
+        sin = vector.new_tensor([math.sin(angle) for angle in angles])
+        made = [firsts * cos - seconds * sin, seconds * cos + firsts * sin]
+        return torch.stack(made, 1).flatten() if self.c.model_type.endswith("v2") else torch.cat(made)
+
     def ffn(self, x, layer):
         if f"model.layers.{layer}.mlp.gate.weight" in self.w:
             return self.routed(x, layer)
-        p = f"model.layers.{layer}.mlp."
+        return self.plain(x, f"model.layers.{layer}.mlp.")
+
+    def plain(self, x, p):
         return self.lin(self.act(self.lin(x, p + "gate_proj")) * self.lin(x, p + "up_proj"), p + "down_proj")
 
     def routed(self, x, layer):
-        """The most probable experts' outputs, weighed."""
+        """The chosen experts' outputs, weighed, and the shared one's."""
         p = f"model.layers.{layer}.mlp."
-        probable = torch.softmax(self.w[p + "gate.weight"] @ x, 0)
-        order = sorted(range(len(probable)), key=lambda e: -float(probable[e]))[: self.c.num_experts_per_tok]
-        total = sum(probable[e] for e in order) if getattr(self.c, "norm_topk_prob", True) else 1
-        made = 0
+        logits, bias = self.w[p + "gate.weight"] @ x, self.w.get(p + "gate.e_score_correction_bias")
+        probable = torch.softmax(logits, 0) if bias is None else torch.sigmoid(logits)
+        wanted = (probable if bias is None else probable + bias).tolist()
+        allowed = range(len(wanted))
+        if getattr(self.c, "n_group", None):  # experts of the best groups only, each judged by its best one or two
+            size = len(wanted) // self.c.n_group
+            groups = [range(g * size, g * size + size) for g in range(self.c.n_group)]
+            groups.sort(key=lambda g: -sum(sorted(wanted[e] for e in g)[-1 if bias is None else -2 :]))
+            allowed = [e for g in groups[: self.c.topk_group] for e in g]
+        order = sorted(allowed, key=lambda e: -wanted[e])[: self.c.num_experts_per_tok]
+        normed = getattr(self.c, "norm_topk_prob", True)
+        total = sum(probable[e] for e in order) if normed else 1
+        total = total / getattr(self.c, "routed_scaling_factor", 1)
+        shared = p + "shared_experts."
+        made = self.plain(x, shared) if shared + "up_proj.weight" in self.w else 0
         for e in order:
             gate, up = (self.w[p + "experts.gate_up_proj"][e] @ x).chunk(2)
             made = made + probable[e] / total * (
@@ -139,16 +196,13 @@ class Reference:
             made *= math.sqrt(float((product**2).sum())) ** power
         return made
 
-    def attend(self, q, held, layer):
-        """Attention of the last of the tokens held: q (H, d) over lists of keys and values (G, d)."""
-        group = self.c.num_attention_heads // self.c.num_key_value_heads
-        seen = [i for i, position in enumerate(held["pos"]) if self.sees(layer, held["pos"][-1], position)]
-        keys, values = [held["k"][i] for i in seen], [held["v"][i] for i in seen]
+    def attend(self, q, seen):
+        """One token's attention: q (H, d) over a list of keys and values of all heads (H, .)."""
         out = []
         for h in range(self.c.num_attention_heads):
-            logits = torch.stack([(q[h] * k[h // group]).sum() * self.scaling for k in keys])
+            logits = torch.stack([(q[h] * k[h]).sum() * self.scaling for k, _ in seen])
             p = torch.softmax(logits, 0)
-            out.append(sum(p[i] * values[i][h // group] for i in range(len(values))))
+            out.append(sum(p[i] * v[h] for i, (_, v) in enumerate(seen)))
         return torch.cat(out)
 
     # -- selection -----------------------------------------------------------------------------------------------
@@ -185,15 +239,14 @@ class Reference:
     def probe(self, x, keys, positions, layer, carried):
         probe = self.s.get("probe", {})
         w = min(probe.get("queries", 1), len(x))
-        group = self.c.num_attention_heads // self.c.num_key_value_heads
         n = len(x)
         per_head = []
         for h in range(self.c.num_attention_heads):
             total = [0.0] * n
             for i in range(n - w, n):
-                q = self.heads(x[i], f"model.layers.{layer}.self_attn.q_proj", positions[i])[h]
+                q = self.query(x[i], layer, positions[i])[h]
                 seen = [j for j in range(i + 1) if self.sees(layer, positions[i], positions[j])]
-                logits = torch.stack([(q * keys[j][h // group]).sum() * self.scaling for j in seen])
+                logits = torch.stack([(q * keys[j][h]).sum() * self.scaling for j in seen])
                 for j, p in zip(seen, torch.softmax(logits, 0).tolist(), strict=True):
                     total[j] += p / w
             per_head.append(total)
@@ -218,24 +271,26 @@ class Reference:
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
             normed = [self.norm_if_there(v, p + "input_layernorm") for v in x]
-            keys = [self.heads(v, p + "self_attn.k_proj", pos) for v, pos in zip(normed, positions, strict=True)]
+            pairs = [self.held(v, layer, pos) for v, pos in zip(normed, positions, strict=True)]
+            seen = [self.read(*pair, layer) for pair in pairs]
             places = range(len(x))
             skipping = layer >= self.s["start"]
             if skipping:
                 stage = next((s for s in self.s["stages"] if layer <= s["end"]), self.s["stages"][-1])
                 last_budget = min(len(x), self.amount(stage["budget"], n))
-                score, raw = self.probe(normed, keys, positions, layer, carried)
+                score, raw = self.probe(normed, [k for k, _ in seen], positions, layer, carried)
                 carried = dict(zip(positions, raw, strict=True))
                 places = self.top(score, raw, last_budget)
             held = {
                 "pos": [positions[i] for i in places],
-                "k": [keys[i] for i in places],
-                "v": [self.heads(normed[i], p + "self_attn.v_proj") for i in places],
+                "k": [pairs[i][0] for i in places],
+                "v": [pairs[i][1] for i in places],
             }
             self.cache.append(held)
             for number, i in enumerate(places):
-                q = self.heads(normed[i], p + "self_attn.q_proj", positions[i])
-                out = self.attend(q, {name: part[: number + 1] for name, part in held.items()}, layer)
+                q = self.query(normed[i], layer, positions[i])
+                before = [j for j in places[: number + 1] if self.sees(layer, positions[i], positions[j])]
+                out = self.attend(q, [seen[j] for j in before])
                 x[i] = x[i] + self.attended(out, layer)
             places = range(len(x))
             choice = self.s.get("feed_forward", "proxy")
@@ -271,10 +326,14 @@ class Reference:
             normed = self.norm_if_there(x, p + "input_layernorm")
             held = self.cache[layer]
             held["pos"].append(position)
-            held["k"].append(self.heads(normed, p + "self_attn.k_proj", position))
-            held["v"].append(self.heads(normed, p + "self_attn.v_proj"))
-            q = self.heads(normed, p + "self_attn.q_proj", position)
-            x = x + self.attended(self.attend(q, held, layer), layer)
+            for name, made in zip("kv", self.held(normed, layer, position), strict=True):
+                held[name].append(made)
+            seen = [
+                self.read(k, v, layer)
+                for at, k, v in zip(*held.values(), strict=True)
+                if self.sees(layer, position, at)
+            ]
+            x = x + self.attended(self.attend(self.query(normed, layer, position), seen), layer)
             x = x + self.transform(x, layer)
         return self.logits(x)
 

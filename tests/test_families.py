@@ -8,13 +8,14 @@ import torch
 import yaml
 from click.testing import CliRunner
 from reference import Reference
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, SCHEDULE, TEXT, stock_twin, tiny_base, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spts_compress.base import ALIASES
 from spts_compress.base import FAMILIES as SUPPORTED
 from spts_compress.cli import main
+from spts_compress.modeling.spts import probe_scores, tables_of
 
 ELSEWHERE = ("llama", "qwen2")  # go through test_pipeline.py and test_generate.py
 
@@ -79,19 +80,21 @@ def test_from_recipe_to_answers(family, tmp_path):
     assert again.shape[1] == more.shape[1] + 6
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe"])
 def test_skipped_tokens_never_reach_a_router(family):
     model = tiny_model(family)
-    seen = []
-    for layer in model.model.layers:
+    seen, plain = [], getattr(model.config, "first_k_dense_replace", 0)
+    for layer in model.model.layers[plain:]:
         layer.mlp.gate.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-2]))
     tokens = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         model(tokens, logits_to_keep=1)
-        assert seen == [40, 12, 12, 8, 8]
+        assert seen == [40, 12, 12, 8, 8][plain:]
         seen.clear()
-        routing = model(tokens, logits_to_keep=1, output_router_logits=True).router_logits  # of every layer: dense
-    assert seen == [40] * 5 and [len(logits) for logits in routing] == [40] * 5
+        routing = model(tokens, logits_to_keep=1, output_router_logits=True).get("router_logits")
+    assert seen == [40] * (5 - plain)  # of every layer, so dense
+    if routing is not None:  # transformers 5.17 gives none of DeepSeek's
+        assert [len(logits) for logits in routing] == seen
 
 
 def test_experts_have_no_low_rank_proxies(tmp_path):
@@ -127,6 +130,8 @@ def test_scaled_rotary_positions_are_the_stock_ones(family):
         "dynamic": {"factor": 2.0},
         "linear": {"factor": 2.0},
     }
+    if family.startswith("deepseek"):  # whose attention scales by these as well
+        kinds["yarn"] = {**kinds["yarn"], "mscale": 0.7, "mscale_all_dim": 1.0}
     if family == "phi3":
         factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
         kinds = {"longrope": factors}
@@ -149,7 +154,49 @@ def test_scaled_rotary_positions_are_the_stock_ones(family):
                 theirs = stock(tokens, use_cache=True).past_key_values
             where = ours.layers[1].positions[0]
             assert len(where) < length
-            torch.testing.assert_close(ours.layers[1].keys[0], theirs.layers[1].keys[0][:, where], rtol=0, atol=1e-5)
+            for mine, stocks in zip(*((c.layers[1].keys, c.layers[1].values) for c in (ours, theirs)), strict=True):
+                torch.testing.assert_close(mine[0], stocks[0][:, where], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_latents_are_probed_as_the_keys_made_of_them_would_be(family, hooked):
+    """By the attention that the dense model pays; and without a look at weights where the module is not plain."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    yarn |= {"mscale": 0.7, "mscale_all_dim": 1.0}
+    model, given = tiny_model(family, attn_implementation="eager", rope_parameters=yarn), []
+    layer = model.model.layers[1]
+    layer.self_attn.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        paid = model(tokens, output_attentions=True).attentions[1][:, :, -3:].mean((1, 2))
+        normed, tables = given[0]["hidden_states"], tables_of(given[0]["position_embeddings"])
+        calls = []
+        if hooked:
+            layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: calls.append(args))
+        query = layer.probes(normed[:, -3:], *(table[:, -3:] for table in tables))
+        found = probe_scores(query, layer.keys(normed, *tables), layer.self_attn.scaling)
+    torch.testing.assert_close(found, paid, rtol=1e-5, atol=1e-6)
+    assert len(calls) == hooked
+
+
+def test_layers_that_predict_further_tokens_stay_in_the_files_and_out_of_the_model(tmp_path):
+    base, out = tiny_base(tmp_path / "base", "deepseek_v3"), tmp_path / "out"
+    weights = load_file(base / "model.safetensors")
+    further = {n.replace("layers.4", "layers.5"): w.clone() for n, w in weights.items() if "layers.4." in n}
+    further["model.layers.5.eh_proj.weight"] = torch.zeros(32, 64)
+    save_file({**weights, **further}, base / "model.safetensors", {"format": "pt"})
+    run("recipe", recipe_for(base, tmp_path))
+    assert len(load_file(out / "base.safetensors")) == len(weights) + len(further)
+    run("verify", out)
+    model, told = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
+    assert not told["unexpected_keys"] and len(model.model.layers) == 5
+    bias = "model.layers.3.mlp.gate.e_score_correction_bias"
+    assert torch.equal(model.state_dict()[bias], weights[bias].float()) and weights[bias].any()
+    fits = json.loads((out / "spts_report.json").read_text())["proxies"]
+    assert [len(fit["candidates"]) for fit in fits] == [3, 1, 1]  # one layer of matrices, two of experts
+    run("strip", out, "--output", tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "ministral", "mistral", "mixtral", "phi3", "qwen2"])

@@ -4,11 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import SIZES, tiny_model
+from tiny import FAMILIES, SIZES, stock_twin, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from spts_compress.cost import LayerShape, layer_costs, predicted
+from spts_compress.cost import LayerShape, has_experts, layer_costs, predicted
+from spts_compress.plan import parameters
 
 LENGTH = 192
 SCHEDULE = dict(
@@ -55,25 +56,39 @@ def counted(model, length, **options):
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, {**SCHEDULE, "feed_forward": "attention"}], ids=["proxy", "attention"])
 @pytest.mark.parametrize("options", [{"spts": False}, {}], ids=["dense", "spts"])
-def test_the_cost_model_counts_what_torch_counts(schedule, options):
-    model = tiny_model(schedule=schedule, attn_implementation="eager")
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
+    model = tiny_model(family, schedule, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter:
         prefill(model, LENGTH, **options)
-    config, shape = model.config, LayerShape.of(model.config)
-    plan = config.schedule()
+    config, plan = model.config, model.config.schedule()
     expected = 2.0 * config.hidden_size * config.vocab_size  # the head, at the last position
-    if options:
-        expected += config.num_hidden_layers * (shape.dense(LENGTH) + shape.attention(LENGTH))  # eager: no causal half
-    else:
-        for cost in layer_costs(config, plan, LENGTH):
-            # eager attention computes the half that causality hides, and torch counts products only
-            expected += cost.total + shape.attention(cost.active)
-            if cost.changed < cost.entering and plan.feed_forward == "proxy":
-                expected -= 5.0 * config.hidden_size * cost.entering
-            if cost.probing:  # the window's queries are projected for the probe, and again among the active
-                expected += shape.project(plan.probe.queries, shape.heads)
+    for layer, cost in enumerate(layer_costs(config, plan, LENGTH)):
+        shape, routed = LayerShape.of(config, layer), LENGTH if options else cost.changed
+        if has_experts(config, layer):  # by a router, which is not counted
+            expected += 2.0 * routed * model.model.layers[layer].mlp.gate.weight.numel()
+        # eager attention computes the half that causality hides, and torch counts products only
+        if options:
+            expected += shape.dense(LENGTH) + shape.attention(LENGTH)
+            continue
+        expected += cost.total + shape.attention(cost.active)
+        if cost.changed < cost.entering and plan.feed_forward == "proxy":
+            expected -= 5.0 * config.hidden_size * cost.entering
+        if cost.probing:  # the window's queries are projected for the probe, and again among the active
+            expected += 2.0 * plan.probe.queries * shape.query
+            if family.startswith("deepseek"):  # and by the matrix that makes keys of latents
+                heads, size = config.num_attention_heads, config.qk_nope_head_dim
+                expected += 2.0 * plan.probe.queries * heads * size * config.kv_lora_rank
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
     assert predicted(config, plan, LENGTH)["speedup"] > 1.2  # so that the two cases differ
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_counts_the_parameters_that_the_model_has(family):
+    model = stock_twin(tiny_model(family))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}  # no norms and biases
+    counted = sum(weight.numel() for name, weight in weights.items() if "mlp.gate." not in name)  # no routers
+    assert parameters(model.config) == counted
 
 
 def test_a_skipping_layer_makes_few_calls_at_any_length():

@@ -34,7 +34,8 @@ dist.init_process_group("gloo")
 spread = DistributedConfig(tp_plan="auto")
 split = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=spread, **options)
 whole = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
-assert split.model.layers[-1].self_attn.k_proj.weight.placements
+layer = split.model.layers[-1]
+assert getattr(layer.self_attn, layer.by_heads).weight.placements
 ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
 for probe in ({"heads": "mean"}, {"heads": "max", "queries": 4, "carry": 1.0, "pool": 3}):
     made = []
@@ -102,7 +103,7 @@ def test_two_processes_evaluate_what_one_evaluates(checkpoint, tmp_path):  # noq
     assert len(own) == 3 * 2 + 1  # of 6 items in two modes and 3 free answers
 
 
-@pytest.mark.parametrize("built", ["llama"], indirect=True)
+@pytest.mark.parametrize("built", ["llama", "deepseek_v2"], indirect=True)
 def test_devices_that_share_the_heads_choose_the_same_tokens(built, tmp_path):  # noqa: F811
     (tmp_path / "parallel.py").write_text(PARALLEL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "parallel.py"]

@@ -35,7 +35,7 @@ def schedule(start, **changes):
     return Schedule.from_dict({**block, **changes}, 5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v2"])
 @pytest.mark.parametrize("start", [1, 3])
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, tmp_path):
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
@@ -88,12 +88,16 @@ def test_halving_finds_the_best_shape_and_repeats_itself():
         loss = abs(schedule.start - 3) + abs(schedule.probe.pool - 15) / 15 + (schedule.probe.heads == "mean")
         return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
 
-    runs = [halving.search(scaled, evaluate, 8, [1, 2, 3, 4], [], 24, 3, seed=5) for _ in range(2)]
+    runs = [halving.search(scaled, evaluate, 8, 2, [1, 2, 3, 4], [], 24, 3, seed=5) for _ in range(2)]
     assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
     best = runs[0][0]
     assert (best.shape.start, best.shape.heads, best.shape.pool) == (3, "max", 15) and len(best.rows) == 8
     assert calls.count(2) > 2 * calls.count(8)  # long evaluations are for good candidates
     assert len({c.schedule for c in runs[0]}) == len(runs[0])
+
+
+def test_every_kind_of_prompt_counts_from_the_first_round_on():
+    assert halving.rungs(40, 10) == [10, 20, 40] and halving.rungs(32, 16) == [16, 32] and halving.rungs(3, 3) == [3]
 
 
 def test_the_loss_counts_the_worst_kind():
@@ -119,9 +123,10 @@ def test_single_tasks_are_kinds_of_their_own():
     assert [prompts.kind_of(item, kinds) for item in made] == kinds * 2
 
 
-def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(family, tmp_path):
     """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""
-    whole = tiny_model("llama", schedule(1).to_dict(), vocab_size=300)
+    whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
     dense = shared.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")

@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
     LlamaConfig,
     MinistralConfig,
@@ -14,6 +16,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from spts_compress.modeling.modeling_spts_deepseek import (
+    SptsDeepseekV2Config,
+    SptsDeepseekV2ForCausalLM,
+    SptsDeepseekV3Config,
+    SptsDeepseekV3ForCausalLM,
+)
 from spts_compress.modeling.modeling_spts_gemma3 import SptsGemma3Config, SptsGemma3ForCausalLM
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig, SptsLlamaForCausalLM
 from spts_compress.modeling.modeling_spts_ministral import SptsMinistralConfig, SptsMinistralForCausalLM
@@ -45,6 +53,8 @@ SCHEDULE = dict(
     proxy={"channels": 12, "rank": 4},
 )
 FAMILIES = {
+    "deepseek_v2": (DeepseekV2Config, SptsDeepseekV2Config, SptsDeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, SptsDeepseekV3Config, SptsDeepseekV3ForCausalLM),
     "gemma3_text": (Gemma3TextConfig, SptsGemma3Config, SptsGemma3ForCausalLM),
     "llama": (LlamaConfig, SptsLlamaConfig, SptsLlamaForCausalLM),
     "ministral": (MinistralConfig, SptsMinistralConfig, SptsMinistralForCausalLM),
@@ -57,8 +67,31 @@ FAMILIES = {
     "qwen3_moe": (Qwen3MoeConfig, SptsQwen3MoeConfig, SptsQwen3MoeForCausalLM),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
+# DeepSeek's latent attention, and experts in groups beside a shared one.
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "experts_implementation": "eager",
+}
 # What a family's tiny model has beside the common sizes: what makes it different, at its smallest.
 SPECIAL = {
+    "deepseek_v2": {
+        **LATENT,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {**LATENT, "q_lora_rank": 12, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1},
     "gemma3_text": {
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
@@ -113,7 +146,15 @@ def tiny_model(family: str = "llama", schedule: dict | None = None, seed: int = 
                 parameter.normal_(std=0.2)
             if "norm" in name:
                 parameter.normal_(mean=1.0, std=0.2)
+        bias_routers(model)
     return model
+
+
+def bias_routers(model):
+    """Random biases for routers that have one, which change what is routed where."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
 
 
 def stock_twin(model):
@@ -159,7 +200,9 @@ def tiny_base(folder, family: str = "llama", shards: bool = False, **changes):
     torch.manual_seed(0)
     stock_class = FAMILIES[family][2].__bases__[1]
     config = tiny_config(family, **{"vocab_size": 300, "max_position_embeddings": 2048, **changes})
-    stock = stock_class(config).to(torch.bfloat16)
+    stock = stock_class(config)
+    bias_routers(stock)
+    stock.to(torch.bfloat16)
     stock.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
     tiny_tokenizer().save_pretrained(folder)
     return folder

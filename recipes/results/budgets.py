@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from spts_compress import pipeline
 from spts_compress.cost import predicted
+from spts_compress.evaluation.recovery import interval
 from spts_compress.evaluation.runner import Answers
 from spts_compress.modeling.configuration_spts import Amount, Schedule
 from spts_compress.recipe import load
@@ -119,6 +120,7 @@ with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
             "counted": sum(n * s for n, s in zip(sizes, speedups, strict=True)) / sum(sizes),
             "spread of budgets": [min(active), max(active)],
             "loss": halving.loss(found),
+            "kl": [r["kl"] for r in found],
             "kinds": halving.by_kind(found),
             "lengths": {
                 n: {
@@ -130,9 +132,12 @@ with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
             },
         }
 for way, row in rows.items():
+    row["over fraction"] = interval(rows["fraction"]["kl"], row["kl"])
+    low, high = row["over fraction"] or (1.0, 1.0)
+    ratio = sum(row["kl"]) / sum(rows["fraction"]["kl"])
     by_length = (f"{row['lengths'][n]['loss']:.3f} at {row['lengths'][n]['speedup']:.2f}x" for n in lengths)
     by_kind = (f"{kind['kl']:.3f}" for kind in row["kinds"].values())
-    lines.append([way, f"{row['loss']:.3f}", *by_length, *by_kind])
+    lines.append([way, f"{row['loss']:.3f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})", *by_length, *by_kind])
 command = f"python recipes/results/budgets.py RECIPE WORK SEARCH OUT --lengths {args.lengths} --prompts {args.prompts}"
 result = {
     "command": command,
@@ -142,7 +147,8 @@ result = {
     "rows": rows,
 }
 args.out.write_text(json.dumps(result, indent=1) + "\n")
-heads = ["budgets", "loss, nats", *(f"{n} tokens" for n in lengths), *rows["fraction"]["kinds"]]
+over = "KL over that of fraction (95% interval)"
+heads = ["budgets", "loss, nats", over, *(f"{n} tokens" for n in lengths), *rows["fraction"]["kinds"]]
 shown = table(heads, lines)
 args.out.with_suffix(".md").write_text(f"`{command}`\n\n{shown}\n")
 print(shown)

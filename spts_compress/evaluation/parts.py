@@ -15,7 +15,6 @@ FUNCTIONS = {
     "normalise": "norms",
 }  # fmt: skip
 MODULES = {"proxy": "probing", "mlp": "feed-forward"}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 
 
 @torch.no_grad()
@@ -68,9 +67,9 @@ def parts(model: Any, ids: torch.Tensor) -> dict[str, float]:
             continue
         for name, part in MODULES.items():
             watch(getattr(layer, name), part)
-        for name in PROJECTIONS:
-            if hasattr(layer.self_attn, name):
-                watch(getattr(layer.self_attn, name), "projections")
+        for name, module in layer.self_attn.named_children():
+            if "_proj" in name:
+                watch(module, "projections")
     interface = names["ALL_ATTENTION_FUNCTIONS"]
 
     class Attention:

@@ -35,17 +35,18 @@ class Prices:
     def speedup(self, config: Any, schedule: Schedule, length: int) -> float:
         """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
         feed-forward network's price an operation."""
-        costs = layer_costs(config, schedule, length)
-        kinds = layer_kinds(config)
-        dense = sum(self.of(kind, length) + self.of("feed_forward", length) for kind in kinds)
-        pace = self.of("feed_forward", length) / LayerShape.of(config).feed_forward(length)
-        total = sum(
-            self.of(kind, cost.active)
-            + self.of("keys", cost.entering - cost.active)
-            + self.of("feed_forward", cost.changed)
-            + cost.probing * pace
-            for kind, cost in zip(kinds, costs, strict=True)
-        )
+        last, kinds = LayerShape.of(config), layer_kinds(config)
+        pace = self.of("feed_forward", length) / last.feed_forward(length)
+        dense = total = 0.0
+        for layer, cost in enumerate(layer_costs(config, schedule, length)):
+            width = LayerShape.of(config, layer).intermediate / last.intermediate
+            dense += self.of(kinds[layer], length) + width * self.of("feed_forward", length)
+            total += (
+                self.of(kinds[layer], cost.active)
+                + self.of("keys", cost.entering - cost.active)
+                + width * self.of("feed_forward", cost.changed)
+                + cost.probing * pace
+            )
         return dense / total
 
     def plain(self) -> dict[str, Any]:
@@ -54,22 +55,23 @@ class Prices:
 
 @torch.no_grad()
 def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> Prices:
-    """Time the parts of the first layer of a `stock` model, and of the first of each kind of attention, on the first so
+    """Time the parts of the last layer of a `stock` model, and of the last of each kind of attention, on the first so
     many tokens of `ids` (B, n); medians of `repeats` after a warm-up."""
     layers, whole, kinds = stock.model.layers, stock.model.embed_tokens(ids), layer_kinds(stock.config)
+    last = dict(zip(kinds, layers, strict=True))
     shape = LayerShape.of(stock.config)
-    keys = whole.new_ones(shape.kv_heads * shape.head_dim, shape.hidden)  # time depends on no values
+    keys = whole.new_ones(shape.key // shape.hidden, shape.hidden)  # time depends on no values
     counts = sorted(set(tokens))
-    seconds: dict[str, list[float]] = {part: [] for part in (*kinds, "feed_forward", "keys")}
+    seconds: dict[str, list[float]] = {part: [] for part in (*last, "feed_forward", "keys")}
     for count in counts:
         states, positions = whole[:, :count], torch.arange(count, device=ids.device)[None]
         rotary = position_tables(stock.model.rotary_emb, stock.config, states, positions)
-        for kind in set(kinds):
+        for kind in last:
             mask = MASKS[kind](stock.config, states, None, None)
-            attend = partial(_attention, layers[kinds.index(kind)], stock.model.norm, states, rotary[kind], mask)
+            attend = partial(_attention, last[kind], stock.model.norm, states, rotary[kind], mask)
             seconds[kind].append(_time(attend, ids.device, repeats))
         seconds["feed_forward"].append(
-            _time(partial(_feed_forward, layers[0], stock.model.norm, states), ids.device, repeats)
+            _time(partial(_feed_forward, layers[-1], stock.model.norm, states), ids.device, repeats)
         )
         seconds["keys"].append(_time(partial(nn.functional.linear, states, keys), ids.device, repeats))
     return Prices(counts, seconds)

@@ -153,14 +153,23 @@ def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
     return projected.view(*projected.shape[:2], -1, size).transpose(1, 2)
 
 
-def linear_rows(module: nn.Module, states: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some `rows` of what a linear module makes of states (B, T, D), without the others where the module is plain: a
-    quantised, offloaded, hooked, sharded or adapted one makes all."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear module is no more than its matrix: not quantised, offloaded, hooked, sharded or adapted."""
     hooks = module._forward_hooks, module._forward_pre_hooks
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
-    if not plain or any(hooks):
+    return plain and not any(hooks)
+
+
+def linear_rows(module: nn.Module, states: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some `rows` of what a linear module makes of states (B, T, D), without the others where the module is plain."""
+    if not is_plain(module):
         return module(states)[..., rows]
     return nn.functional.linear(states, module.weight[rows], None if module.bias is None else module.bias[rows])
+
+
+def tables_of(rotary: Any) -> tuple[torch.Tensor, ...]:
+    """What a rotary embedding gives, (B or 1, T, ...) each, as a tuple: mostly cosines and sines."""
+    return rotary if isinstance(rotary, tuple) else (rotary,)
 
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -493,11 +502,14 @@ class SkippingDecoderLayer:
     """Mixed into a family's decoder layer: adds PAP and LTP. Without a `plan` the layer is the stock one.
 
     This is where families differ: `rotate_half` and `eager_attention` are the family's own functions, `norms` says
-    which norms there are, and `project` how queries, keys and values are made; a family whose attention makes them in
-    another way overrides it.
+    which norms there are, `project` how queries, keys and values are made, and `rotate` how they get their positions; a
+    family whose attention does so in another way overrides it. One that caches something else than keys and values
+    overrides `keys`, `probes` and `attended`. `by_heads` names a projection whose rows tensor parallelism may share
+    among devices, head by head.
     """
 
     norms = Norms()
+    by_heads = "k_proj"
 
     # From the family's own module.
     rotate_half: Any
@@ -518,13 +530,31 @@ class SkippingDecoderLayer:
         norm = getattr(self.self_attn, f"{name}_norm", None)
         return heads if norm is None else norm(heads)
 
-    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotary positions for queries or keys (B, heads, T, d); tables (B or 1, T, d, or less than d: the rest of each
-        head keeps its place)."""
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    def rotate(self, states: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        """Rotary positions for queries or keys (B, heads, T, d); cosines and sines (B or 1, T, d, or less than d: the
+        rest of each head keeps its place)."""
+        cos, sin = (table.unsqueeze(1) for table in tables)
         turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
         turned = (turned * cos + type(self).rotate_half(turned) * sin).to(states.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+    def keys(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        """What candidates are scored by, (B, G, T, d), from normed states (B, T, D) and their rotary tables."""
+        return self.rotate(self.project("k", normed), *tables)
+
+    def probes(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        """Queries (B, H, w, d) that score such keys."""
+        return self.rotate(self.project("q", normed), *tables)
+
+    def attended(
+        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *tables: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, heads, M, .) of the active tokens, which are cached, from their normed states
+        (B, M, D), their `keys` and their rotary tables."""
+        query, value = self.rotate(self.project("q", normed), *tables), self.project("v", normed)
+        if cache is not None:
+            cache.update(key, value, self.self_attn.layer_idx)
+        return query, key, value
 
     def normed(self, place: str, states: torch.Tensor) -> torch.Tensor:
         """States (B, T, D) after the norm at a place, see `Norms`; as they are if there is none."""
@@ -540,26 +570,26 @@ class SkippingDecoderLayer:
         hidden_states: torch.Tensor,
         plan: LayerPlan,
         attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, ...],
         slots: torch.Tensor,
         past_key_values: Cache | None,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         attention = self.self_attn
-        cos, sin = position_embeddings
+        tables = position_embeddings
         entering, active, changed = plan.entering, plan.active, plan.changed
 
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
         normed = self.normed("before_attention", hidden_states)
-        key = self.rotate(self.project("k", normed), cos, sin)
+        key = self.keys(normed, *tables)
         chosen = score = raw = None
         if plan.ranks:
             window = min(plan.probe.queries, entering.width)
-            query = self.rotate(self.project("q", normed[:, -window:]), cos[:, -window:], sin[:, -window:])
+            query = self.probes(normed[:, -window:], *(table[:, -window:] for table in tables))
             unseen = outside(slots, window, plan.window)
             raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid, unseen)
-            if hasattr(attention, "k_proj"):  # a fused projection gives every device all heads
-                raw = over_devices(raw, attention.k_proj.weight, plan.probe.heads)
+            if hasattr(attention, self.by_heads):  # a fused projection gives every device all heads
+                raw = over_devices(raw, getattr(attention, self.by_heads).weight, plan.probe.heads)
             if plan.probe.carry and carried is not None:
                 raw = raw + plan.probe.carry * carried
             score = pool_scores(raw, plan.probe.pool, entering.valid)
@@ -567,7 +597,7 @@ class SkippingDecoderLayer:
         if plan.skips:
             chosen = select(ranked, raw, active.width, active.rows, entering.valid)
             normed, key = take(normed, chosen), take(key.transpose(1, 2), chosen).transpose(1, 2)
-            cos, sin = take(cos, chosen), take(sin, chosen)
+            tables = tuple(take(table, chosen) for table in tables)
         if plan.window is not None:
             places = slots if chosen is None else take(slots, chosen)
             attention_mask = create_causal_mask(
@@ -575,9 +605,7 @@ class SkippingDecoderLayer:
             )
 
         # Attention among the active tokens, in their order and with their original positions.
-        query, value = self.rotate(self.project("q", normed), cos, sin), self.project("v", normed)
-        if past_key_values is not None:
-            past_key_values.update(key, value, attention.layer_idx)
+        query, key, value = self.attended(normed, key, past_key_values, *tables)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, type(self).eager_attention
         )
@@ -780,7 +808,7 @@ class SkippingModel(SkippingPreTrainedModel):
         where = torch.arange(slots - width, slots, device=device).expand(states.shape[0], -1)  # the candidates' slots
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
         states = states[:, -width:].clone()
-        rotary = {kind: tuple(table[:, -width:] for table in tables) for kind, tables in rotary.items()}
+        rotary = {kind: tuple(table[:, -width:] for table in tables_of(made)) for kind, made in rotary.items()}
         masks, carried = {}, None
         for index, plan in enumerate(plans, schedule.start):
             layer, active = self.layers[index], plan.active

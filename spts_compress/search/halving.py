@@ -56,15 +56,17 @@ def loss(rows: Rows) -> float:
     return (sum(kl) / len(kl) + max(kl)) / 2
 
 
-def rungs(prompts: int) -> list[int]:
-    """Prompts that candidates are tried on, one number a round of halving."""
-    return sorted({max(1, prompts // 4), max(1, prompts // 2), prompts})
+def rungs(prompts: int, turn: int) -> list[int]:
+    """Prompts that candidates are tried on, one number a round of halving: about a quarter, half, and all, in whole
+    turns of `turn` prompts, so that every kind and length is there from the first on."""
+    turns = prompts // turn
+    return [turn * n for n in sorted({-(-turns // 4), -(-turns // 2), turns})]
 
 
-def halve(candidates: list[Candidate], prompts: int, evaluate: Evaluate) -> list[Candidate]:
+def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evaluate) -> list[Candidate]:
     """All candidates: those that stayed to be tried on all prompts, best first, then those that fell out."""
     out: list[Candidate] = []
-    sizes = rungs(prompts)
+    sizes = rungs(prompts, turn)
     for number, size in enumerate(sizes):
         tried = [Candidate(c.shape, c.schedule, c.cost, evaluate(c.schedule, size)) for c in candidates]
         tried.sort(key=lambda c: c.loss)
@@ -81,6 +83,7 @@ def search(
     scaled: Callable[[Shape], Candidate | None],
     evaluate: Evaluate,
     prompts: int,
+    turn: int,
     starts: list[int],
     seeds: list[Shape],
     count: int,
@@ -91,6 +94,7 @@ def search(
 
     Args:
         scaled: a shape at the wanted cost without rows; None if it can't be had.
+        turn: so many prompts after one another are one of each kind and length.
         seeds: shapes that are tried in any case.
         count: candidates drawn at first; each of the `rounds` of variation has half as many.
     """
@@ -112,14 +116,14 @@ def search(
         return found
 
     pool = [made for shape in seeds if (made := new(shape)) is not None]
-    pool = halve(pool + drawn(count, lambda: draw(rng, starts)), prompts, evaluate)
+    pool = halve(pool + drawn(count, lambda: draw(rng, starts)), prompts, turn, evaluate)
     for _ in range(rounds):
         best = [c for c in pool if len(c.rows) == prompts][:ELITE]
         if not best:
             break
         parents = [c.shape for c in best]
         children = drawn(count // 2, partial(_child, rng, parents, starts))
-        tried = halve([*best, *children], prompts, evaluate)
+        tried = halve([*best, *children], prompts, turn, evaluate)
         there = {c.schedule for c in tried}
         pool = sorted([*tried, *(c for c in pool if c.schedule not in there)], key=lambda c: (-len(c.rows), c.loss))
     return pool

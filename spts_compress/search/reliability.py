@@ -1,5 +1,6 @@
 """Which layers rank tokens well: how much of the attention that the answer will pay goes to a layer's own top ones."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from ..evaluation.runner import encode
 from ..modeling.configuration_spts import Probe
-from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores
+from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores, tables_of
 from .shared import Dense
 
 SHARE = 0.25  # of the prompt's tokens
@@ -27,21 +28,19 @@ def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list
 
     def note(layer: Any, attention: Any, args: Any, kwargs: dict) -> None:
         normed = args[0] if args else kwargs["hidden_states"]
-        cos, sin = kwargs["position_embeddings"]
+        tables, made = tables_of(kwargs["position_embeddings"]), copy.copy(skipping)
+        made._modules = layer._modules  # a stock layer's, with a skipping one's methods
 
-        def heads(name: str, first: int, last: int) -> torch.Tensor:
-            made = type(skipping).project(layer, name, normed[:, first:last])
-            return skipping.rotate(made, cos[:, first:last], sin[:, first:last])
+        def queries(first: int, last: int) -> torch.Tensor:
+            return made.probes(normed[:, first:last], *(table[:, first:last] for table in tables))
 
-        key, asking = heads("k", 0, ids.shape[1]), min(probe.queries, length)
-        query = heads("q", length - asking, length)
-        window = windows[len(found)]
+        key, asking, window = made.keys(normed, *tables), min(probe.queries, length), windows[len(found)]
+        query = queries(length - asking, length)
         unseen = outside(places[:, :length], asking, window)
         raw = probe_scores(query, key[:, :, :length], attention.scaling, probe.heads, unseen=unseen)
         score = pool_scores(raw, probe.pool)
-        answering = heads("q", length, ids.shape[1])
         unseen = outside(places, ids.shape[1] - length, window)
-        truth = probe_scores(answering, key, attention.scaling, unseen=unseen)
+        truth = probe_scores(queries(length, ids.shape[1]), key, attention.scaling, unseen=unseen)
         middle = slice(EDGE, length - asking)
         score, truth = score[0, middle], truth[0, middle]
         top = score.topk(max(1, round(SHARE * len(score)))).indices

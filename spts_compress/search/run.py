@@ -81,10 +81,10 @@ def starts_of(section: SearchSection, config: Any) -> list[int]:
     return starts
 
 
-def widest(starts: list[int], num_layers: int, proxy: Proxy) -> Schedule:
-    """A schedule that skips from the earliest start on; the proxies are fitted for it."""
+def widest(starts: list[int], num_layers: int) -> Schedule:
+    """A schedule that skips from the earliest start on; the proxies are fitted for it, whatever their sizes."""
     stage = {"end": num_layers - 1, "budget": {"fraction": 0.2}}
-    block = {"start": starts[0], "stages": [stage], "proxy": {"channels": proxy.channels, "rank": proxy.rank}}
+    block = {"start": starts[0], "stages": [stage], "proxy": {"channels": 1, "rank": 0}}
     return Schedule.from_dict({**block, "feed_forward": "relative"}, num_layers)
 
 
@@ -273,6 +273,7 @@ def run(
                 scaled,
                 lambda schedule, count: bench.rows(schedule, tune[:count]),
                 len(tune),
+                len(tune) // section.prompts,
                 starts,
                 seeds,
                 section.candidates,
