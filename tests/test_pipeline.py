@@ -234,10 +234,7 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    fails(
-        "family gpt2 is not supported; supported are gemma3_text, llama",
-        model__path=str(tmp_path / "other"),
-    )
+    fails("family gpt2 is not supported; supported are ", model__path=str(tmp_path / "other"))
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
     fails("family gemma2 is not supported", model__path=str(tmp_path / "other"))
     (tmp_path / "other" / "config.json").write_text("{")

@@ -1,6 +1,7 @@
 """Random batches, paddings, schedules and cache operations: every row equals its own run."""
 
 import copy
+from functools import partial
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +33,8 @@ def padded(rows, width):
 )
 def test_rows_of_a_batch_equal_their_own_runs(family, schedule, min_length, lengths, margin, seed, order, data):
     model = tiny_model(family, {**schedule, "min_length": min_length}, seed).double()
+    # DeepSeek V2 rotates in float32 whatever the model's type, and routers score in it.
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-4 if family.startswith("deepseek") else 1e-6)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 97, (n,), generator=generator) for n in lengths]
     tokens, mask, positions = padded(rows, max(lengths) + margin)
@@ -53,15 +56,15 @@ def test_rows_of_a_batch_equal_their_own_runs(family, schedule, min_length, leng
         again.batch_repeat_interleave(2)
         twice = [t.repeat_interleave(2, 0) for t in (chunk, whole, later)]
         doubled = model(twice[0], attention_mask=twice[1], position_ids=twice[2], past_key_values=again).logits
-    torch.testing.assert_close(repeated, steps)
-    torch.testing.assert_close(doubled[::2], steps)
-    torch.testing.assert_close(doubled[1::2], steps)
+    close(repeated, steps)
+    close(doubled[::2], steps)
+    close(doubled[1::2], steps)
     with torch.no_grad():
         for number, row in enumerate(rows):
             alone = model(row[None], logits_to_keep=1, use_cache=True)
-            torch.testing.assert_close(out.logits[number], alone.logits[0], rtol=0, atol=1e-6)
-            torch.testing.assert_close(every[number, -1:], alone.logits[0], rtol=0, atol=1e-6)
+            close(out.logits[number], alone.logits[0])
+            close(every[number, -1:], alone.logits[0])
         for place, number in enumerate(order.tolist()):
             alone = model(rows[number][None], logits_to_keep=1, use_cache=True).past_key_values
             expected = model(chunk[place : place + 1], past_key_values=alone).logits
-            torch.testing.assert_close(steps[place], expected[0], rtol=0, atol=1e-6)
+            close(steps[place], expected[0])
