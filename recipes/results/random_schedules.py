@@ -60,9 +60,7 @@ while len(drawn) < args.count:
     if made is not None:
         drawn[f"random {len(drawn) + 1}"] = shape, made
 third = max(1, layers // 3)
-scaled = space.Shape(
-    starts[0] if third < starts[0] else third, decay=0.2, margin=1.25, keep_first=0, keep_last=1, feed_forward="proxy"
-)
+scaled = space.Shape(max(third, starts[0]), **space.PAPER)
 made = space.at_cost(scaled, lambda s: predicted(base.config, s, longest)["speedup"], goal, layers, sizes)
 if made is not None:
     drawn["the paper's settings, scaled"] = scaled, made

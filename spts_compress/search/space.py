@@ -53,12 +53,14 @@ CHOICES: dict[str, tuple] = {
 }
 
 
+PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "keep_first": 0, "keep_last": 1, "feed_forward": "proxy"}
 WINDOWED: dict[str, Any] = {"queries": 32, "heads": "max", "carry": 1.0, "pool": 31}  # did well wherever it was tried
 
 
 def seeds(starts: list[int]) -> list[Shape]:
-    """What is tried in any case: the paper's probe and a windowed one, from several starts on."""
-    return [Shape(start) for start in starts[::3]] + [Shape(start, **WINDOWED) for start in starts[::2]]
+    """What is tried in any case: the paper's settings, and its probe and a windowed one from several starts on."""
+    probes = [Shape(start) for start in starts[::3]] + [Shape(start, **WINDOWED) for start in starts[::2]]
+    return [Shape(starts[0], **PAPER), *probes]
 
 
 def draw(rng: random.Random, starts: list[int]) -> Shape:
