@@ -20,6 +20,7 @@ D hidden size. Rows are padded on the left, everywhere.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ if not Version(TRANSFORMERS[0]) <= Version(Version(transformers.__version__).bas
     )
 
 NORM_PIECE = 512  # tokens
+WINDOW_PIECE = 256  # tokens, or half a window if that is more
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores and selections
@@ -192,6 +194,31 @@ def normalise(norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
     if states.shape[1] <= NORM_PIECE or states.is_cuda:
         return norm(states)
     return torch.cat([norm(piece) for piece in states.split(NORM_PIECE, dim=1)], dim=1)
+
+
+def windowed(
+    attend: Callable[..., tuple[torch.Tensor, Any]],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    places: torch.Tensor,
+    window: int,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention (B, M, H, d) of tokens at rising `places` (B, M), each of which sees those less than `window`
+    before it: piece by piece, with the few keys that a piece can see, where a mask of all pairs would take more time
+    and memory than the attention that it leaves."""
+    made, size = [], max(WINDOW_PIECE, window // 2)
+    for first in range(0, places.shape[1], size):
+        seen = slice(max(0, first - window + 1), first + size)  # tokens are no nearer to each other than their numbers
+        distance = places[:, first : first + size, None] - places[:, None, seen]
+        hidden = (distance < 0) | (distance >= window)
+        if valid is not None:
+            hidden |= ~valid[:, None, seen]
+        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, torch.finfo(query.dtype).min)
+        part = query[:, :, first : first + size], key[:, :, seen], value[:, :, seen], mask[:, None]
+        made.append(attend(*part)[0])
+    return torch.cat(made, dim=1)
 
 
 def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -598,18 +625,18 @@ class SkippingDecoderLayer:
             chosen = select(ranked, raw, active.width, active.rows, entering.valid)
             normed, key = take(normed, chosen), take(key.transpose(1, 2), chosen).transpose(1, 2)
             tables = tuple(take(table, chosen) for table in tables)
-        if plan.window is not None:
-            places = slots if chosen is None else take(slots, chosen)
-            attention_mask = create_causal_mask(
-                attention.config, normed, active.valid, None, and_mask_function=within(places, plan.window)
-            )
 
         # Attention among the active tokens, in their order and with their original positions.
         query, key, value = self.attended(normed, key, past_key_values, *tables)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, type(self).eager_attention
         )
-        output, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
+        attend = partial(attend, attention, dropout=0.0, scaling=attention.scaling)
+        if plan.window is None:
+            output, _ = attend(query, key, value, attention_mask)
+        else:
+            places = slots if chosen is None else take(slots, chosen)
+            output = windowed(attend, query, key, value, places, plan.window, active.valid)
         output = self.normed("after_attention", attention.o_proj(output.reshape(*output.shape[:2], -1)))
         if chosen is None:
             hidden_states = hidden_states + output
@@ -812,13 +839,13 @@ class SkippingModel(SkippingPreTrainedModel):
         masks, carried = {}, None
         for index, plan in enumerate(plans, schedule.start):
             layer, active = self.layers[index], plan.active
-            if id(active) not in masks:  # not by width: rows may be filled differently
+            if plan.window is None and id(active) not in masks:  # not by width: rows may be filled differently
                 shape = states.new_empty(states.shape[0], active.width, 0)
                 masks = {id(active): create_causal_mask(self.config, shape, active.valid, None)}
             states, chosen, keep, scores = layer(
                 states,
                 plan=plan,
-                attention_mask=masks[id(active)],
+                attention_mask=masks.get(id(active)),
                 position_embeddings=rotary[kinds[index]],
                 slots=where,
                 past_key_values=past_key_values,
