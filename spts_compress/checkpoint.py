@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from .base import FAMILIES
 from .errors import UserError
+from .export import model_class
 from .modeling.configuration_spts import Schedule
 from .pipeline import REPORT
 from .plan import describe
@@ -15,10 +16,10 @@ from .tables import size
 
 
 def read_config(folder: Path) -> Any:
-    """The checkpoint's configuration as plain attributes.
+    """The checkpoint's configuration.
 
     Raises:
-        UserError: if the folder holds no checkpoint of this toolkit.
+        UserError: if the folder holds no checkpoint of this toolkit, or one of a family that this release doesn't know.
     """
     path = folder / "config.json"
     try:
@@ -27,7 +28,10 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{folder}: no readable config.json; give the folder of an exported checkpoint") from None
     if not isinstance(data.get("spts"), dict):
         raise UserError(f"{path}: no spts block, so this is not a checkpoint made by spts-compress")
-    return SimpleNamespace(**{"tie_word_embeddings": False, **data})
+    family = str(data.get("model_type", "")).removeprefix("spts_")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: family {family} is unknown to this release; it knows {', '.join(FAMILIES)}")
+    return model_class(family).config_class.from_dict(data)
 
 
 def inspect(folder: Path) -> str:
@@ -41,7 +45,7 @@ def inspect(folder: Path) -> str:
     report_file = folder / REPORT
     report = json.loads(report_file.read_text()) if report_file.is_file() else None
     lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
-    dtype = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "bfloat16")
+    dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
     if report:
         parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]

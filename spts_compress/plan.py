@@ -90,9 +90,11 @@ def check_share(config: Any, section: Any, start: int) -> None:
 
 
 def blind_ends(config: Any, schedule: Schedule) -> list[int]:
-    """Layers that prune by what their own window shows, and so drop all that is before it."""
-    ends = [stage.end for stage in schedule.stages if stage.prune_to is not None]
-    return [layer for layer in ends if layer_windows(config)[layer] is not None and schedule.probe.carry == 0]
+    """Layers that prune by what windows alone show, theirs or those they carry scores from, and so drop all that is
+    before them."""
+    ends, windows = [stage.end for stage in schedule.stages if stage.prune_to is not None], layer_windows(config)
+    first = {end: schedule.start if schedule.probe.carry else end for end in ends}
+    return [end for end in ends if None not in windows[first[end] : end + 1]]
 
 
 def _sizes(schedule: Schedule) -> str:
@@ -136,7 +138,7 @@ def describe(
     if blind := blind_ends(config, schedule):
         head.append(
             f"careful   stages end at layers with a window ({', '.join(map(str, blind))}), where pruning drops all "
-            "that is before it: end them at layers without one, or set probe.carry"
+            "that is before it: end them at layers without one, or set probe.carry after such a layer"
         )
     return "\n".join(
         [

@@ -130,7 +130,10 @@ SMALL_RECIPE = {**RECIPE, "proxy": {"channels": 32, "rank": 8, "share": 1.0}}
 SMALL_RECIPE["schedule"] = {
     **RECIPE["schedule"],
     "start": 2,
-    "stages": [{"end": 3, "budget": {"fraction": 0.5}, "prune_to": {"fraction": 0.6}}, {"end": 5, "budget": {"fraction": 0.35}}],
+    "stages": [
+        {"end": 3, "budget": {"fraction": 0.5}, "prune_to": {"fraction": 0.6}},
+        {"end": 5, "budget": {"fraction": 0.35}},
+    ],
 }
 
 

@@ -35,9 +35,14 @@ def stock_twin(model: Any) -> Any:
     twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     twin.generation_config = model.generation_config
-    for name in ("rotary_emb", "embed_tokens"):  # which may have buffers that are in no state dict
-        setattr(twin.model, name, getattr(model.model, name))
+    share_buffers(twin, model)
     return twin.eval()
+
+
+def share_buffers(made: Any, model: Any) -> None:
+    """Give `made`, which has the weights of `model`, its buffers too: those that are in no state dict."""
+    for name in ("rotary_emb", "embed_tokens"):
+        setattr(made.model, name, getattr(model.model, name))
 
 
 def synchronize(device: torch.device) -> None:

@@ -34,7 +34,8 @@ class Prices:
 
     def speedup(self, config: Any, schedule: Schedule, length: int) -> float:
         """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
-        feed-forward network's price an operation."""
+        feed-forward network's price an operation, attention with a window at the stock layer's, though skipping layers
+        run it faster, in pieces."""
         last, kinds = LayerShape.of(config), layer_kinds(config)
         pace = self.of("feed_forward", length) / last.feed_forward(length)
         dense = total = 0.0

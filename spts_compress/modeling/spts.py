@@ -71,22 +71,22 @@ def probe_scores(
     Returns:
         Scores (B, T) in float32, zero on padding and outside all windows.
     """
-    batch, num_heads, window, _ = query.shape
+    batch, num_heads, asking, _ = query.shape
     groups, candidates = key.shape[1:3]
-    grouped = query.float().reshape(batch, groups, num_heads // groups * window, -1) * scaling
+    grouped = query.float().reshape(batch, groups, num_heads // groups * asking, -1) * scaling
     with torch.autocast(key.device.type, enabled=False):  # scores decide, so they stay in float32
-        logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, window, candidates)
-    if window > 1:  # each query sees the tokens up to itself
-        future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
-        logits[..., -window:].masked_fill_(future, float("-inf"))
+        logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, asking, candidates)
+    if asking > 1:  # each query sees the tokens up to itself
+        future = torch.ones(asking, asking, dtype=torch.bool, device=key.device).triu(1)
+        logits[..., -asking:].masked_fill_(future, float("-inf"))
     if unseen is not None:
         logits.masked_fill_(unseen[:, None], float("-inf"))
     if valid is None:
         raw = torch.softmax(logits, dim=-1).mean(dim=2)
     else:
         logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
-        asking = valid[:, None, -window:, None]
-        raw = (torch.softmax(logits, dim=-1) * asking).sum(dim=2) / asking.sum(dim=2)
+        real = valid[:, None, -asking:, None]
+        raw = (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2)
     raw = raw.mean(dim=1) if heads == "mean" else raw.amax(dim=1)
     return raw if valid is None else raw * valid
 
@@ -196,6 +196,60 @@ def normalise(norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return torch.cat([norm(piece) for piece in states.split(NORM_PIECE, dim=1)], dim=1)
 
 
+def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`states[b, index[b]] = update[b]` for all valid slots; in place if no gradient runs."""
+    if torch.is_grad_enabled() and (states.requires_grad or update.requires_grad):
+        states = states.clone()
+    if valid is not None:  # unused slots hold index 0, which may be a real token
+        rows, slots = valid.nonzero(as_tuple=True)
+        states[rows, index[rows, slots]] = update[rows, slots]
+    elif index.shape[0] == 1:
+        states.index_copy_(1, index[0], update)
+    else:
+        states[torch.arange(index.shape[0], device=index.device)[:, None], index] = update
+    return states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of attention, and windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Each layer's kind of attention, by the name that transformers has for it."""
+    if kinds := getattr(config, "layer_types", None):
+        return kinds
+    # A family without windows may have been given one in its config, and ignores it.
+    sliding = hasattr(type(config), "sliding_window") and config.sliding_window is not None
+    return [SLIDING if sliding else FULL] * config.num_hidden_layers
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How many tokens back each layer's attention reaches, the own one counted; None: over the whole text."""
+    return [config.sliding_window if kind == SLIDING else None for kind in layer_kinds(config)]
+
+
+def position_tables(rotary: nn.Module, config: Any, states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Cosines and sines (B or 1, T, d) for each kind of attention, some of which have rotary positions of their own."""
+    kinds = set(layer_kinds(config))
+    if kinds <= set(config.rope_parameters):
+        return {kind: rotary(states, position_ids, kind) for kind in kinds}
+    return dict.fromkeys(kinds, rotary(states, position_ids))
+
+
+def outside(places: torch.Tensor, asking: int, window: int | None) -> torch.Tensor | None:
+    """Which tokens at `places` (B, T) are before the windows of the last `asking` ones, (B, asking, T)."""
+    return None if window is None else places[:, -asking:, None] - places[:, None] >= window
+
+
+def within(places: torch.Tensor, window: int) -> Callable[..., torch.Tensor]:
+    """For `create_causal_mask`: a token sees those at most `window` - 1 `places` (B, T) before it."""
+    return lambda row, head, query, key: places[row, query] - places[row, key] < window
+
+
 def windowed(
     attend: Callable[..., tuple[torch.Tensor, Any]],
     query: torch.Tensor,
@@ -219,20 +273,6 @@ def windowed(
         part = query[:, :, first : first + size], key[:, :, seen], value[:, :, seen], mask[:, None]
         made.append(attend(*part)[0])
     return torch.cat(made, dim=1)
-
-
-def put(states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`states[b, index[b]] = update[b]` for all valid slots; in place if no gradient runs."""
-    if torch.is_grad_enabled() and (states.requires_grad or update.requires_grad):
-        states = states.clone()
-    if valid is not None:  # unused slots hold index 0, which may be a real token
-        rows, slots = valid.nonzero(as_tuple=True)
-        states[rows, index[rows, slots]] = update[rows, slots]
-    elif index.shape[0] == 1:
-        states.index_copy_(1, index[0], update)
-    else:
-        states[torch.arange(index.shape[0], device=index.device)[:, None], index] = update
-    return states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,35 +332,33 @@ class FeedForwardProxy(nn.Module):
 class SkippedCacheLayer(DynamicLayer):
     """KV cache of a layer that skipped prompt tokens: shorter than the prompt, and its rows may start with padding.
 
-    `prompt_length`: slots of the prompt, with padding. `active`: slots its attention ran on. `entering`: candidates it
-    chose them from. `tail`: how many of the prompt's last tokens every layer holds. `stage`: layers of one stage run on
-    equally many tokens. `window`: of the layer's attention, None if it has none. `kept`: slots cached, the last of the
-    active ones that a window, or one that begins `tail` tokens before, still sees.
+    `prompt_length`: slots of the prompt, with padding. `active`: slots its attention ran on. `kept`: those still held.
+    `entering`: candidates it chose them from. `tail`: how many of the prompt's last tokens every layer holds. `stage`:
+    layers of one stage run on equally many tokens. `later`: tokens that came after the prompt.
     What goes by rows and moves with them: `valid`: which of the kept slots are not padding, (B, kept), None if all are.
-    `positions`: on request, and where there is a window, the places in the row's prompt that the active tokens came
-    from, (B, active), -1 for padding.
+    `positions`: on request, the places in the row's prompt that the active tokens came from, (B, active), -1 for
+    padding, and `ends`, the place behind it, (B, 1).
     """
 
-    def __init__(
-        self, prompt_length: int, entering: int, active: "Count", tail: int, stage: int, window: int | None = None
-    ):
+    def __init__(self, prompt_length: int, entering: int, active: "Count", tail: int, stage: int):
         super().__init__()
         self.prompt_length, self.entering, self.active = prompt_length, entering, active.width
-        self.tail, self.stage, self.window = tail, stage, window
-        self.kept = active.width if window is None else min(active.width, window - 1 + tail)
-        self.valid: torch.Tensor | None = None if active.valid is None else active.valid[:, -self.kept :]
+        self.tail, self.stage, self.kept, self.later = tail, stage, active.width, 0
+        self.valid: torch.Tensor | None = active.valid
         self.positions: torch.Tensor | None = None
+        self.ends: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.get_seq_length() == 0:  # the prompt
-            key_states, value_states = key_states[:, :, -self.kept :], value_states[:, :, -self.kept :]
+        if self.get_seq_length() > 0 or self.prompt_length == 0:
+            self.later += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _move_rows(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.valid = None if self.valid is None else move(self.valid)
-        self.positions = None if self.positions is None else move(self.positions)
+        for name in ("valid", "positions", "ends"):
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, move(rows))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -336,8 +374,8 @@ class SkippedCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.prompt_length = self.entering = self.active = self.kept = self.tail = 0
-        self.valid = self.positions = None
+        self.prompt_length = self.entering = self.active = self.kept = self.tail = self.later = 0
+        self.valid = self.positions = self.ends = None
 
     def attention_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
         """Which of the tokens held here, then of the new `states`, are not padding; None if all are.
@@ -356,35 +394,72 @@ class SkippedCacheLayer(DynamicLayer):
             tail = attention_mask[:, attention_mask.shape[1] - later :].to(states.device, torch.bool)
         return torch.cat([held.to(states.device), tail], dim=1)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the number of tokens to remove as a negative number")
+        count = abs(tokens_to_remove)
+        of_prompt = max(0, count - self.later)
+        if of_prompt > self.tail:
+            raise ValueError(
+                f"cannot crop {count} tokens: {self.later} came after the prompt, and every layer holds "
+                f"only the last {self.tail} of the prompt (keep_last). Run the prompt again instead."
+            )
+        super().crop(tokens_to_remove)
+        self.later -= count - of_prompt
+        if of_prompt:
+            self.prompt_length, self.tail = self.prompt_length - of_prompt, self.tail - of_prompt
+            self.active, self.kept = self.active - of_prompt, self.kept - of_prompt
+            ends = None if self.ends is None else self.ends - of_prompt
+            self._move_rows(lambda rows: rows[:, : rows.shape[1] - of_prompt])
+            self.ends = ends
+
+
+class WindowCacheLayer(SkippedCacheLayer):
+    """The same of a layer whose attention has a `window`: it holds no more tokens than that window, or one that begins
+    `tail` tokens before, still sees; all of them while the past is recorded, as assisted decoding asks for."""
+
+    def __init__(self, window: int, *counts: Any):
+        super().__init__(*counts)
+        self.window: int = window
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        every = super().update(key_states, value_states, *args, **kwargs)
+        spare = self.get_seq_length() - (self.window - 1 + self.tail)
+        if spare > 0 and not self.record_past:
+            self.keys, self.values = (states[:, :, spare:].contiguous() for states in every)
+            gone = min(spare, self.kept)
+            self.kept -= gone
+            self.valid = None if self.valid is None else self.valid[:, gone:]
+        return every
+
+    def crop(self, tokens_to_remove: int) -> None:
+        held, was = self.get_seq_length(), self.active + self.later
+        if held < was and held - abs(tokens_to_remove) < self.window - 1:
+            raise ValueError(
+                f"cannot crop {abs(tokens_to_remove)} tokens: the window behind them is gone. Call the cache's "
+                "activate_past_recording() before the prompt, or run the prompt again."
+            )
+        super().crop(tokens_to_remove)
+
     def window_masks(
         self, attention_mask: torch.Tensor | None, states: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[..., torch.Tensor] | None]:
         """As `attention_mask`, of what the first of the new `states` (B, new, D) sees through the window; and for
         `create_causal_mask`, if there are more, that the others see less."""
-        if self.positions is None or self.window is None:
-            raise ValueError("the cache does not know which tokens it holds; run the prompt again")
-        new, held = states.shape[1], self.positions[:, -self.kept :].to(states.device)
-        later = torch.arange(self.get_seq_length() - self.kept + new, device=states.device)
-        places = torch.cat([held, held[:, -1:] + 1 + later], dim=1)  # in each row's own text
+        new, held = states.shape[1], self.get_seq_length() - self.kept
+        later = torch.arange(self.later - held, self.later + new, device=states.device)
+        places = (0 if self.ends is None else self.ends.to(states.device)) + later.expand(states.shape[0], -1)
+        if self.positions is not None and self.kept:  # none after a reset
+            places = torch.cat([self.positions[:, -self.kept :].to(states.device), places], dim=1)
         inside = places > places[:, places.shape[1] - new, None] - self.window
         seen = self.attention_mask(attention_mask, states)
         return inside if seen is None else seen & inside, within(places, self.window) if new > 1 else None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError("crop takes the number of tokens to remove as a negative number")
-        later = self.get_seq_length() - self.kept
-        of_prompt = max(0, abs(tokens_to_remove) - later)
-        if of_prompt > self.tail:
-            raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: {later} came after the prompt, and every layer holds "
-                f"only the last {self.tail} of the prompt (keep_last). Run the prompt again instead."
-            )
-        super().crop(tokens_to_remove)
-        if of_prompt:
-            self.prompt_length, self.tail = self.prompt_length - of_prompt, self.tail - of_prompt
-            self.active, self.kept = self.active - of_prompt, self.kept - of_prompt
-            self._move_rows(lambda rows: rows[:, :-of_prompt])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,9 +686,9 @@ class SkippingDecoderLayer:
         key = self.keys(normed, *tables)
         chosen = score = raw = None
         if plan.ranks:
-            window = min(plan.probe.queries, entering.width)
-            query = self.probes(normed[:, -window:], *(table[:, -window:] for table in tables))
-            unseen = outside(slots, window, plan.window)
+            asking = min(plan.probe.queries, entering.width)
+            query = self.probes(normed[:, -asking:], *(table[:, -asking:] for table in tables))
+            unseen = outside(slots, asking, plan.window)
             raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid, unseen)
             if hasattr(attention, self.by_heads):  # a fused projection gives every device all heads
                 raw = over_devices(raw, getattr(attention, self.by_heads).weight, plan.probe.heads)
@@ -809,8 +884,8 @@ class SkippingModel(SkippingPreTrainedModel):
 
         kinds, windows = layer_kinds(self.config), layer_windows(self.config)
         plans = layer_plans(schedule, windows, lengths, device)
-        if self.config._attn_implementation not in ("sdpa", "eager") and any(plan.window for plan in plans):
-            raise ValueError("skipping in layers with windows needs attn_implementation='sdpa' (or 'eager')")
+        if any(plan.window for plan in plans):
+            self._check_windows()
         if past_key_values is not None:
             prepare_cache(past_key_values, plans, slots, schedule, windows)
         rotary = position_tables(self.rotary_emb, self.config, inputs_embeds, position_ids)
@@ -897,14 +972,15 @@ class SkippingModel(SkippingPreTrainedModel):
             if not isinstance(held, SkippedCacheLayer):
                 if (group := kind) not in masks:
                     masks[group] = MASKS[kind](self.config, states, attention_mask, past_key_values, layer_idx=index)
-            elif held.window is not None and held.window < total:
+            elif isinstance(held, WindowCacheLayer) and held.window < total:
+                self._check_windows(alone=states.shape[1] == 1)
                 group = f"layer {index}"  # such layers each hold other tokens
                 seen, less = held.window_masks(attention_mask, states)
                 masks[group] = create_causal_mask(
                     self.config, states, seen, past_key_values, and_mask_function=less, layer_idx=index
                 )
-            elif (group := held.stage) not in masks:
-                if states.shape[1] == 1 and None in masks.values() and held.valid is None:
+            elif (group := f"stage {held.stage}") not in masks:
+                if states.shape[1] == 1 and masks.get(FULL, 0) is None and held.valid is None:
                     masks[group] = None  # one new token and no padding: if a dense layer needs no mask, no layer does
                 else:
                     seen = held.attention_mask(attention_mask, states)
@@ -919,6 +995,12 @@ class SkippingModel(SkippingPreTrainedModel):
                 **kwargs,
             )
         return self.output_class(last_hidden_state=self.norm(states), past_key_values=past_key_values)
+
+    def _check_windows(self, alone: bool = False) -> None:
+        """Raises ValueError if attention can't be told windows in places of the prompt; a new token `alone` needs no
+        more than a mask of padding."""
+        if self.config._attn_implementation not in ("sdpa", "eager") and not alone:
+            raise ValueError("skipping in layers with windows needs attn_implementation='sdpa' (or 'eager')")
 
 
 class SkippingForCausalLM(SkippingPreTrainedModel):
@@ -980,42 +1062,6 @@ class SkippingForCausalLM(SkippingPreTrainedModel):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """Each layer's kind of attention, by the name that transformers has for it."""
-    if kinds := getattr(config, "layer_types", None):
-        return kinds
-    # A family without windows may have been given one in its config, and ignores it.
-    sliding = hasattr(type(config), "sliding_window") and config.sliding_window is not None
-    return [SLIDING if sliding else FULL] * config.num_hidden_layers
-
-
-def layer_windows(config: Any) -> list[int | None]:
-    """How many tokens back each layer's attention reaches, the own one counted; None: over the whole text."""
-    return [config.sliding_window if kind == SLIDING else None for kind in layer_kinds(config)]
-
-
-def position_tables(rotary: nn.Module, config: Any, states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
-    """Cosines and sines (B or 1, T, d) for each kind of attention, some of which have rotary positions of their own."""
-    kinds = set(layer_kinds(config))
-    if kinds <= set(config.rope_parameters):
-        return {kind: rotary(states, position_ids, kind) for kind in kinds}
-    return dict.fromkeys(kinds, rotary(states, position_ids))
-
-
-def outside(places: torch.Tensor, asking: int, window: int | None) -> torch.Tensor | None:
-    """Which tokens at `places` (B, T) are before the windows of the last `asking` ones, (B, asking, T)."""
-    return None if window is None else places[:, -asking:, None] - places[:, None] >= window
-
-
-def within(places: torch.Tensor, window: int) -> Callable[..., torch.Tensor]:
-    """For `create_causal_mask`: a token sees those at most `window` - 1 `places` (B, T) before it."""
-    return lambda row, head, query, key: places[row, query] - places[row, key] < window
-
-
 def activation_of(config: Any) -> str:
     """Name of the feed-forward network's activation function."""
     return getattr(config, "hidden_act", None) or config.hidden_activation
@@ -1054,14 +1100,14 @@ def check_cache(cache: Cache) -> None:
     """Raises ValueError if some layers of the cache were cropped or changed and others not."""
     seen = cache.get_seq_length()
     for index, held in enumerate(cache.layers):
-        if isinstance(held, SkippedCacheLayer) and held.get_seq_length() - held.kept != seen - held.prompt_length:
+        if isinstance(held, SkippedCacheLayer) and held.later != seen - held.prompt_length:
             raise ValueError(f"layer {index} of the cache does not fit the others; run the prompt again")
 
 
 def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, lengths: list[int], active: Count) -> None:
     """Keep with a cache layer which tokens of each row's prompt were active there; `slots` (B, active) of `width`."""
-    padding = width - torch.tensor(lengths, device=slots.device)[:, None]
-    positions = slots - padding
+    held.ends = torch.tensor(lengths, device=slots.device)[:, None]
+    positions = slots - (width - held.ends)
     held.positions = positions if active.valid is None else positions.masked_fill(~active.valid, -1)
 
 
@@ -1075,12 +1121,15 @@ def prepare_cache(cache: Cache, plans: list[LayerPlan], slots: int, schedule: An
     while cache.layer_class_to_replicate is not None and len(cache.layers) < last_layer:
         cache.layers.append(cache.layer_class_to_replicate())
     for index, plan in enumerate(plans, schedule.start):
-        if type(cache.layers[index]) not in (DynamicLayer, DynamicSlidingWindowLayer, SkippedCacheLayer):
+        old, window = cache.layers[index], windows[index]
+        if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer, SkippedCacheLayer, WindowCacheLayer):
             raise ValueError(
-                f"skipping needs a dynamic cache, this one has {type(cache.layers[index]).__name__}; "
+                f"skipping needs a dynamic cache, this one has {type(old).__name__}; "
                 "leave cache_implementation unset, or pass spts=False"
             )
         stage = schedule.stage_of(index)
         tail = min(plan.keep_last, plan.active.width)
-        counts = plan.entering.width, plan.active
-        cache.layers[index] = SkippedCacheLayer(slots, *counts, tail, stage, windows[index])
+        counts = slots, plan.entering.width, plan.active, tail, stage
+        cache.layers[index] = made = SkippedCacheLayer(*counts) if window is None else WindowCacheLayer(window, *counts)
+        if isinstance(made, WindowCacheLayer) and getattr(old, "record_past", False):
+            made.activate_past_recording()

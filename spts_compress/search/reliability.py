@@ -44,7 +44,7 @@ def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list
         middle = slice(EDGE, length - asking)
         score, truth = score[0, middle], truth[0, middle]
         top = score.topk(max(1, round(SHARE * len(score)))).indices
-        found.append(float(truth[top].sum() / truth.sum()))
+        found.append(float(truth[top].sum() / truth.sum().clamp_min(1e-9)))  # a window may hide all of it
 
     try:
         for layer in whole.model.layers:

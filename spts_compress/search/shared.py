@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..evaluation.agreement import agreement
+from ..evaluation.bench import share_buffers
 from ..evaluation.items import Item
 from ..evaluation.runner import encode
 from ..modeling.configuration_spts import Schedule
@@ -88,8 +89,7 @@ def skipping(model: Any, model_class: Any, schedule: Schedule, proxies: dict[str
         made = model_class(config)
     moved = {name: tensor.to(model.device, model.dtype) for name, tensor in proxies.items()}
     made.load_state_dict({**model.state_dict(), **moved}, assign=True)
-    for name in ("rotary_emb", "embed_tokens"):  # which may have buffers that are no part of the state
-        setattr(made.model, name, getattr(model.model, name))
+    share_buffers(made, model)
     return made.eval()
 
 
