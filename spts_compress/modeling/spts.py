@@ -911,7 +911,7 @@ class SkippingModel(SkippingPreTrainedModel):
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
         states = states[:, -width:].clone()
         rotary = {kind: tuple(table[:, -width:] for table in tables_of(made)) for kind, made in rotary.items()}
-        masks, carried = {}, None
+        masks, carried, ends = {}, None, torch.tensor(lengths, device=device)[:, None]
         for index, plan in enumerate(plans, schedule.start):
             layer, active = self.layers[index], plan.active
             if plan.window is None and id(active) not in masks:  # not by width: rows may be filled differently
@@ -929,7 +929,7 @@ class SkippingModel(SkippingPreTrainedModel):
             carried = carried if scores is None else scores
             if past_key_values is not None and (request.positions or windows[index] is not None):
                 held = where if chosen is None else take(where, chosen.to(device))
-                note_positions(past_key_values.layers[index], held, slots, lengths, active)
+                note_positions(past_key_values.layers[index], held, slots, ends, active)
             if keep is not None:
                 if every is not None:
                     every = put(every, where, states.to(device), plan.entering.valid)
@@ -1104,10 +1104,11 @@ def check_cache(cache: Cache) -> None:
             raise ValueError(f"layer {index} of the cache does not fit the others; run the prompt again")
 
 
-def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, lengths: list[int], active: Count) -> None:
-    """Keep with a cache layer which tokens of each row's prompt were active there; `slots` (B, active) of `width`."""
-    held.ends = torch.tensor(lengths, device=slots.device)[:, None]
-    positions = slots - (width - held.ends)
+def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, ends: torch.Tensor, active: Count) -> None:
+    """Keep with a cache layer which tokens of each row's prompt, of `ends` (B, 1) tokens, were active there; `slots`
+    (B, active) of `width`."""
+    held.ends = ends
+    positions = slots - (width - ends)
     held.positions = positions if active.valid is None else positions.masked_fill(~active.valid, -1)
 
 
