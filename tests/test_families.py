@@ -242,6 +242,7 @@ def test_windows_after_a_crop_into_the_prompt(family):
                 cache.crop(-3)
                 again = model(tokens[:, -3:], past_key_values=cache).logits[:, -1:]
                 torch.testing.assert_close(again, out.logits, rtol=0, atol=1e-4)
+            recording.crop(0)  # transformers 5.17 asks for it after every pass
             step = model(tokens[:, :5], past_key_values=recording).logits
             recording.crop(-5)
             torch.testing.assert_close(model(tokens[:, :5], past_key_values=recording).logits, step)
@@ -257,9 +258,8 @@ def test_a_layer_with_a_window_holds_no_more_than_that():
         assert [layer.keys.shape[2] for layer in cache.layers] == [6, 7, 7, 7, 7]
         with pytest.raises(ValueError, match="activate_past_recording"):
             cache.layers[1].crop(-9)
-        if cache.layers[0].get_seq_length():
-            cache.reset()
-        if cache.get_seq_length() > 0:
+        cache.reset()
+        if cache.layers[1].get_seq_length() > 0:
             return  # transformers 5.17 keeps the length of a cache that was reset, so it can't be used again
         expected = stock_twin(model)(tokens, use_cache=False).logits[:, -20:]
         model(tokens[:, :40], past_key_values=cache, logits_to_keep=1, spts=False)

@@ -348,19 +348,25 @@ def test_cache_operations(model):
     cache.activate_past_recording()  # or transformers' layers with windows can't be cropped
     with torch.no_grad():
         out = model(tokens, past_key_values=cache, logits_to_keep=1)
-        grown = model(prompt(4, rows=3, seed=6), past_key_values=copy.deepcopy(cache)).past_key_values
+
+        def next_pass():  # as `generate` does between passes, which transformers 5.17 asks for where there are windows
+            made = copy.deepcopy(cache)
+            made.crop(0)
+            return made
+
+        grown = model(prompt(4, rows=3, seed=6), past_key_values=next_pass()).past_key_values
         grown.crop(-4)
         for a, b in zip(grown.layers, cache.layers, strict=True):
             count = a.keys.shape[2]  # a stock layer with a window only holds its last tokens again
             assert torch.equal(a.keys, b.keys[:, :, -count:]) and count >= min(9, b.keys.shape[2])
-        step = model(tokens[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        step = model(tokens[:, :1], past_key_values=next_pass()).logits
         cropped = copy.deepcopy(cache)
         cropped.crop(-1)  # every layer holds the prompt's last token
         again = model(tokens[:, -1:], past_key_values=cropped).logits
         torch.testing.assert_close(again, out.logits, rtol=1e-5, atol=1e-4)
         order = torch.tensor([2, 0, 0])
         for move in ("reorder_cache", "batch_select_indices"):
-            moved = copy.deepcopy(cache)
+            moved = next_pass()
             getattr(moved, move)(order)
             torch.testing.assert_close(model(tokens[order][:, :1], past_key_values=moved).logits, step[order])
         with pytest.raises(ValueError, match="negative"):
@@ -370,7 +376,7 @@ def test_cache_operations(model):
         with pytest.raises(ValueError, match="run the prompt again"):  # it was cropped in part before the error
             model(tokens[:, :1], past_key_values=cache)
         cache.reset()
-        if cache.get_seq_length() > 0:
+        if cache.layers[1].get_seq_length() > 0:
             return  # transformers 5.17 keeps the length of a cache that was reset, so it can't be used again
         torch.testing.assert_close(model(tokens, past_key_values=cache, logits_to_keep=1).logits, out.logits)
         cache.reset()

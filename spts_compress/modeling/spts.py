@@ -871,6 +871,9 @@ class SkippingModel(SkippingPreTrainedModel):
                 use_cache,
                 **kwargs,
             )
+            for held in cache.layers:
+                if isinstance(held, DynamicSlidingWindowLayer) and held.record_past:
+                    held.crop(0)  # as `generate` does after every pass: what is recorded is of one pass
             rest = self._continue(
                 inputs_embeds=inputs_embeds[:, end:],
                 attention_mask=attention_mask,
