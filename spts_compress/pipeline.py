@@ -22,7 +22,6 @@ from .cost import has_experts
 from .errors import UserError
 from .evaluation.bench import stock_twin
 from .evaluation.break_even import break_even
-from .evaluation.items import Item
 from .modeling.configuration_spts import Proxy, Schedule
 from .proxies import FeedForward, Tokens
 from .ranks import ALONE, Ranks
@@ -67,7 +66,7 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
 class Prepared:
     """What search and export start from.
 
-    `model`: the stock model. `asked`: the prompts that a search is to use, and those that confirm it; None without one.
+    `model`: the stock model. `asked`: the prompts of a search; None without one.
     `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`: see
     `fit_proxies`.
     """
@@ -75,7 +74,7 @@ class Prepared:
     base: Base
     tokenizer: Any
     sequences: Blocks
-    asked: tuple[list[Item], list[Item]] | None
+    asked: searching.Asked | None
     model: PreTrainedModel
     schedule: Schedule
     parameters: dict[str, torch.Tensor]
@@ -103,7 +102,8 @@ def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, sta
         sequences = blocks(recipe.calibration, texts, tokenizer)
         asked = None
         if search is not None:  # made here, since bad lengths show before the long work
-            asked = searching.items(search, tokenizer, _prose(search.text) or sequences.unseen)
+            prose = _prose(search.text) or sequences.unseen
+            asked = searching.Asked(search, tokenizer, prose).first(ranks)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences.fit[0][:8], base.name)
     with stage("proxies"):
@@ -155,9 +155,7 @@ def run(
         if recipe.search is not None and ready.asked is not None:
             key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, _sums(parameters), __version__)
             with stage("search"):
-                searched = searching.run(
-                    ready.model, ready.skipping(), ready.tokenizer, ready.asked, recipe.search, store, key, say, ranks
-                )
+                searched = searching.run(ready.model, ready.skipping(), ready.asked, store, key, say, ranks)
             folder = output.with_name(output.name + ".search")
             if ranks.leads:
                 findings.save(searched, folder, config.num_hidden_layers)

@@ -149,8 +149,9 @@ class SearchSection(Section):
     quarters of the depth). `candidates` are drawn, half as many varied in each of `rounds`. They are judged on
     `prompts` of every one of `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and
     the winner on as many others; their text is `text` (a .txt or .jsonl file or a folder), by default the calibration
-    documents that nothing was fitted on. `if_missed`: whether the nearest schedule is exported if the quality is not
-    reached."""
+    documents that nothing was fitted on. `dense_right`: whether prompts with a known answer are replaced until the
+    dense model answers them rightly, since fidelity to a wrong answer is of no use. `if_missed`: whether the nearest
+    schedule is exported if the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -166,6 +167,7 @@ class SearchSection(Section):
     rounds: Natural = 2
     text: str | None = None
     if_missed: Literal["stop", "export"] = "stop"
+    dense_right: bool = False
     seed: Natural = 11
 
     @model_validator(mode="after")

@@ -13,7 +13,8 @@ from spts_compress.evaluation.items import Item
 from spts_compress.evaluation.prices import grid
 from spts_compress.evaluation.runner import encode
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
-from spts_compress.recipe import Kind
+from spts_compress.ranks import ALONE
+from spts_compress.recipe import Kind, SearchSection
 from spts_compress.search import halving, prompts, run, shared, space
 from spts_compress.search.reliability import reliability
 from spts_compress.store import Store
@@ -94,6 +95,55 @@ def test_halving_finds_the_best_shape_and_repeats_itself():
     assert (best.shape.start, best.shape.heads, best.shape.pool) == (3, "max", 15) and len(best.rows) == 8
     assert calls.count(2) > 2 * calls.count(8)  # long evaluations are for good candidates
     assert len({c.schedule for c in runs[0]}) == len(runs[0])
+
+
+def test_candidates_that_do_the_same_count_once():
+    """Twenty candidates alike and better than four others: one of them goes on, and others beside it."""
+
+    def candidate(number, kl):
+        return halving.Candidate(space.Shape(1, floor=number), schedule(1, keep_last=number + 1), {"kl": kl}, [])
+
+    alike = [candidate(number, 1.0) for number in range(20)]
+    others = [candidate(20 + number, 2.0 + number) for number in range(4)]
+    losses = {c.schedule: c.cost["kl"] for c in alike + others}
+
+    def evaluate(made, count):
+        return [{"kind": "free", "kl": losses[made], "top1": 0.5, "same": False} for _ in range(count)]
+
+    tried = halving.halve(alike + others, 8, 2, evaluate)
+    assert [c.loss for c in tried if len(c.rows) == 8] == [1.0, 2.0, 3.0, 4.0]
+    assert len(tried) == 24 and [c.shape.floor for c in tried if c.loss == 1.0] == list(range(20))
+
+
+def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
+    """With a made-up judgement; the order of kinds and lengths stays, and what is never right is kept and named."""
+    prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
+    section = SearchSection(
+        lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, dense_right=True
+    )
+    asked = run.Asked(section, TOKENIZER, prose).first(ALONE)
+    assert len(asked.items) == 16 and len({item.text for item in asked.items}) == 16
+    assert [item.limit for item in asked.items] == [5000, 6000] * 8
+    never, second = asked.items[3], asked.make(5, 1)
+    wrong = {asked.items[5].text, never.text, *(asked.make(3, attempt).text for attempt in range(run.ATTEMPTS))}
+    monkeypatch.setattr(shared, "dense", lambda model, tokenizer, item, *rest: shared.Dense(item, *[None] * 4))
+    monkeypatch.setattr(shared.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
+    said = []
+    done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, ALONE)
+    expected = [*asked.items]
+    expected[5], expected[3] = second, asked.make(3, run.ATTEMPTS - 1)
+    assert [d.item for d in done] == expected and second.text != asked.items[5].text
+    assert (second.limit, second.task) == (asked.items[5].limit, asked.items[5].task)
+    assert said == [f"1 of 16 prompts ({never.task}) were never answered rightly; they count too"]
+
+
+@pytest.mark.parametrize(
+    ("said", "outputs", "right"), [("the 12 and 7", ["12", "7"], True), ("12", ["12", "7"], False), ("so", [], True)]
+)
+def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
+    item = Item("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
+    answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
+    assert shared.Dense(item, answer, None, None, "key").right(TOKENIZER) == right
 
 
 def test_every_kind_of_prompt_counts_from_the_first_round_on():

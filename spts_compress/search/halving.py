@@ -63,6 +63,14 @@ def rungs(prompts: int, turn: int) -> list[int]:
     return [turn * n for n in sorted({-(-turns // 4), -(-turns // 2), turns})]
 
 
+def distinct(candidates: list[Candidate]) -> list[Candidate]:
+    """The first of those that did the same on every prompt: what they differ in made no difference."""
+    found: dict[tuple[float, ...], Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(tuple(round(row["kl"], 6) for row in candidate.rows), candidate)
+    return list(found.values())
+
+
 def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evaluate) -> list[Candidate]:
     """All candidates: those that stayed to be tried on all prompts, best first, then those that fell out."""
     out: list[Candidate] = []
@@ -71,7 +79,8 @@ def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evalua
         tried = [Candidate(c.shape, c.schedule, c.cost, evaluate(c.schedule, size)) for c in candidates]
         tried.sort(key=lambda c: c.loss)
         keep = len(tried) if number + 1 == len(sizes) else max(ELITE, len(tried) // KEEP)
-        candidates, out = tried[:keep], tried[keep:] + out
+        candidates = distinct(tried)[:keep]
+        out = [c for c in tried if c not in candidates] + out
     return candidates + out
 
 
@@ -118,7 +127,7 @@ def search(
     pool = [made for shape in seeds if (made := new(shape)) is not None]
     pool = halve(pool + drawn(count, lambda: draw(rng, starts)), prompts, turn, evaluate)
     for _ in range(rounds):
-        best = [c for c in pool if len(c.rows) == prompts][:ELITE]
+        best = distinct([c for c in pool if len(c.rows) == prompts])[:ELITE]
         if not best:
             break
         parents = [c.shape for c in best]

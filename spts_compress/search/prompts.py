@@ -25,14 +25,26 @@ FREE = (
 def make(
     kinds: Sequence[str], tokenizer: Any, prose: str, length: int, count: int, tokens: int, seed: int
 ) -> list[Item]:
-    """`count` items of each kind ("free", one of `GROUPS` or one of their tasks), of at most `length` tokens with
-    `tokens` for the answer; kinds take turns.
+    """`count` items of each kind, see `one`; kinds take turns."""
+    return [one(kind, index, tokenizer, prose, length, tokens, seed) for index in range(count) for kind in kinds]
+
+
+def one(
+    kind: str, index: int, tokenizer: Any, prose: str, length: int, tokens: int, seed: int, attempt: int = 0
+) -> Item:
+    """The item `index` of a kind ("free", one of `GROUPS` or one of their tasks), of at most `length` tokens with
+    `tokens` for the answer. Each `attempt` gives another prompt of the same task.
 
     Raises:
         UserError: if a task does not fit into `length`.
     """
-    columns = [_of_kind(kind, tokenizer, prose, length, count, tokens, seed) for kind in kinds]
-    return [item for row in zip(*columns, strict=True) for item in row]
+    if kind == "free":
+        return _free(tokenizer, prose, length, index, tokens, seed)
+    tasks = GROUPS.get(kind, (kind,))
+    task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
+    if task in ruler.TASKS:
+        return ruler.items(task, tokenizer, prose, length, 1, seed, tokens)[0]
+    return diversity.items(task, tokenizer, prose, length, 1, seed)[0]
 
 
 def kind_of(item: Item, kinds: Sequence[str]) -> str:
@@ -40,20 +52,6 @@ def kind_of(item: Item, kinds: Sequence[str]) -> str:
     if item.task == agreement.TASK:
         return "free"
     return next((kind for kind in kinds if kind == item.task or item.task in GROUPS.get(kind, ())), item.task)
-
-
-def _of_kind(kind: str, tokenizer: Any, prose: str, length: int, count: int, tokens: int, seed: int) -> list[Item]:
-    if kind == "free":
-        return [_free(tokenizer, prose, length, index, tokens, seed) for index in range(count)]
-    tasks = GROUPS.get(kind, (kind,))
-    made = []
-    for index in range(count):
-        task = tasks[(index + seed) % len(tasks)]
-        if task in ruler.TASKS:
-            made += ruler.items(task, tokenizer, prose, length, 1, seed * 1000 + index, tokens)
-        else:
-            made += diversity.items(task, tokenizer, prose, length, 1, seed * 1000 + index)
-    return made
 
 
 def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Item:

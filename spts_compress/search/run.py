@@ -23,6 +23,7 @@ from .halving import Candidate, Rows
 from .reliability import reliability
 
 RELIABILITY_PROMPTS = 4
+ATTEMPTS = 8  # at a prompt that the dense model answers rightly
 FACTORS = (0.7, 1.4)  # of one stage's budget, to see what it is worth
 
 
@@ -88,21 +89,34 @@ def widest(starts: list[int], num_layers: int) -> Schedule:
     return Schedule.from_dict({**block, "feed_forward": "relative"}, num_layers)
 
 
-def items(section: SearchSection, tokenizer: Any, prose: str) -> tuple[list[Item], list[Item]]:
-    """The prompts to search on and those that confirm, lengths and kinds in turn.
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of a search, lengths and kinds in turn: half of them to search on, half to confirm."""
 
-    Raises:
-        UserError: if a task does not fit into a length.
-    """
+    section: SearchSection
+    tokenizer: Any
+    prose: str
+    items: tuple[Item, ...] = ()
 
-    def of(seed: int) -> list[Item]:
-        columns = [
-            prompts.make(section.kinds, tokenizer, prose, n, section.prompts, section.answer_tokens, seed)
-            for n in section.lengths
-        ]
-        return [item for row in zip(*columns, strict=True) for item in row]
+    def make(self, number: int, attempt: int = 0) -> Item:
+        """The prompt `number`; each `attempt` gives another one of the same task and length.
 
-    return of(section.seed), of(section.seed + 1)
+        Raises:
+            UserError: if its task does not fit into its length.
+        """
+        section, lengths = self.section, self.section.lengths
+        kinds = section.kinds
+        number, length = divmod(number, len(lengths))
+        number, kind = divmod(number, len(kinds))
+        held, index = divmod(number, section.prompts)
+        sizes, seed = (lengths[length], section.answer_tokens), section.seed + held
+        return prompts.one(kinds[kind], index, self.tokenizer, self.prose, *sizes, seed, attempt)
+
+    def first(self, ranks: Ranks) -> "Asked":
+        """With the `items` that are tried first, which all of `ranks` make together."""
+        count = 2 * self.section.prompts * len(self.section.kinds) * len(self.section.lengths)
+        mine = tqdm(ranks.mine(range(count)), desc="prompts", unit="prompt")
+        return replace(self, items=tuple(ranks.all([self.make(number) for number in mine])))
 
 
 def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
@@ -220,12 +234,36 @@ def _point(
     }
 
 
+def _answered(
+    model: Any,
+    asked: Asked,
+    layers: list[int],
+    store: Store,
+    key: str,
+    say: Callable[[str], None],
+    ranks: Ranks,
+) -> list[shared.Dense]:
+    """The dense work for every prompt; with `dense_right`, other prompts in place of those answered wrongly."""
+    done: dict[int, shared.Dense] = {}
+    items, missing = asked.items, list(range(len(asked.items)))
+    for attempt in range(ATTEMPTS if asked.section.dense_right else 1):
+        mine = [(number, asked.make(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)]
+        for _, item in tqdm(mine, desc="dense answers", unit="prompt"):
+            shared.dense(model, asked.tokenizer, item, layers, store, key)
+        for number, item in ranks.all(mine):
+            done[number] = shared.dense(model, asked.tokenizer, item, layers, store, key)
+        if asked.section.dense_right:
+            missing = [number for number in missing if not done[number].right(asked.tokenizer)]
+    if asked.section.dense_right and missing:
+        kinds = sorted({done[number].item.task for number in missing})
+        say(f"{len(missing)} of {len(items)} prompts ({', '.join(kinds)}) were never answered rightly; they count too")
+    return [done[number] for number in range(len(items))]
+
+
 def run(
     model: Any,
     whole: Any,
-    tokenizer: Any,
-    texts: tuple[list[Item], list[Item]],
-    section: SearchSection,
+    asked: Asked,
     store: Store,
     key: str,
     say: Callable[[str], None],
@@ -235,7 +273,6 @@ def run(
 
     Args:
         model, whole: the stock and the skipping model, on the same parameters.
-        texts: see `items`.
         key: what every figure depends on beside schedule and prompt.
 
     Returns:
@@ -245,17 +282,13 @@ def run(
         if none does. `reliability` of every layer's ranking by the last winner's probe. `prices`: the table of measured
         costs, None if they are counted. And the numbers of `candidates` and `evaluations`, and `seconds`.
     """
-    begin, config = time.monotonic(), model.config
+    begin, config, section = time.monotonic(), model.config, asked.section
     layers, longest = config.num_hidden_layers, max(section.lengths)
     starts = starts_of(section, config)
     fitted = whole.config.schedule()
     sizes = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, layers)}
-    asked, layers_kept = [item for part in texts for item in part], [s - 1 for s in starts]
-    for item in tqdm(ranks.mine(asked), desc="dense answers", unit="prompt"):
-        shared.dense(model, tokenizer, item, layers_kept, store, key)
-    ranks.wait()
-    done = [shared.dense(model, tokenizer, item, layers_kept, store, key) for item in asked]
-    tune, others = done[: len(texts[0])], done[len(texts[0]) :]
+    done = _answered(model, asked, [s - 1 for s in starts], store, key, say, ranks)
+    tune, others = done[: len(done) // 2], done[len(done) // 2 :]
     shared_seconds = time.monotonic() - begin
     table = None
     if section.cost == "measured":
@@ -298,7 +331,7 @@ def run(
 
         def rank() -> list[list[float]]:
             progress = tqdm(longer, desc="which layers rank well", unit="prompt")
-            return [reliability(whole, tokenizer, prompt, probe) for prompt in progress]
+            return [reliability(whole, asked.tokenizer, prompt, probe) for prompt in progress]
 
         with ranks.leader_first():
             each = store.json("reliability", fingerprint(key, asdict(probe), [p.key for p in longer]), rank)

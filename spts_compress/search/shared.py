@@ -13,6 +13,7 @@ from ..evaluation.agreement import agreement
 from ..evaluation.bench import share_buffers
 from ..evaluation.items import Item
 from ..evaluation.runner import encode
+from ..evaluation.scorers import score
 from ..modeling.configuration_spts import Schedule
 from ..store import Store, fingerprint
 
@@ -30,6 +31,11 @@ class Dense:
     final: torch.Tensor
     store: Store
     key: str
+
+    def right(self, tokenizer: Any) -> bool:
+        """Whether the answer is the known one, if one is known."""
+        item, said = self.item, tokenizer.decode(self.answer, skip_special_tokens=True)
+        return not item.outputs or score(item.scorer, said, item.outputs, item.classes) == 1
 
     def states(self, layer: int) -> torch.Tensor:
         """States in front of `layer`."""

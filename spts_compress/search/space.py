@@ -38,16 +38,16 @@ class Shape:
 
 CHOICES: dict[str, tuple] = {
     "stages": (1, 2, 3, 4, 5),
-    "bend": (0.7, 1.0, 1.5),
+    "bend": (0.5, 0.7, 1.0, 1.5),
     "decay": (1.0, 0.6, 0.35, 0.2, 0.1),
     "margin": (0.0, 1.0, 1.3, 1.8, 2.5),
     "ffn": (0.5, 0.75, 1.0, 1.4, 2.0),
     "floor": (0, 128, 256),
     "feed_forward": ("relative", "proxy", "attention"),
-    "queries": (1, 8, 32, 64),
+    "queries": (1, 8, 32, 64, 128),
     "heads": ("mean", "max"),
-    "carry": (0.0, 0.5, 1.0),
-    "pool": (1, 7, 15, 31, 63),
+    "carry": (0.0, 0.25, 0.5, 1.0),
+    "pool": (1, 7, 15, 31, 63, 127),
     "keep_first": (0, 4, 16),
     "keep_last": (1, 32, 64),
 }
@@ -55,12 +55,16 @@ CHOICES: dict[str, tuple] = {
 
 PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "keep_first": 0, "keep_last": 1, "feed_forward": "proxy"}
 WINDOWED: dict[str, Any] = {"queries": 32, "heads": "max", "carry": 1.0, "pool": 31}  # did well wherever it was tried
+NEEDLES: dict[str, Any] = {  # what a search for needles alone found
+    "stages": 5, "bend": 0.7, "margin": 1.0, "ffn": 0.75, "feed_forward": "proxy",
+    "queries": 64, "carry": 0.5, "pool": 63,
+}  # fmt: skip
 
 
 def seeds(starts: list[int]) -> list[Shape]:
-    """What is tried in any case: the paper's settings, and its probe and a windowed one from several starts on."""
-    probes = [Shape(start) for start in starts[::3]] + [Shape(start, **WINDOWED) for start in starts[::2]]
-    return [Shape(starts[0], **PAPER), *probes]
+    """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on."""
+    probes = [Shape(start, **probe) for probe in (WINDOWED, NEEDLES) for start in starts[::2]]
+    return [Shape(starts[0], **PAPER), *(Shape(start) for start in starts[::3]), *probes]
 
 
 def draw(rng: random.Random, starts: list[int]) -> Shape:
