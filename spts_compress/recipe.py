@@ -3,16 +3,27 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
 from .modeling.configuration_spts import Schedule
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+Odd = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+T = TypeVar("T")
+Some = Annotated[list[T], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -138,6 +149,27 @@ Kind = Literal[
 ]  # fmt: skip
 
 
+class ChoicesSection(Section):
+    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.Shape`."""
+
+    stages: Some[Positive] | None = None
+    bend: Some[Annotated[float, Field(gt=0)]] | None = None
+    decay: Some[Annotated[float, Field(gt=0, le=1)]] | None = None
+    margin: Some[Annotated[float, Field(ge=0)]] | None = None
+    ffn: Some[Annotated[float, Field(gt=0)]] | None = None
+    floor: Some[Natural] | None = None
+    feed_forward: Some[Literal["proxy", "relative", "attention"]] | None = None
+    queries: Some[Positive] | None = None
+    heads: Some[Literal["mean", "max"]] | None = None
+    carry: Some[Annotated[float, Field(ge=0, le=1)]] | None = None
+    pool: Some[Odd] | None = None
+    keep_first: Some[Natural] | None = None
+    keep_last: Some[Positive] | None = None
+
+    def given(self) -> dict[str, tuple]:
+        return {name: tuple(values) for name, values in self.model_dump(exclude_none=True).items()}
+
+
 class SearchSection(Section):
     """A target instead of a schedule. One of `speedup` (dense over SPTS operations of a prompt as long as the longest
     of `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
@@ -149,24 +181,25 @@ class SearchSection(Section):
     quarters of the depth). `candidates` are drawn, half as many varied in each of `rounds`. They are judged on
     `prompts` of every one of `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and
     the winner on as many others; their text is `text` (a .txt or .jsonl file or a folder), by default the calibration
-    documents that nothing was fitted on. `dense_right`: whether prompts with a known answer are replaced until the
-    dense model answers them rightly, since fidelity to a wrong answer is of no use. `if_missed`: whether the nearest
-    schedule is exported if the quality is not reached."""
+    documents that nothing was fitted on. `choices` narrows or refines what candidates are drawn from. `dense_right`:
+    whether prompts with a known answer are replaced until the dense model answers them rightly, since fidelity to a
+    wrong answer is of no use. `if_missed`: whether the nearest schedule is exported if the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     quality: Annotated[float, Field(gt=0, le=1)] | None = None
     cost: Literal["counted", "measured"] = "counted"
-    speedups: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=1)] = [1.25, 1.5, 1.75, 2.0, 2.25]
-    lengths: Annotated[list[Annotated[int, Field(ge=512)]], Field(min_length=1)] = [4096, 8192]
-    kinds: Annotated[list[Kind], Field(min_length=1)] = ["retrieval", "multi-hop", "free"]
+    speedups: Some[Annotated[float, Field(gt=1)]] = [1.25, 1.5, 1.75, 2.0, 2.25]
+    lengths: Some[Annotated[int, Field(ge=512)]] = [4096, 8192]
+    kinds: Some[Kind] = ["retrieval", "multi-hop", "free"]
     prompts: Positive = 4
     answer_tokens: Annotated[int, Field(ge=8)] = 40
-    starts: Annotated[list[Positive], Field(min_length=1)] | None = None
+    starts: Some[Positive] | None = None
     candidates: Annotated[int, Field(ge=4)] = 32
     rounds: Natural = 2
     text: str | None = None
     if_missed: Literal["stop", "export"] = "stop"
+    choices: ChoicesSection = ChoicesSection()
     dense_right: bool = False
     seed: Natural = 11
 
@@ -200,7 +233,7 @@ class ReportSection(Section):
     along `answers` of its own answers, `answer_tokens` long. The prompts' text is `text` (a .txt or .jsonl file or a
     folder of them), by default the calibration documents that nothing was fitted on."""
 
-    lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [2048, 4096, 8192]
+    lengths: Some[Annotated[int, Field(ge=64)]] = [2048, 4096, 8192]
     pairs: Positive = 5
     quality_length: Annotated[int, Field(ge=256)] | None = None
     needles: Natural = 4
@@ -366,6 +399,7 @@ def _known_keys(where: tuple) -> list[str]:
         "prune_to": AmountSection,
         "ffn_budget": AmountSection,
         "probe": ProbeSection,
+        "choices": ChoicesSection,
         "stages": StageSection,
     }
     model: type[BaseModel] = Recipe

@@ -60,11 +60,10 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, tmp_path):
 def test_a_shape_at_a_cost_costs_that_and_no_more():
     config = tiny_model(vocab_size=300).config
     proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
-    rng = random.Random(3)
+    rng, choices = random.Random(3), {"start": (1, 2, 3), **space.CHOICES}
     found = 0
     for _ in range(40):
-        shape = space.draw(rng, [1, 2, 3])
-        shape = space.vary(rng, shape, [1, 2, 3], space.draw(rng, [1, 2, 3]))
+        shape = space.vary(rng, space.draw(rng, choices), choices, space.draw(rng, choices))
         made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.3, 5, proxies)
         if made is not None:
             found += 1
@@ -78,7 +77,7 @@ def test_a_shape_at_a_cost_costs_that_and_no_more():
 def test_halving_finds_the_best_shape_and_repeats_itself():
     """A made-up loss with one best start and pool."""
     config, proxies = tiny_model(vocab_size=300).config, {layer: Proxy(12, 4) for layer in range(1, 5)}
-    calls = []
+    choices, calls = {"start": (1, 2, 3, 4), **space.CHOICES}, []
 
     def scaled(shape):
         made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.2, 5, proxies)
@@ -89,7 +88,7 @@ def test_halving_finds_the_best_shape_and_repeats_itself():
         loss = abs(schedule.start - 3) + abs(schedule.probe.pool - 15) / 15 + (schedule.probe.heads == "mean")
         return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
 
-    runs = [halving.search(scaled, evaluate, 8, 2, [1, 2, 3, 4], [], 24, 3, seed=5) for _ in range(2)]
+    runs = [halving.search(scaled, evaluate, 8, 2, choices, [], 24, 3, seed=5) for _ in range(2)]
     assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
     best = runs[0][0]
     assert (best.shape.start, best.shape.heads, best.shape.pool) == (3, "max", 15) and len(best.rows) == 8

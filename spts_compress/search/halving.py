@@ -84,8 +84,8 @@ def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evalua
     return candidates + out
 
 
-def _child(rng: random.Random, parents: list[Shape], starts: list[int]) -> Shape:
-    return vary(rng, rng.choice(parents), starts, rng.choice(parents))
+def _child(rng: random.Random, parents: list[Shape], choices: dict[str, tuple]) -> Shape:
+    return vary(rng, rng.choice(parents), choices, rng.choice(parents))
 
 
 def search(
@@ -93,7 +93,7 @@ def search(
     evaluate: Evaluate,
     prompts: int,
     turn: int,
-    starts: list[int],
+    choices: dict[str, tuple],
     seeds: list[Shape],
     count: int,
     rounds: int,
@@ -104,6 +104,7 @@ def search(
     Args:
         scaled: a shape at the wanted cost without rows; None if it can't be had.
         turn: so many prompts after one another are one of each kind and length.
+        choices: what each value of a shape is drawn from.
         seeds: shapes that are tried in any case.
         count: candidates drawn at first; each of the `rounds` of variation has half as many.
     """
@@ -125,13 +126,13 @@ def search(
         return found
 
     pool = [made for shape in seeds if (made := new(shape)) is not None]
-    pool = halve(pool + drawn(count, lambda: draw(rng, starts)), prompts, turn, evaluate)
+    pool = halve(pool + drawn(count, lambda: draw(rng, choices)), prompts, turn, evaluate)
     for _ in range(rounds):
         best = distinct([c for c in pool if len(c.rows) == prompts])[:ELITE]
         if not best:
             break
         parents = [c.shape for c in best]
-        children = drawn(count // 2, partial(_child, rng, parents, starts))
+        children = drawn(count // 2, partial(_child, rng, parents, choices))
         tried = halve([*best, *children], prompts, turn, evaluate)
         there = {c.schedule for c in tried}
         pool = sorted([*tried, *(c for c in pool if c.schedule not in there)], key=lambda c: (-len(c.rows), c.loss))

@@ -299,6 +299,7 @@ def run(
     points: list[dict[str, Any]] = []
     with tqdm(desc="searching", unit="evaluation") as bar:
         bench = Bench(whole, Answers(store.path("search", key, ".jsonl"), ranks.rank), key, bar, section.kinds, ranks)
+        choices = {"start": tuple(starts), **space.CHOICES, **section.choices.given()}
         seeds = space.seeds(starts)
         for name, target in section.targets():
             scaled = _scaling(name, target, cost, layers, sizes)
@@ -307,7 +308,7 @@ def run(
                 lambda schedule, count: bench.rows(schedule, tune[:count]),
                 len(tune),
                 len(tune) // section.prompts,
-                starts,
+                choices,
                 seeds,
                 section.candidates,
                 section.rounds,

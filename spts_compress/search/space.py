@@ -44,10 +44,10 @@ CHOICES: dict[str, tuple] = {
     "ffn": (0.5, 0.75, 1.0, 1.4, 2.0),
     "floor": (0, 128, 256),
     "feed_forward": ("relative", "proxy", "attention"),
-    "queries": (1, 8, 32, 64, 128),
+    "queries": (1, 8, 32, 64, 96, 128),
     "heads": ("mean", "max"),
     "carry": (0.0, 0.25, 0.5, 1.0),
-    "pool": (1, 7, 15, 31, 63, 127),
+    "pool": (1, 7, 15, 31, 63, 95, 127),
     "keep_first": (0, 4, 16),
     "keep_last": (1, 32, 64),
 }
@@ -55,9 +55,8 @@ CHOICES: dict[str, tuple] = {
 
 PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "keep_first": 0, "keep_last": 1, "feed_forward": "proxy"}
 WINDOWED: dict[str, Any] = {"queries": 32, "heads": "max", "carry": 1.0, "pool": 31}  # did well wherever it was tried
-NEEDLES: dict[str, Any] = {  # what a search for needles alone found
-    "stages": 5, "bend": 0.7, "margin": 1.0, "ffn": 0.75, "feed_forward": "proxy",
-    "queries": 64, "carry": 0.5, "pool": 63,
+NEEDLES: dict[str, Any] = {  # what searches for needles alone found
+    "stages": 5, "bend": 0.7, "margin": 1.0, "feed_forward": "attention", "queries": 64, "carry": 0.5, "pool": 63,
 }  # fmt: skip
 
 
@@ -67,17 +66,17 @@ def seeds(starts: list[int]) -> list[Shape]:
     return [Shape(starts[0], **PAPER), *(Shape(start) for start in starts[::3]), *probes]
 
 
-def draw(rng: random.Random, starts: list[int]) -> Shape:
-    """Any shape."""
-    return Shape(rng.choice(starts), **{name: rng.choice(values) for name, values in CHOICES.items()})
+def draw(rng: random.Random, choices: dict[str, tuple]) -> Shape:
+    """Any shape, of the values that there are to choose from."""
+    return Shape(**{name: rng.choice(values) for name, values in choices.items()})
 
 
-def vary(rng: random.Random, shape: Shape, starts: list[int], other: Shape) -> Shape:
+def vary(rng: random.Random, shape: Shape, choices: dict[str, tuple], other: Shape) -> Shape:
     """A shape near `shape`: every value may come from `other`, and one or two are drawn anew."""
     names = [f.name for f in fields(Shape)]
     values = {n: getattr(other if rng.random() < 0.2 else shape, n) for n in names}
     for name in rng.sample(names, rng.choice((1, 2))):
-        allowed: list[Any] = starts if name == "start" else list(CHOICES[name])
+        allowed = choices[name]
         here = allowed.index(values[name]) if values[name] in allowed else 0
         if isinstance(values[name], str):
             values[name] = rng.choice(allowed)
