@@ -21,6 +21,12 @@ def _odd(value: int) -> int:
     return value
 
 
+def _margin(value: float) -> float:
+    if 0 < value < 1:
+        raise ValueError("must be 0 or at least 1")
+    return value
+
+
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 T = TypeVar("T")
 Some = Annotated[list[T], Field(min_length=1)]
@@ -155,7 +161,7 @@ class ChoicesSection(Section):
     stages: Some[Positive] | None = None
     bend: Some[Annotated[float, Field(gt=0)]] | None = None
     decay: Some[Annotated[float, Field(gt=0, le=1)]] | None = None
-    margin: Some[Annotated[float, Field(ge=0)]] | None = None
+    margin: Some[Annotated[float, Field(ge=0), AfterValidator(_margin)]] | None = None
     ffn: Some[Annotated[float, Field(gt=0)]] | None = None
     floor: Some[Natural] | None = None
     feed_forward: Some[Literal["proxy", "relative", "attention"]] | None = None

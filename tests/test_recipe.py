@@ -5,6 +5,7 @@ import yaml
 
 from spts_compress.errors import UserError
 from spts_compress.recipe import Recipe, find, load, shipped_recipes
+from spts_compress.search import space
 
 GOOD = """
 model: {path: somewhere}
@@ -48,6 +49,20 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
         "export is missing",
     ):
         assert expected in lines
+
+
+def test_choices_of_a_search_are_checked_and_taken(tmp_path):
+    text = "model: {path: somewhere}\nproxy: {channels: 8, rank: 4}\nsearch: {speedup: 2.0}\nexport: {path: out}\n"
+    recipe = load(write(tmp_path, text), ("search.choices={queries: [32], margin: [0, 1.2]}",))
+    assert recipe.search.choices.given() == {"queries": (32,), "margin": (0, 1.2)}
+    assert set(type(recipe.search.choices).model_fields) == set(space.CHOICES)
+    for wrong, expected in (
+        ("{querys: [8]}", "search.choices.querys is unknown (did you mean queries?)"),
+        ("{pool: [4]}", "search.choices.pool.0 must be odd"),
+        ("{margin: [0.5]}", "search.choices.margin.0 must be 0 or at least 1"),
+        ("{carry: []}", "search.choices.carry is []"),
+    ):
+        assert expected in faults(tmp_path, text, (f"search.choices={wrong}",))[0]
 
 
 def test_duplicate_keys_name_their_line(tmp_path):

@@ -245,16 +245,17 @@ def _answered(
 ) -> list[shared.Dense]:
     """The dense work for every prompt; with `dense_right`, other prompts in place of those answered wrongly."""
     done: dict[int, shared.Dense] = {}
-    items, missing = asked.items, list(range(len(asked.items)))
-    for attempt in range(ATTEMPTS if asked.section.dense_right else 1):
+    items, missing, picky = asked.items, list(range(len(asked.items))), asked.section.dense_right
+    for attempt in range(ATTEMPTS if picky else 1):
         mine = [(number, asked.make(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)]
         for _, item in tqdm(mine, desc="dense answers", unit="prompt"):
             shared.dense(model, asked.tokenizer, item, layers, store, key)
         for number, item in ranks.all(mine):
             done[number] = shared.dense(model, asked.tokenizer, item, layers, store, key)
-        if asked.section.dense_right:
-            missing = [number for number in missing if not done[number].right(asked.tokenizer)]
-    if asked.section.dense_right and missing:
+        missing = [number for number in missing if picky and not done[number].right(asked.tokenizer)]
+        if not missing:
+            break
+    if missing:
         kinds = sorted({done[number].item.task for number in missing})
         say(f"{len(missing)} of {len(items)} prompts ({', '.join(kinds)}) were never answered rightly; they count too")
     return [done[number] for number in range(len(items))]
