@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -98,24 +99,26 @@ class Asked:
     prose: str
     items: tuple[Item, ...] = ()
 
+    @property
+    def slots(self) -> list[tuple[int, int, str, int]]:
+        """Seed, index, kind and length of every prompt."""
+        section = self.section
+        seeds = section.seed, section.seed + 1
+        return list(product(seeds, range(section.prompts), section.kinds, section.lengths))
+
     def make(self, number: int, attempt: int = 0) -> Item:
         """The prompt `number`; each `attempt` gives another one of the same task and length.
 
         Raises:
             UserError: if its task does not fit into its length.
         """
-        section, lengths = self.section, self.section.lengths
-        kinds = section.kinds
-        number, length = divmod(number, len(lengths))
-        number, kind = divmod(number, len(kinds))
-        held, index = divmod(number, section.prompts)
-        sizes, seed = (lengths[length], section.answer_tokens), section.seed + held
-        return prompts.one(kinds[kind], index, self.tokenizer, self.prose, *sizes, seed, attempt)
+        seed, index, kind, length = self.slots[number]
+        tokens = self.section.answer_tokens
+        return prompts.one(kind, index, self.tokenizer, self.prose, length, tokens, seed, attempt)
 
     def first(self, ranks: Ranks) -> "Asked":
         """With the `items` that are tried first, which all of `ranks` make together."""
-        count = 2 * self.section.prompts * len(self.section.kinds) * len(self.section.lengths)
-        mine = tqdm(ranks.mine(range(count)), desc="prompts", unit="prompt")
+        mine = tqdm(ranks.mine(range(len(self.slots))), desc="prompts", unit="prompt")
         return replace(self, items=tuple(ranks.all([self.make(number) for number in mine])))
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from ..evaluation.agreement import agreement
 from ..evaluation.bench import share_buffers
 from ..evaluation.items import Item
+from ..evaluation.recovery import score_rows
 from ..evaluation.runner import encode
-from ..evaluation.scorers import score
 from ..modeling.configuration_spts import Schedule
 from ..store import Store, fingerprint
 
@@ -34,8 +34,8 @@ class Dense:
 
     def right(self, tokenizer: Any) -> bool:
         """Whether the answer is the known one, if one is known."""
-        item, said = self.item, tokenizer.decode(self.answer, skip_special_tokens=True)
-        return not item.outputs or score(item.scorer, said, item.outputs, item.classes) == 1
+        said = tokenizer.decode(self.answer, skip_special_tokens=True)
+        return not self.item.outputs or score_rows([{**self.item.plain(), "answer": said}])[0]["score"] == 1
 
     def states(self, layer: int) -> torch.Tensor:
         """States in front of `layer`."""
