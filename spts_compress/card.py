@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .base import Base
 from .modeling.configuration_spts import Schedule
-from .plan import schedule_table
+from .plan import probe_words, schedule_table
 from .report import fidelity_table, quality_table, speed_table
 from .search import findings
 
@@ -83,7 +83,6 @@ def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> st
     machine = report["hardware"]
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     lengths = [row["tokens"] for row in report["speed"]]
-    probe = schedule.probe
     return f"""---
 {data.to_yaml()}
 ---
@@ -122,9 +121,8 @@ your own task against `spts=False` before you rely on it.
 
 ## Schedule
 
-Active tokens of the candidates, per layer (probe: last {probe.queries} queries, {probe.heads} over heads, carrying
-{probe.carry:g}, pooled over {probe.pool}; first {schedule.keep_first} and last {schedule.always_last} tokens always
-active):
+Active tokens of the candidates, per layer (probe: {probe_words(schedule.probe)}; first {schedule.keep_first} and last
+{schedule.always_last} tokens always active):
 
 {schedule_table(base.config, schedule, lengths)}
 {_searched(report.get("search"))}

@@ -122,9 +122,12 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         shape = LayerShape.of(config, layer)
         entering, active, changed, leaving = schedule.counts(layer, length)
         probing = 0.0
-        carries = schedule.probe.carry > 0 and layer >= schedule.start and schedule.skips(length)
+        heads = schedule.probe.heads_of(layer)
+        later = schedule.probe.carry > 0 or not isinstance(heads, str)
+        carries = later and layer >= schedule.start and schedule.skips(length)
         if min(active, changed, leaving) < entering or carries:
-            probing += 2.0 * schedule.probe.queries * entering * shape.probed
+            share = 1.0 if isinstance(heads, str) else len(heads) / config.num_attention_heads
+            probing += 2.0 * schedule.probe.queries * entering * shape.probed * share
         if changed < entering and schedule.feed_forward in ("proxy", "relative"):
             probing += entering * shape.proxy(schedule.proxy_of(layer))
         projections = 2.0 * (entering * shape.key + active * (shape.value + shape.query + shape.output))

@@ -57,8 +57,8 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
     """The recipe's schedule; where it is to be searched for, one that skips from the earliest start on."""
     full, layers = Proxy(recipe.proxy.channels, recipe.proxy.rank), config.num_hidden_layers
     sizes = tuple(Proxy(1, 0) if has_experts(config, layer) else full for layer in range(layers))
-    if (schedule := recipe.read_schedule(layers)) is None:
-        schedule = searching.widest(searching.starts_of(recipe.search or SearchSection(), config), layers)
+    if (schedule := recipe.read_schedule(layers, config.num_attention_heads)) is None:
+        schedule = searching.widest(recipe.search or SearchSection(), config)
     return replace(schedule, proxy=sizes[schedule.start :])
 
 

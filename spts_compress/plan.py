@@ -4,7 +4,7 @@ from typing import Any
 
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
 from .errors import UserError
-from .modeling.configuration_spts import Proxy, Schedule
+from .modeling.configuration_spts import Probe, Proxy, Schedule
 from .modeling.spts import layer_windows
 from .recipe import SearchSection
 from .tables import size, table
@@ -56,8 +56,8 @@ def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: 
     of the search's prompts in front of every layer where skipping may begin."""
     proxies, states = proxy_parameters(config, schedule), 2 * tokens
     if search is not None:
-        starts = search.start_layers(config.num_hidden_layers)
-        states += 2 * len(starts) * len(search.kinds) * search.prompts * sum(search.lengths)
+        places = {*search.start_layers(config.num_hidden_layers), schedule.start}
+        states += 2 * len(places) * len(search.kinds) * search.prompts * sum(search.lengths)
     return BYTES[dtype] * (parameters(config) + states * config.hidden_size) + (4 + BYTES[dtype]) * proxies
 
 
@@ -93,8 +93,19 @@ def blind_ends(config: Any, schedule: Schedule) -> list[int]:
     """Layers that prune by what windows alone show, theirs or those they carry scores from, and so drop all that is
     before them."""
     ends, windows = [stage.end for stage in schedule.stages if stage.prune_to is not None], layer_windows(config)
-    first = {end: schedule.start if schedule.probe.carry else end for end in ends}
-    return [end for end in ends if None not in windows[first[end] : end + 1]]
+    scoring = [n for n in range(schedule.start, config.num_hidden_layers) if schedule.probe.heads_of(n)]
+    sources = {end: [n for n in scoring if n <= end][0 if schedule.probe.carry else -1 :] for end in ends}
+    return [end for end in ends if None not in [windows[n] for n in sources[end]]]
+
+
+def probe_words(probe: Probe) -> str:
+    """What a probe does, in words."""
+    heads = probe.heads
+    if not isinstance(heads, str):
+        layers = {layer: [str(head) for place, head in heads if place == layer] for layer, _ in heads}
+        own = "; ".join(f"{layer}: {' '.join(numbers)}" for layer, numbers in layers.items())
+    how = f"{heads} over heads" if isinstance(heads, str) else f"{len(heads)} heads ({own})"
+    return f"last {probe.queries} queries, {how}, carrying {probe.carry:g}, pooled over {probe.pool}"
 
 
 def _sizes(schedule: Schedule) -> str:
@@ -143,9 +154,8 @@ def describe(
     return "\n".join(
         [
             *head,
-            f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, probe: last "
-            f"{schedule.probe.queries} queries, {schedule.probe.heads} over heads, carrying {schedule.probe.carry:g}, "
-            f"pooled over {schedule.probe.pool}; "
+            f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, "
+            f"probe: {probe_words(schedule.probe)}; "
             f"first {schedule.keep_first} and last {schedule.always_last} tokens always active"
             + (f"; prompts of fewer than {schedule.min_length} tokens run dense" if schedule.min_length else ""),
             "",

@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
-from .modeling.configuration_spts import Schedule
+from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -24,6 +24,19 @@ def _odd(value: int) -> int:
 def _margin(value: float) -> float:
     if 0 < value < 1:
         raise ValueError("must be 0 or at least 1")
+    return value
+
+
+def _heads(value: Any) -> Any:
+    pairs = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
+    if value not in HEAD_REDUCTIONS and not (pairs and all(type(number) is int for p in value for number in p)):
+        raise ValueError("must be mean, max, or a list of [layer, head] pairs")
+    return value
+
+
+def _reduction(value: Any) -> Any:
+    if value not in HEAD_REDUCTIONS and (isinstance(value, str) or not 0 < value <= 1):
+        raise ValueError("must be mean, max, or above 0 and up to 1")
     return value
 
 
@@ -133,7 +146,7 @@ class StageSection(Section):
 
 class ProbeSection(Section):
     queries: Positive = 1
-    heads: Literal["mean", "max"] = "mean"
+    heads: Annotated[Any, AfterValidator(_heads)] = "mean"
     carry: Annotated[float, Field(ge=0, le=1)] = 0.0
     pool: Positive = 1
 
@@ -166,7 +179,7 @@ class ChoicesSection(Section):
     floor: Some[Natural] | None = None
     feed_forward: Some[Literal["proxy", "relative", "attention"]] | None = None
     queries: Some[Positive] | None = None
-    heads: Some[Literal["mean", "max"]] | None = None
+    heads: Some[Annotated[str | float, AfterValidator(_reduction)]] | None = None
     carry: Some[Annotated[float, Field(ge=0, le=1)]] | None = None
     pool: Some[Odd] | None = None
     keep_first: Some[Natural] | None = None
@@ -201,6 +214,7 @@ class SearchSection(Section):
     prompts: Positive = 4
     answer_tokens: Annotated[int, Field(ge=8)] = 40
     starts: Some[Positive] | None = None
+    heads_from: Positive | None = None
     candidates: Annotated[int, Field(ge=4)] = 32
     rounds: Natural = 2
     text: str | None = None
@@ -277,8 +291,9 @@ class Recipe(Section):
             raise ValueError("needs exactly one of the sections schedule and search")
         return self
 
-    def read_schedule(self, num_layers: int) -> Schedule | None:
-        """The schedule, checked against a model of `num_layers` layers; None if it is to be searched for.
+    def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
+        """The schedule, checked against a model of `num_layers` layers of `num_heads` heads; None if it is to be
+        searched for.
 
         Raises:
             UserError: naming every fault.
@@ -287,7 +302,8 @@ class Recipe(Section):
             return None
         proxy = {"channels": self.proxy.channels, "rank": self.proxy.rank}
         try:
-            return Schedule.from_dict({**self.schedule.model_dump(exclude_none=True), "proxy": proxy}, num_layers)
+            block = {**self.schedule.model_dump(exclude_none=True), "proxy": proxy}
+            return Schedule.from_dict(block, num_layers, num_heads)
         except ValueError as error:
             raise UserError("\n".join(f"schedule: {fault}" for fault in error.args)) from None
 

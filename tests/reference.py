@@ -250,15 +250,24 @@ class Reference:
                 for j, p in zip(seen, torch.softmax(logits, 0).tolist(), strict=True):
                     total[j] += p / w
             per_head.append(total)
-        if probe.get("heads", "mean") == "mean":
+        heads = probe.get("heads", "mean")
+        if not isinstance(heads, str):
+            own = [per_head[head] for place, head in heads if place == layer]
+            if not own:
+                raw = [carried[p] for p in positions]
+                return self.pooled(raw), raw
+            raw = [sum(col) / len(own) for col in zip(*own, strict=True)]
+        elif heads == "mean":
             raw = [sum(col) / len(per_head) for col in zip(*per_head, strict=True)]
         else:
             raw = [max(col) for col in zip(*per_head, strict=True)]
         if carried is not None:
             raw = [s + probe.get("carry", 0) * carried[p] for s, p in zip(raw, positions, strict=True)]
-        reach = probe.get("pool", 1) // 2
-        pooled = [max(raw[max(0, i - reach) : i + reach + 1]) for i in range(n)]
-        return pooled, raw
+        return self.pooled(raw), raw
+
+    def pooled(self, raw):
+        reach = self.s.get("probe", {}).get("pool", 1) // 2
+        return [max(raw[max(0, i - reach) : i + reach + 1]) for i in range(len(raw))]
 
     # -- the model -----------------------------------------------------------------------------------------------
     def prefill(self, tokens):

@@ -37,7 +37,10 @@ whole = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
 layer = split.model.layers[-1]
 assert getattr(layer.self_attn, layer.by_heads).weight.placements
 ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
-for probe in ({"heads": "mean"}, {"heads": "max", "queries": 4, "carry": 1.0, "pool": 3}):
+first = split.config.spts["start"]
+some = [[first, 0], [first + 1, 1], [first + 1, 3]]  # a layer's from one device alone, and from both
+plain, windowed = {"heads": "mean"}, {"heads": "max", "queries": 4, "carry": 1.0, "pool": 3}
+for probe in (plain, windowed, {"heads": some, "carry": 0.5}):
     made = []
     for model in (split.eval(), whole.eval()):
         with torch.no_grad():
@@ -75,7 +78,7 @@ def test_two_processes_make_the_checkpoint_that_one_makes(corpus, tmp_path):  # 
         del data["schedule"]
         data["search"] = {
             "speedup": 1.15, "lengths": [520, 600], "kinds": ["free"], "prompts": 2, "answer_tokens": 8, "starts": [2],
-            "candidates": 4, "rounds": 1,
+            "candidates": 4, "rounds": 1, "heads_from": 1, "choices": {"heads": [0.9]},
         }  # fmt: skip
         path.write_text(yaml.safe_dump(data))
         done = start(folder, "recipe", path, processes=processes)

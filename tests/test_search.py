@@ -16,7 +16,7 @@ from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
 from spts_compress.ranks import ALONE
 from spts_compress.recipe import Kind, SearchSection
 from spts_compress.search import halving, prompts, run, shared, space
-from spts_compress.search.reliability import reliability
+from spts_compress.search.reliability import FINDING, reliability, retrieval_heads
 from spts_compress.store import Store
 
 TOKENIZER = tiny_tokenizer()
@@ -37,15 +37,17 @@ def schedule(start, **changes):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v2"])
-@pytest.mark.parametrize("start", [1, 3])
-def test_a_tail_on_kept_states_equals_the_whole_model(family, start, tmp_path):
+@pytest.mark.parametrize(("start", "kept", "heads"), [(1, 0, "max"), (3, 2, "max"), (3, 1, [[3, 1], [3, 2]])])
+def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads, tmp_path):
+    searched = schedule(start, probe={"queries": 4, "heads": heads, "carry": 1.0, "pool": 3})
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
-    dense = shared.dense(stock_twin(whole), TOKENIZER, item, [start - 1], store, "key")
-    found = shared.compare(shared.tail(whole, start - 1), schedule(start), dense)
+    dense = shared.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
+    assert dense.kept_before(start) == kept
+    found = shared.compare(shared.tail(whole, kept), searched, dense)
 
-    whole.config.spts = schedule(start).to_dict()
+    whole.config.spts = searched.to_dict()
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
     own = stock_twin(whole).generate(ids, do_sample=False, max_new_tokens=6)
     logs = [agreement.log_probabilities(whole, own[:, :-1], own.shape[1] - ids.shape[1], s) for s in (False, None)]
@@ -53,14 +55,14 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, tmp_path):
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 0
     assert found["top1"] == pytest.approx(expected["top1"]) and found["same"] == (expected["top1"] == 1)
 
-    again = shared.dense(None, TOKENIZER, item, [start - 1], store, "key")  # kept, so no model is needed
+    again = shared.dense(None, TOKENIZER, item, [kept], store, "key")  # kept, so no model is needed
     assert torch.equal(again.final, dense.final) and torch.equal(again.answer, own[0, ids.shape[1] :].cpu())
 
 
 def test_a_shape_at_a_cost_costs_that_and_no_more():
     config = tiny_model(vocab_size=300).config
     proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
-    rng, choices = random.Random(3), {"start": (1, 2, 3), **space.CHOICES}
+    rng, choices = random.Random(3), {"start": (1, 2, 3), **space.CHOICES, "heads": ("mean", "max")}
     found = 0
     for _ in range(40):
         shape = space.vary(rng, space.draw(rng, choices), choices, space.draw(rng, choices))
@@ -77,7 +79,7 @@ def test_a_shape_at_a_cost_costs_that_and_no_more():
 def test_halving_finds_the_best_shape_and_repeats_itself():
     """A made-up loss with one best start and pool."""
     config, proxies = tiny_model(vocab_size=300).config, {layer: Proxy(12, 4) for layer in range(1, 5)}
-    choices, calls = {"start": (1, 2, 3, 4), **space.CHOICES}, []
+    choices, calls = {"start": (1, 2, 3, 4), **space.CHOICES, "heads": ("mean", "max")}, []
 
     def scaled(shape):
         made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.2, 5, proxies)
@@ -191,6 +193,54 @@ def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(fa
         answer = mean[length:, 4 : length - 1].mean(0)
         top = ranking.argsort(descending=True)[: round(len(ranking) / 4)]
         assert share == pytest.approx(float(answer[top].sum() / answer.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
+    """Against stock eager attention, head by head and token by token."""
+    whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
+    stock = stock_twin(whole)
+    dense = shared.dense(stock, TOKENIZER, Item("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key")
+    ids = encode(TOKENIZER, [dense.item.text], whole.device)["input_ids"]
+    length = ids.shape[1]
+    dense.answer[:] = ids[0, 200:206]  # random weights copy nothing by themselves
+    found = retrieval_heads(whole, TOKENIZER, dense)
+    whole_ids = torch.cat([ids, dense.answer[None]], dim=1)
+    stock.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = torch.cat(stock(whole_ids, output_attentions=True).attentions)  # layers, heads, T, T
+    copied = torch.zeros(length)
+    for place in range(length):
+        for end in range(length, whole_ids.shape[1]):
+            if whole_ids[0, place] == whole_ids[0, end]:
+                copied[place] += attentions[:, :, end - 1, place].mean()
+    middle, reach = slice(4, length - FINDING.queries), FINDING.pool // 2
+    for layer, row in enumerate(found):
+        for head, worth in enumerate(row):
+            raw = attentions[layer, head, length - FINDING.queries : length].mean(0)
+            score = torch.stack([raw[max(0, i - reach) : i + reach + 1].max() for i in range(length)])[middle]
+            last = score.sort(descending=True).values[round(len(score) / 10) - 1]  # pooling makes many equal to it
+            above, level = (float(copied[middle][score > last * x].sum()) for x in (1 + 1e-5, 1 - 1e-5))
+            assert above - 1e-4 <= worth * float(copied[middle].sum()) <= level + 1e-4
+
+
+def test_shapes_choose_heads_by_what_they_find():
+    config = tiny_model(vocab_size=300).config
+    proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
+    heads = {(1, 0): 0.5, (1, 3): 0.3, (2, 1): 0.2, (3, 2): 1.0, (4, 0): 0.8, (4, 1): 0.1}
+
+    def at(**shape):
+        shape = space.Shape(carry=1.0, stages=1, **shape)
+        return space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.1, 5, proxies, heads)
+
+    early = at(start=3, heads=0.5)  # a stage in front that keeps all, in which the first head scores
+    assert early.faults(5, 4) == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1
+    assert [early.counts(layer, 1000).active for layer in (1, 2)] == [1000, 1000]
+    assert early.counts(3, 1000).active < 1000 and len(early.proxy) == 4
+    own = at(start=3, heads=1.0)
+    assert own.probe.heads == ((3, 2),) and own.start == 3
+    lacking = at(start=2, heads=0.8)  # none so good up to the start: the best of those that are there
+    assert lacking.probe.heads == ((1, 0), (3, 2), (4, 0)) and lacking.start == 1
 
 
 def test_a_measured_cost_takes_the_place_of_the_counted_one():

@@ -70,15 +70,22 @@ class Stage:
 class Probe:
     """Partial Attention Probing: how the last queries score the candidates.
 
-    `queries`: number of last queries (the paper's: 1). `heads`: how the heads' scores are reduced, "mean" or "max".
-    `carry`: how much of the skipping layers' scores before is added to a layer's own, as S + carry * (the sum carried
-    so far): some layers rank badly. `pool`: width of the max-pooling over neighbouring candidates (odd; 1: none).
+    `queries`: number of last queries (the paper's: 1). `heads`: how the heads' scores are reduced, "mean" or "max"; or
+    which ones alone score, as (layer, head) pairs: a layer's score is the mean of its own, and one without any goes by
+    what is carried. `carry`: how much of the skipping layers' scores before is added to a layer's own, as S + carry *
+    (the sum carried so far): some layers rank badly. `pool`: width of the max-pooling over neighbours (odd; 1: none).
     """
 
     queries: int = 1
-    heads: str = "mean"
+    heads: "str | tuple[tuple[int, int], ...]" = "mean"
     carry: float = 0.0
     pool: int = 1
+
+    def heads_of(self, layer: int) -> "str | tuple[int, ...]":
+        """How the heads of `layer` are reduced, or which of them score."""
+        if isinstance(self.heads, str):
+            return self.heads
+        return tuple(head for place, head in self.heads if place == layer)
 
 
 @dataclass(frozen=True)
@@ -170,11 +177,13 @@ class Schedule:
             for stage in self.stages
         ]
         block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else list(block["proxy"])
+        if not isinstance(self.probe.heads, str):
+            block["probe"]["heads"] = [list(pair) for pair in self.probe.heads]
         return block
 
     @classmethod
-    def from_dict(cls, block: dict[str, Any], num_layers: int) -> "Schedule":
-        """Read and check an `spts` block.
+    def from_dict(cls, block: dict[str, Any], num_layers: int, num_heads: int | None = None) -> "Schedule":
+        """Read and check an `spts` block of a model with `num_layers` layers of `num_heads` heads each.
 
         Raises:
             ValueError: with one argument for each fault found in `block`.
@@ -182,12 +191,12 @@ class Schedule:
         faults: list[str] = []
         schedule = _read(cls, block, "spts", faults)
         if schedule is not None and not faults:
-            faults += schedule.faults(num_layers)
+            faults += schedule.faults(num_layers, num_heads)
         if faults or schedule is None:
             raise ValueError(*faults)
         return schedule
 
-    def faults(self, num_layers: int) -> list[str]:
+    def faults(self, num_layers: int, num_heads: int | None = None) -> list[str]:
         """Everything that is out of range or contradictory, each with what would be right; empty if all is well."""
         found = []
 
@@ -224,7 +233,16 @@ class Schedule:
             else:
                 check(stage.prune_to is None, f"{where}.prune_to is set; nothing is pruned after the last stage")
         check(self.probe.queries >= 1, f"probe.queries is {self.probe.queries}; it must be at least 1")
-        check(self.probe.heads in HEAD_REDUCTIONS, f"probe.heads is {self.probe.heads!r}; it must be mean or max")
+        heads = self.probe.heads
+        if isinstance(heads, str):
+            check(heads in HEAD_REDUCTIONS, f"probe.heads is {heads!r}; it must be mean, max or [layer, head] pairs")
+        else:
+            for layer, head in heads:
+                right = self.start <= layer < num_layers and 0 <= head < (num_heads or head + 1)
+                check(right, f"probe.heads has [{layer}, {head}]; there is no such head in a skipping layer")
+            check(len(set(heads)) == len(heads), "probe.heads has a head twice")
+            first = any(layer == self.start for layer, _ in heads)
+            check(first, f"probe.heads has none in layer {self.start}, which skips with nothing carried to it")
         check(0 <= self.probe.carry <= 1, f"probe.carry is {self.probe.carry}; it must be 0 to 1")
         check(
             self.probe.pool >= 1 and self.probe.pool % 2 == 1,
@@ -246,6 +264,10 @@ class Schedule:
         return found
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(number) is int for number in value)
+
+
 def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
     """Build dataclass `kind` from plain data, collecting faults instead of raising."""
     if kind is Amount and isinstance(value, int) and not isinstance(value, bool):
@@ -257,6 +279,9 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
     faults += [f"{where}.{key} is unknown; known are {', '.join(known)}" for key in value if key not in known]
     nested = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe}
     lists = {"stages": Stage, "proxy": Proxy}
+    pairs = value.get("heads")
+    if kind is Probe and isinstance(pairs, list | tuple) and all(map(_is_pair, pairs)):
+        value = {**value, "heads": tuple(map(tuple, pairs))}
     built = {}
     for key in known:
         if key not in value:
@@ -272,7 +297,8 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
             text, flag = isinstance(item, str), isinstance(item, bool)
-            kinds = {"fraction": number, "carry": number, "heads": text, "feed_forward": text, "enabled": flag}
+            heads = text or (isinstance(item, tuple) and all(map(_is_pair, item)))
+            kinds = {"fraction": number, "carry": number, "heads": heads, "feed_forward": text, "enabled": flag}
             fits = kinds.get(key, whole)
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
@@ -296,4 +322,5 @@ class SptsConfigMixin:
         Raises:
             ValueError: if the block or a change is not valid.
         """
-        return Schedule.from_dict({**(self.spts or {}), **changes}, self.num_hidden_layers)  # type: ignore[attr-defined]
+        sizes = self.num_hidden_layers, self.num_attention_heads  # type: ignore[attr-defined]
+        return Schedule.from_dict({**(self.spts or {}), **changes}, *sizes)

@@ -54,7 +54,7 @@ def probe_scores(
     query: torch.Tensor,
     key: torch.Tensor,
     scaling: float,
-    heads: str = "mean",
+    heads: str | tuple[int, ...] = "mean",
     valid: torch.Tensor | None = None,
     unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -64,13 +64,18 @@ def probe_scores(
         query: rotated queries of the last w candidates, (B, H, w, d).
         key: rotated keys of all candidates, (B, G, T, d).
         scaling: factor of the attention logits.
-        heads: how heads are reduced, "mean" or "max".
+        heads: how heads are reduced, "mean" or "max"; or which of them alone are added up.
         valid: which candidates are not padding, (B, T); None if all are.
         unseen: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
 
     Returns:
         Scores (B, T) in float32, zero on padding and outside all windows.
     """
+    if not heads:
+        return torch.zeros(key.shape[0], key.shape[2], device=key.device)
+    if not isinstance(heads, str):
+        of_keys = [head * key.shape[1] // query.shape[1] for head in heads]
+        query, key = query[:, list(heads)], key[:, of_keys]
     batch, num_heads, asking, _ = query.shape
     groups, candidates = key.shape[1:3]
     grouped = query.float().reshape(batch, groups, num_heads // groups * asking, -1) * scaling
@@ -87,20 +92,33 @@ def probe_scores(
         logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
         real = valid[:, None, -asking:, None]
         raw = (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2)
-    raw = raw.mean(dim=1) if heads == "mean" else raw.amax(dim=1)
+    raw = raw.mean(dim=1) if heads == "mean" else raw.amax(dim=1) if heads == "max" else raw.sum(dim=1)
     return raw if valid is None else raw * valid
 
 
-def over_devices(raw: torch.Tensor, weight: Any, heads: str) -> torch.Tensor:
+def shards(weight: Any) -> list[int]:
+    """Dimensions of the device mesh over which tensor parallelism has sharded a weight; none if it has not."""
+    return [number for number, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard()]
+
+
+def own_heads(heads: str | tuple[int, ...], count: int, weight: Any) -> str | tuple[int, ...]:
+    """Those of `heads` that are among the `count` of this device, counted from its first one, see `over_devices`."""
+    if isinstance(heads, str):
+        return heads
+    number = 0
+    for dimension in shards(weight):
+        number = number * weight.device_mesh.size(dimension) + weight.device_mesh.get_local_rank(dimension)
+    return tuple(head - number * count for head in heads if head // count == number)
+
+
+def over_devices(raw: torch.Tensor, weight: Any, heads: str | tuple[int, ...]) -> torch.Tensor:
     """The scores (B, T) over all heads, where tensor parallelism has given each device some of them: `weight` is then
-    a tensor sharded over the devices. All of them must choose the same tokens."""
-    for dimension, placement in enumerate(getattr(weight, "placements", ())):
-        if placement.is_shard():
-            mesh, mean = weight.device_mesh, heads == "mean"
-            how = torch.distributed.ReduceOp.SUM if mean else torch.distributed.ReduceOp.MAX
-            torch.distributed.all_reduce(raw, how, group=mesh.get_group(dimension))
-            raw = raw / mesh.size(dimension) if mean else raw
-    return raw
+    a tensor sharded over the devices. All of them must choose the same tokens. Sums of chosen heads become means."""
+    for dimension in shards(weight):
+        how = torch.distributed.ReduceOp.MAX if heads == "max" else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(raw, how, group=weight.device_mesh.get_group(dimension))
+        raw = raw / weight.device_mesh.size(dimension) if heads == "mean" else raw
+    return raw if isinstance(heads, str) else raw / len(heads)
 
 
 def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -501,6 +519,7 @@ class LayerPlan:
     keep_first: int
     keep_last: int
     probe: Any
+    heads: str | tuple[int, ...]  # of the layer, that score
     feed_forward: str
     window: int | None  # of attention, where it is shorter than the longest prompt
 
@@ -515,7 +534,8 @@ class LayerPlan:
     @property
     def ranks(self) -> bool:
         """Whether candidates are scored: for a choice here, or (in every row of a batch alike) for later layers."""
-        return self.skips or self.prunes or self.changed is not self.entering or self.probe.carry > 0
+        later = self.probe.carry > 0 or not isinstance(self.heads, str)
+        return self.skips or self.prunes or self.changed is not self.entering or later
 
     def to(self, device: Any, **_: Any) -> "LayerPlan":
         """The plan on a device; accelerate calls this where layers are on several."""
@@ -686,14 +706,18 @@ class SkippingDecoderLayer:
         key = self.keys(normed, *tables)
         chosen = score = raw = None
         if plan.ranks:
-            asking = min(plan.probe.queries, entering.width)
-            query = self.probes(normed[:, -asking:], *(table[:, -asking:] for table in tables))
-            unseen = outside(slots, asking, plan.window)
-            raw = probe_scores(query, key, attention.scaling, plan.probe.heads, entering.valid, unseen)
-            if hasattr(attention, self.by_heads):  # a fused projection gives every device all heads
-                raw = over_devices(raw, getattr(attention, self.by_heads).weight, plan.probe.heads)
-            if plan.probe.carry and carried is not None:
-                raw = raw + plan.probe.carry * carried
+            raw = carried
+            if plan.heads:
+                asking = min(plan.probe.queries, entering.width)
+                query = self.probes(normed[:, -asking:], *(table[:, -asking:] for table in tables))
+                unseen = outside(slots, asking, plan.window)
+                # a fused projection gives every device all heads
+                shared = getattr(attention, self.by_heads).weight if hasattr(attention, self.by_heads) else None
+                heads = own_heads(plan.heads, query.shape[1], shared)
+                raw = probe_scores(query, key, attention.scaling, heads, entering.valid, unseen)
+                raw = over_devices(raw, shared, plan.heads)
+                if plan.probe.carry and carried is not None:
+                    raw = raw + plan.probe.carry * carried
             score = pool_scores(raw, plan.probe.pool, entering.valid)
             ranked = plan.pin(score)
         if plan.skips:
@@ -1095,7 +1119,8 @@ def layer_plans(schedule: Any, windows: list[int | None], lengths: list[int], de
         kept = schedule.keep_first, schedule.always_last
         window = windows[layer]
         window = window if window is not None and window < max(lengths) else None
-        plans.append(LayerPlan(*counts, *kept, schedule.probe, schedule.feed_forward, window))
+        heads = schedule.probe.heads_of(layer)
+        plans.append(LayerPlan(*counts, *kept, schedule.probe, heads, schedule.feed_forward, window))
     return plans
 
 

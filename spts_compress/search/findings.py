@@ -19,7 +19,7 @@ def front_table(found: dict[str, Any]) -> str:
                 f"{cost['speedup']:.2f}x" + (" *" if number == found["chosen"] else ""),
                 f"{cost['kv_share']:.0%}",
                 point["winner"]["schedule"]["start"],
-                f"{probe['queries']} / {probe['heads']} / {probe['carry']:g} / {probe['pool']}",
+                f"{probe['queries']} / {_heads(probe['heads'])} / {probe['carry']:g} / {probe['pool']}",
                 f"{point['quality']:.3f} ({point['interval'][0]:.3f}-{point['interval'][1]:.3f})",
                 f"{point['held_out']['loss']:.3f}",
                 ", ".join(f"{kind} {row['same']:.0%}" for kind, row in kinds.items()),
@@ -27,6 +27,10 @@ def front_table(found: dict[str, Any]) -> str:
         )
     names = ["counted", "KV kept", "start", "queries / heads / carry / pool", "next token as dense (95% interval)"]
     return table([*names, "loss, nats", "same answer"], rows)
+
+
+def _heads(heads: str | list) -> str:
+    return heads if isinstance(heads, str) else f"{len(heads)} of them"
 
 
 def without_table(point: dict[str, Any]) -> str:

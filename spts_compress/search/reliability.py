@@ -1,6 +1,8 @@
-"""Which layers rank tokens well: how much of the attention that the answer will pay goes to a layer's own top ones."""
+"""Which layers and heads rank tokens well, told from a dense pass over a prompt and the dense model's own answer."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,46 +13,100 @@ from ..modeling.configuration_spts import Probe
 from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores, tables_of
 from .shared import Dense
 
-SHARE = 0.25  # of the prompt's tokens
+SHARE = 0.25  # of the prompt's tokens that a layer ranks highest
+HEAD_SHARE = 0.1  # that a head does
+FINDING = Probe(queries=64, pool=95)  # what heads are judged with
 EDGE = 4  # first tokens, which take attention whatever they say
 
 
-@torch.no_grad()
-def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list[float]:
-    """For every layer: of the attention that the tokens of the dense answer pay to the prompt there (mean over heads;
-    but to its first 4 tokens and to those that probe), the share that falls on the quarter of the prompt which the
-    layer's probe ranks highest, without scores of layers before. From a dense pass."""
-    ids = encode(tokenizer, [prompt.item.text], whole.device)["input_ids"]
-    length, found, handles = ids.shape[1], list[float](), []
-    ids = torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1)
-    skipping = whole.model.layers[-1]  # layers in front of the first skipping one are stock ones
-    places, windows = torch.arange(ids.shape[1], device=ids.device)[None], layer_windows(whole.config)
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention in a dense pass over T tokens: `key` (1, G, T, d) and, from the places `first` to `last`,
+    `queries(first, last)` (1, H, last - first, d), as probing takes them."""
 
-    def note(layer: Any, attention: Any, args: Any, kwargs: dict) -> None:
+    key: torch.Tensor
+    queries: Callable[[int, int], torch.Tensor]
+    scaling: float
+    window: int | None
+
+    def scores(self, first: int, last: int, heads: str | tuple[int, ...] = "mean") -> torch.Tensor:
+        """Mean attention (T',) that the tokens from `first` to `last` pay to all T' up to the last of them."""
+        places = torch.arange(last, device=self.key.device)[None]
+        unseen = outside(places, last - first, self.window)
+        return probe_scores(self.queries(first, last), self.key[:, :, :last], self.scaling, heads, unseen=unseen)[0]
+
+
+@torch.no_grad()
+def each_layer(whole: Any, ids: torch.Tensor, note: Callable[[int, Attention], None]) -> None:
+    """Run `ids` (1, T) through the dense model, and have every layer noted by its number."""
+    skipping, windows = whole.model.layers[-1], layer_windows(whole.config)  # the first layers are stock ones
+
+    def watch(number: int, attention: Any, args: Any, kwargs: dict) -> None:
         normed = args[0] if args else kwargs["hidden_states"]
         tables, made = tables_of(kwargs["position_embeddings"]), copy.copy(skipping)
-        made._modules = layer._modules  # a stock layer's, with a skipping one's methods
+        made._modules = whole.model.layers[number]._modules  # a stock layer's, with a skipping one's methods
 
         def queries(first: int, last: int) -> torch.Tensor:
             return made.probes(normed[:, first:last], *(table[:, first:last] for table in tables))
 
-        key, asking, window = made.keys(normed, *tables), min(probe.queries, length), windows[len(found)]
-        query = queries(length - asking, length)
-        unseen = outside(places[:, :length], asking, window)
-        raw = probe_scores(query, key[:, :, :length], attention.scaling, probe.heads, unseen=unseen)
-        score = pool_scores(raw, probe.pool)
-        unseen = outside(places, ids.shape[1] - length, window)
-        truth = probe_scores(queries(length, ids.shape[1]), key, attention.scaling, unseen=unseen)
-        middle = slice(EDGE, length - asking)
-        score, truth = score[0, middle], truth[0, middle]
-        top = score.topk(max(1, round(SHARE * len(score)))).indices
-        found.append(float(truth[top].sum() / truth.sum().clamp_min(1e-9)))  # a window may hide all of it
+        note(number, Attention(made.keys(normed, *tables), queries, attention.scaling, windows[number]))
 
+    handles = []
     try:
-        for layer in whole.model.layers:
-            handles.append(layer.self_attn.register_forward_pre_hook(partial(note, layer), with_kwargs=True))
+        for number, layer in enumerate(whole.model.layers):
+            handles.append(layer.self_attn.register_forward_pre_hook(partial(watch, number), with_kwargs=True))
         whole(ids, spts=False, logits_to_keep=1, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def found_by(score: torch.Tensor, truth: torch.Tensor, share: float) -> float:
+    """How much of `truth` (T,) falls on the `share` of the tokens that `score` (T,) ranks highest."""
+    top = score.topk(max(1, round(share * len(score)))).indices
+    return float(truth[top].sum() / truth.sum().clamp_min(1e-9))  # a window may hide all of it
+
+
+def _tokens(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> tuple[torch.Tensor, int, int]:
+    """Prompt and answer (1, T), where the prompt's last queries begin, and where it ends."""
+    ids = encode(tokenizer, [prompt.item.text], whole.device)["input_ids"]
+    length = ids.shape[1]
+    return torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1), length - min(probe.queries, length), length
+
+
+def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list[float]:
+    """For every layer: of the attention that the tokens of the dense answer pay to the prompt there (mean over heads;
+    but to its first 4 tokens and to those that probe), the share that falls on the quarter of the prompt which the
+    layer's probe ranks highest, without scores of layers before. From a dense pass."""
+    ids, asking, length = _tokens(whole, tokenizer, prompt, probe)
+    middle, found = slice(EDGE, asking), list[float]()
+
+    def note(number: int, attention: Attention) -> None:
+        raw = attention.scores(asking, length, probe.heads_of(number) or "mean")
+        score, truth = pool_scores(raw[None], probe.pool)[0], attention.scores(length, ids.shape[1])
+        found.append(found_by(score[middle], truth[middle], SHARE))
+
+    each_layer(whole, ids, note)
     return found
+
+
+def retrieval_heads(whole: Any, tokenizer: Any, prompt: Dense) -> list[list[float]]:
+    """For every layer and head: of what the dense answer copies from the prompt, the share that falls on the tenth of
+    the prompt which this head alone, probing with 64 queries pooled over 95, ranks highest.
+
+    What is copied: the attention that the model pays, over all layers and heads, while it predicts a token of the
+    answer, to the same token in the prompt; heads that do this are the retrieval heads of arXiv 2404.15574. From a
+    dense pass.
+    """
+    ids, asking, length = _tokens(whole, tokenizer, prompt, FINDING)
+    copied, scores = ids.new_zeros(length, dtype=torch.float32), list[torch.Tensor]()
+
+    def note(number: int, attention: Attention) -> None:
+        for end in range(length, ids.shape[1]):  # the token before it predicts the one there
+            copied.add_(attention.scores(end - 1, end)[:length] * (ids[0, :length] == ids[0, end]))
+        raw = [attention.scores(asking, length, (head,)) for head in range(whole.config.num_attention_heads)]
+        scores.append(pool_scores(torch.stack(raw), FINDING.pool))
+
+    each_layer(whole, ids, note)
+    middle = slice(EDGE, asking)
+    return [[found_by(head[middle], copied[middle], HEAD_SHARE) for head in layer] for layer in scores]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,9 +22,10 @@ from ..recipe import SearchSection
 from ..store import Store, fingerprint
 from . import halving, prompts, shared, space
 from .halving import Candidate, Rows
-from .reliability import reliability
+from .reliability import reliability, retrieval_heads
 
 RELIABILITY_PROMPTS = 4
+HEAD_PROMPTS = 8  # to find heads with
 ATTEMPTS = 8  # at a prompt that the dense model answers rightly
 FACTORS = (0.7, 1.4)  # of one stage's budget, to see what it is worth
 
@@ -56,7 +58,7 @@ class Bench:
         return [self.kept.rows[key] for key in keys]
 
     def _add(self, key: str, schedule: Schedule, prompt: shared.Dense) -> dict[str, Any]:
-        first = schedule.start - 1
+        first = prompt.kept_before(schedule.start)
         if first not in self.tails:
             self.tails[first] = shared.tail(self.whole, first)
         item = prompt.item
@@ -80,13 +82,21 @@ def starts_of(section: SearchSection, config: Any) -> list[int]:
     for start in starts:
         if not 1 <= start < num_layers:
             raise UserError(f"search.starts: {start} is out of range; it must be 1 to {num_layers - 1}")
+    if section.heads_from is not None and section.heads_from > starts[0]:
+        raise UserError(f"search.heads_from: {section.heads_from} is behind the first start; at most {starts[0]}")
     return starts
 
 
-def widest(starts: list[int], num_layers: int) -> Schedule:
-    """A schedule that skips from the earliest start on; the proxies are fitted for it, whatever their sizes."""
+def widest(section: SearchSection, config: Any) -> Schedule:
+    """A schedule that skips from the earliest layer on that a candidate may; the proxies are fitted for it, whatever
+    their sizes.
+
+    Raises:
+        UserError: see `starts_of`.
+    """
+    num_layers, starts = config.num_hidden_layers, starts_of(section, config)
     stage = {"end": num_layers - 1, "budget": {"fraction": 0.2}}
-    block = {"start": starts[0], "stages": [stage], "proxy": {"channels": 1, "rank": 0}}
+    block = {"start": section.heads_from or starts[0], "stages": [stage], "proxy": {"channels": 1, "rank": 0}}
     return Schedule.from_dict({**block, "feed_forward": "relative"}, num_layers)
 
 
@@ -165,13 +175,18 @@ def _cost(config: Any, length: int, table: Prices | None) -> Callable[[Schedule]
 
 
 def _scaling(
-    name: str, target: float, cost: Callable[[Schedule], dict[str, float]], num_layers: int, sizes: dict[int, Proxy]
+    name: str,
+    target: float,
+    cost: Callable[[Schedule], dict[str, float]],
+    num_layers: int,
+    sizes: dict[int, Proxy],
+    heads: space.Heads | None = None,
 ) -> Callable[[space.Shape], Candidate | None]:
     """Gives a shape the budgets with which its `name` is `target`; None where there are none."""
     sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
 
     def scaled(shape: space.Shape) -> Candidate | None:
-        made = space.at_cost(shape, lambda s: sign * cost(s)[name], sign * target, num_layers, sizes)
+        made = space.at_cost(shape, lambda s: sign * cost(s)[name], sign * target, num_layers, sizes, heads)
         return None if made is None else Candidate(shape, made, cost(made), [])
 
     return scaled
@@ -264,6 +279,23 @@ def _answered(
     return [done[number] for number in range(len(items))]
 
 
+def _on_each(
+    name: str, made_of: list[shared.Dense], make: Callable[[shared.Dense], Any], store: Store, key: str, ranks: Ranks
+) -> torch.Tensor:
+    """The mean of what is made of each prompt, which is kept."""
+    mine = tqdm(ranks.mine(made_of), desc=name, unit="prompt")
+    made = [store.json(name, fingerprint(key, prompt.key), partial(make, prompt)) for prompt in mine]
+    return torch.tensor(ranks.all(made)).mean(dim=0)
+
+
+def _heads(worth: torch.Tensor, first: int) -> space.Heads:
+    """What the heads of layers from `first` on find, over what the best one of them does; `worth` (layers, heads)."""
+    share = worth / worth[first:].max().clamp_min(1e-9)
+    return {
+        (layer, head): float(share[layer, head]) for layer in range(first, len(share)) for head in range(share.shape[1])
+    }
+
+
 def run(
     model: Any,
     whole: Any,
@@ -283,16 +315,24 @@ def run(
         `points`, one for each cost: `cost` (counted), `winner`, `held_out` and `quality` with its interval on the
         prompts that confirm, what the loss becomes `without` each found value and with other `budgets` in one stage,
         `signs` of what is lost, and all that was `tried`. `chosen`: the number of the point that meets the target, None
-        if none does. `reliability` of every layer's ranking by the last winner's probe. `prices`: the table of measured
-        costs, None if they are counted. And the numbers of `candidates` and `evaluations`, and `seconds`.
+        if none does. `reliability` of every layer's ranking by the last winner's probe. `heads`: layer, head and what
+        it finds over what the best one does, best first; None if no candidate could choose some. `prices`: the table of
+        measured costs, None if they are counted. And the numbers of `candidates` and `evaluations`, and `seconds`.
     """
     begin, config, section = time.monotonic(), model.config, asked.section
     layers, longest = config.num_hidden_layers, max(section.lengths)
     starts = starts_of(section, config)
     fitted = whole.config.schedule()
     sizes = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, layers)}
-    done = _answered(model, asked, [s - 1 for s in starts], store, key, say, ranks)
+    kept = sorted({fitted.start - 1, *(start - 1 for start in starts)})
+    done = _answered(model, asked, kept, store, key, say, ranks)
     tune, others = done[: len(done) // 2], done[len(done) // 2 :]
+    longer = [prompt for prompt in tune if prompt.item.limit == longest]
+    choices = {"start": tuple(starts), **space.CHOICES, **section.choices.given()}
+    heads = None
+    if not all(isinstance(value, str) for value in choices["heads"]):
+        find = partial(retrieval_heads, whole, asked.tokenizer)
+        heads = _heads(_on_each("heads", longer[:HEAD_PROMPTS], find, store, key, ranks), fitted.start)
     shared_seconds = time.monotonic() - begin
     table = None
     if section.cost == "measured":
@@ -302,11 +342,11 @@ def run(
 
     points: list[dict[str, Any]] = []
     with tqdm(desc="searching", unit="evaluation") as bar:
-        bench = Bench(whole, Answers(store.path("search", key, ".jsonl"), ranks.rank), key, bar, section.kinds, ranks)
-        choices = {"start": tuple(starts), **space.CHOICES, **section.choices.given()}
-        seeds = space.seeds(starts)
+        rows = Answers(store.path("search", key, ".jsonl"), ranks.rank)
+        bench = Bench(whole, rows, key, bar, section.kinds, ranks)
+        seeds = space.seeds(starts, heads is not None)
         for name, target in section.targets():
-            scaled = _scaling(name, target, cost, layers, sizes)
+            scaled = _scaling(name, target, cost, layers, sizes, heads)
             found = halving.search(
                 scaled,
                 lambda schedule, count: bench.rows(schedule, tune[:count]),
@@ -332,20 +372,16 @@ def run(
     rankings = None
     if points:
         probe = Schedule.from_dict(points[-1]["winner"]["schedule"], layers).probe
-        longer = [prompt for prompt in tune if prompt.item.limit == longest][:RELIABILITY_PROMPTS]
-
-        def rank() -> list[list[float]]:
-            progress = tqdm(longer, desc="which layers rank well", unit="prompt")
-            return [reliability(whole, asked.tokenizer, prompt, probe) for prompt in progress]
-
-        with ranks.leader_first():
-            each = store.json("reliability", fingerprint(key, asdict(probe), [p.key for p in longer]), rank)
-        rankings = [sum(column) / len(column) for column in zip(*each, strict=True)]
+        rank = partial(reliability, whole, asked.tokenizer, probe=probe)
+        rankings = _on_each(
+            "reliability", longer[:RELIABILITY_PROMPTS], rank, store, fingerprint(key, asdict(probe)), ranks
+        ).tolist()
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
     return {
         "points": points,
         "chosen": meets[-1] if meets and section.decides else None,
         "reliability": rankings,
+        "heads": heads and sorted(([*pair, worth] for pair, worth in heads.items()), key=lambda row: -row[2]),
         "prices": None if table is None else table.plain(),
         "evaluations": bench.evaluated,
         "candidates": sum(len(p["tried"]) for p in points),

@@ -37,6 +37,10 @@ class Dense:
         said = tokenizer.decode(self.answer, skip_special_tokens=True)
         return not self.item.outputs or score_rows([{**self.item.plain(), "answer": said}])[0]["score"] == 1
 
+    def kept_before(self, layer: int) -> int:
+        """The last layer before `layer` that the states in front of are kept."""
+        return max(n for n in range(layer) if self.store.path(f"dense-layer-{n}", self.key, ".safetensors").exists())
+
     def states(self, layer: int) -> torch.Tensor:
         """States in front of `layer`."""
         found = self.store.tensors(f"dense-layer-{layer}", self.key)
@@ -130,6 +134,8 @@ def shifted(schedule: Schedule, layer: int) -> dict[str, Any]:
     """The `spts` block of `schedule` for a `tail` from `layer` on."""
     block = schedule.to_dict()
     stages = [{**stage, "end": stage["end"] - layer} for stage in block["stages"]]
+    if not isinstance(schedule.probe.heads, str):
+        block["probe"]["heads"] = [[place - layer, head] for place, head in schedule.probe.heads]
     return {**block, "start": schedule.start - layer, "stages": stages}
 
 
@@ -138,13 +144,13 @@ def compare(tails: Any, schedule: Schedule, prompt: Dense) -> dict[str, Any]:
     """How far SPTS is from dense along the dense model's own answer, teacher-forced after a prefill by `schedule`.
 
     Args:
-        tails: `tail(model, schedule.start - 1)`, whose layers from 1 on have proxies.
+        tails: `tail(model, prompt.kept_before(schedule.start))`, whose skipping layers have proxies.
 
     Returns:
         `kl`: mean KL(dense || SPTS) of the next token, nats; `top1`: share of tokens on which both agree; `same`:
         whether they agree on all, so that the greedy answer is the dense one.
     """
-    first = schedule.start - 1
+    first = prompt.kept_before(schedule.start)
     tails.config.spts = shifted(schedule, first)
     device = tails.lm_head.weight.device
     states = prompt.states(first).to(device)

@@ -17,7 +17,8 @@ class Shape:
     start: first skipping layer. stages: their number. bend: their lengths, 1 for equal ones, more for short first
     ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next one's
     budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes under.
-    The rest as in `Schedule` and `Probe`.
+    heads: as in `Probe`, or a share: only heads that find so much of what the best one finds score, also in layers
+    before the start. The rest as in `Schedule` and `Probe`.
     """
 
     start: int
@@ -29,7 +30,7 @@ class Shape:
     floor: int = 0
     feed_forward: str = "relative"
     queries: int = 1
-    heads: str = "mean"
+    heads: str | float = "mean"
     carry: float = 0.0
     pool: int = 1
     keep_first: int = 4
@@ -45,7 +46,7 @@ CHOICES: dict[str, tuple] = {
     "floor": (0, 128, 256),
     "feed_forward": ("relative", "proxy", "attention"),
     "queries": (1, 8, 32, 64, 96, 128),
-    "heads": ("mean", "max"),
+    "heads": ("mean", "max", 0.8, 0.9),
     "carry": (0.0, 0.25, 0.5, 1.0),
     "pool": (1, 7, 15, 31, 63, 95, 127),
     "keep_first": (0, 4, 16),
@@ -58,11 +59,14 @@ WINDOWED: dict[str, Any] = {"queries": 32, "heads": "max", "carry": 1.0, "pool":
 NEEDLES: dict[str, Any] = {  # what searches for needles alone found
     "stages": 5, "bend": 0.7, "margin": 1.0, "feed_forward": "attention", "queries": 64, "carry": 0.5, "pool": 63,
 }  # fmt: skip
+HEADS: dict[str, Any] = {**NEEDLES, "heads": 0.9, "carry": 1.0, "pool": 95}
 
 
-def seeds(starts: list[int]) -> list[Shape]:
-    """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on."""
-    probes = [Shape(start, **probe) for probe in (WINDOWED, NEEDLES) for start in starts[::2]]
+def seeds(starts: list[int], with_heads: bool) -> list[Shape]:
+    """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on, and
+    where they are known those of retrieval heads."""
+    windowed = [WINDOWED, NEEDLES, *([HEADS] if with_heads else [])]
+    probes = [Shape(start, **probe) for probe in windowed for start in starts[::2]]
     return [Shape(starts[0], **PAPER), *(Shape(start) for start in starts[::3]), *probes]
 
 
@@ -78,7 +82,7 @@ def vary(rng: random.Random, shape: Shape, choices: dict[str, tuple], other: Sha
     for name in rng.sample(names, rng.choice((1, 2))):
         allowed = choices[name]
         here = allowed.index(values[name]) if values[name] in allowed else 0
-        if isinstance(values[name], str):
+        if any(isinstance(value, str) for value in allowed):
             values[name] = rng.choice(allowed)
         else:  # numbers move to a neighbour more often than anywhere
             near = [allowed[i] for i in (here - 1, here + 1) if 0 <= i < len(allowed)]
@@ -86,11 +90,30 @@ def vary(rng: random.Random, shape: Shape, choices: dict[str, tuple], other: Sha
     return Shape(**values)
 
 
-def schedule(shape: Shape, scale: float, num_layers: int, proxies: dict[int, Proxy]) -> Schedule:
-    """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1).
+Heads = dict[tuple[int, int], float]  # what (layer, head) finds, over what the best one finds
+
+
+def scoring(shape: Shape, heads: Heads) -> str | tuple[tuple[int, int], ...]:
+    """`Probe.heads` of a shape: with a share, one head at least in the first skipping layer or before."""
+    if isinstance(shape.heads, str):
+        return shape.heads
+    first = max((pair for pair in heads if pair[0] <= shape.start), key=lambda pair: heads[pair])
+    return tuple(sorted({first, *(pair for pair, worth in heads.items() if worth >= shape.heads)}))
+
+
+def schedule(
+    shape: Shape,
+    scale: float,
+    num_layers: int,
+    proxies: dict[int, Proxy],
+    heads: Heads | None = None,
+) -> Schedule:
+    """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1). Where
+    heads score before it starts, it has a stage in front that keeps all.
 
     Args:
         proxies: size of every layer's proxy.
+        heads: those that may score, for a shape that says how good they must be.
     """
     depth, parts = num_layers - shape.start, range(1, shape.stages + 1)
     ends = sorted({shape.start - 1 + max(1, round(depth * (i / shape.stages) ** shape.bend)) for i in parts})
@@ -106,10 +129,13 @@ def schedule(shape: Shape, scale: float, num_layers: int, proxies: dict[int, Pro
             need = max(amount.fraction for amount in budgets[i + 1])
             prune = Amount(round(min(1.0, need * shape.margin), 4), shape.floor)
         stages.append(Stage(end, budget, prune, None if ffn == budget else ffn))
-    probe = Probe(shape.queries, shape.heads, shape.carry, shape.pool)
-    sizes = tuple(proxies[layer] for layer in range(shape.start, num_layers))
+    chosen, start = scoring(shape, heads or {}), shape.start
+    if not isinstance(chosen, str) and chosen[0][0] < start:
+        stages, start = [Stage(start - 1, Amount(1.0)), *stages], chosen[0][0]
+    probe = Probe(shape.queries, chosen, shape.carry, shape.pool)
+    sizes = tuple(proxies[layer] for layer in range(start, num_layers))
     return Schedule(
-        shape.start,
+        start,
         tuple(stages),
         sizes,
         probe,
@@ -120,20 +146,29 @@ def schedule(shape: Shape, scale: float, num_layers: int, proxies: dict[int, Pro
 
 
 def at_cost(
-    shape: Shape, value: Callable[[Schedule], float], target: float, num_layers: int, proxies: dict[int, Proxy]
+    shape: Shape,
+    value: Callable[[Schedule], float],
+    target: float,
+    num_layers: int,
+    proxies: dict[int, Proxy],
+    heads: Heads | None = None,
 ) -> Schedule | None:
     """The largest schedule of `shape` whose `value` (a speed-up, say: less for larger budgets) is at least `target`;
     None if no budgets are small enough."""
     low, high = 0.005, 1 / (shape.decay * min(1.0, shape.ffn))  # where every budget is the whole prompt
-    if value(schedule(shape, low, num_layers, proxies)) < target:
+
+    def at(scale: float) -> Schedule:
+        return schedule(shape, scale, num_layers, proxies, heads)
+
+    if value(at(low)) < target:
         return None
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
-        if value(schedule(shape, middle, num_layers, proxies)) >= target:
+        if value(at(middle)) >= target:
             low = middle
         else:
             high = middle
-    return schedule(shape, low, num_layers, proxies)
+    return at(low)
 
 
 def reverted(shape: Shape, plain: Shape) -> dict[str, Shape]:
