@@ -7,7 +7,6 @@ from typing import Any
 from .base import FAMILIES
 from .errors import UserError
 from .export import model_class
-from .modeling.configuration_spts import Schedule
 from .pipeline import REPORT
 from .plan import describe
 from .report import fidelity_table, quality_table, speed_table
@@ -38,7 +37,7 @@ def inspect(folder: Path) -> str:
     """Schedule, sizes, predicted speed-up, proxy fidelity and measurements as text."""
     config = read_config(folder)
     try:
-        schedule = Schedule.from_dict(config.spts, config.num_hidden_layers)
+        schedule = config.schedule()
     except ValueError as error:
         raise UserError("\n".join(f"{folder / 'config.json'}: {fault}" for fault in error.args)) from None
     files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())

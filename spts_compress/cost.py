@@ -123,8 +123,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         entering, active, changed, leaving = schedule.counts(layer, length)
         probing = 0.0
         heads = schedule.probe.heads_of(layer)
-        later = schedule.probe.carry > 0 or not isinstance(heads, str)
-        carries = later and layer >= schedule.start and schedule.skips(length)
+        carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
         if min(active, changed, leaving) < entering or carries:
             share = 1.0 if isinstance(heads, str) else len(heads) / config.num_attention_heads
             probing += 2.0 * schedule.probe.queries * entering * shape.probed * share

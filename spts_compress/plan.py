@@ -94,17 +94,16 @@ def blind_ends(config: Any, schedule: Schedule) -> list[int]:
     before them."""
     ends, windows = [stage.end for stage in schedule.stages if stage.prune_to is not None], layer_windows(config)
     scoring = [n for n in range(schedule.start, config.num_hidden_layers) if schedule.probe.heads_of(n)]
-    sources = {end: [n for n in scoring if n <= end][0 if schedule.probe.carry else -1 :] for end in ends}
-    return [end for end in ends if None not in [windows[n] for n in sources[end]]]
+    sources = {end: [n for n in scoring if n <= end] for end in ends}
+    if not schedule.probe.carry:
+        sources = {end: own[-1:] for end, own in sources.items()}
+    return [end for end, own in sources.items() if None not in [windows[n] for n in own]]
 
 
 def probe_words(probe: Probe) -> str:
     """What a probe does, in words."""
     heads = probe.heads
-    if not isinstance(heads, str):
-        layers = {layer: [str(head) for place, head in heads if place == layer] for layer, _ in heads}
-        own = "; ".join(f"{layer}: {' '.join(numbers)}" for layer, numbers in layers.items())
-    how = f"{heads} over heads" if isinstance(heads, str) else f"{len(heads)} heads ({own})"
+    how = f"{heads} over heads" if isinstance(heads, str) else f"{len(heads)} heads of {len(dict(heads))} layers"
     return f"last {probe.queries} queries, {how}, carrying {probe.carry:g}, pooled over {probe.pool}"
 
 

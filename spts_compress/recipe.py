@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
-from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule
+from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule, are_heads
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -28,9 +28,8 @@ def _margin(value: float) -> float:
 
 
 def _heads(value: Any) -> Any:
-    pairs = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
-    if value not in HEAD_REDUCTIONS and not (pairs and all(type(number) is int for p in value for number in p)):
-        raise ValueError("must be mean, max, or a list of [layer, head] pairs")
+    if value not in HEAD_REDUCTIONS and not are_heads(value):
+        raise ValueError("must be mean, max, or lists of heads by layer, as {3: [5], 7: [0, 8]}")
     return value
 
 
@@ -169,7 +168,8 @@ Kind = Literal[
 
 
 class ChoicesSection(Section):
-    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.Shape`."""
+    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.Shape`. A number
+    among `heads` lets only those score that find at least this share of what the best head finds."""
 
     stages: Some[Positive] | None = None
     bend: Some[Annotated[float, Field(gt=0)]] | None = None
@@ -197,12 +197,13 @@ class SearchSection(Section):
 
     Speed-ups are `cost: counted` in operations, or `measured`: told by a table of this machine's times for a layer's
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
-    quarters of the depth). `candidates` are drawn, half as many varied in each of `rounds`. They are judged on
-    `prompts` of every one of `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and
-    the winner on as many others; their text is `text` (a .txt or .jsonl file or a folder), by default the calibration
-    documents that nothing was fitted on. `choices` narrows or refines what candidates are drawn from. `dense_right`:
-    whether prompts with a known answer are replaced until the dense model answers them rightly, since fidelity to a
-    wrong answer is of no use. `if_missed`: whether the nearest schedule is exported if the quality is not reached."""
+    quarters of the depth); heads that score may be in layers from `heads_from` on (by default the earliest start).
+    `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
+    `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and the winner on as many
+    others; their text is `text` (a .txt or .jsonl file or a folder), by default the calibration documents that nothing
+    was fitted on. `choices` narrows or refines what candidates are drawn from. `dense_right`: whether prompts with a
+    known answer are replaced until the dense model answers them rightly, since fidelity to a wrong answer is of no use.
+    `if_missed`: whether the nearest schedule is exported if the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -252,7 +252,7 @@ class Reference:
             per_head.append(total)
         heads = probe.get("heads", "mean")
         if not isinstance(heads, str):
-            own = [per_head[head] for place, head in heads if place == layer]
+            own = [per_head[head] for head in heads.get(str(layer), ())]
             if not own:
                 raw = [carried[p] for p in positions]
                 return self.pooled(raw), raw

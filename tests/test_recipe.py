@@ -2,10 +2,11 @@
 
 import pytest
 import yaml
+from tiny import tiny_model
 
 from spts_compress.errors import UserError
 from spts_compress.recipe import Recipe, find, load, shipped_recipes
-from spts_compress.search import space
+from spts_compress.search import run, space
 
 GOOD = """
 model: {path: somewhere}
@@ -56,11 +57,15 @@ def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     recipe = load(write(tmp_path, text), ("search.choices={queries: [32], margin: [0, 1.2]}",))
     assert recipe.search.choices.given() == {"queries": (32,), "margin": (0, 1.2)}
     assert set(type(recipe.search.choices).model_fields) == set(space.CHOICES)
+    recipe = load(write(tmp_path, text), ("search.heads_from=3", "search.starts=[2]", "search.lengths=[512]"))
+    with pytest.raises(UserError, match="3 is behind the first start"):
+        run.widest(recipe.search, tiny_model(max_position_embeddings=2048).config)
     for wrong, expected in (
         ("{querys: [8]}", "search.choices.querys is unknown (did you mean queries?)"),
         ("{pool: [4]}", "search.choices.pool.0 must be odd"),
         ("{margin: [0.5]}", "search.choices.margin.0 must be 0 or at least 1"),
         ("{carry: []}", "search.choices.carry is []"),
+        ("{heads: [0.9, median]}", "search.choices.heads.1 must be mean, max, or above 0"),
     ):
         assert expected in faults(tmp_path, text, (f"search.choices={wrong}",))[0]
 
@@ -85,6 +90,17 @@ def test_edits_change_the_recipe_and_are_checked_like_it(tmp_path):
     assert "proxy.rnk is unknown (did you mean rank?)" in faults(tmp_path, GOOD, ("proxy.rnk=3",))[0]
     for edit in ("proxy.rank", "=3", "schedule.stages.7.end=3", "proxy.rank.x=3"):
         assert edit in faults(tmp_path, GOOD, (edit,))[0]
+
+
+def test_heads_that_score_are_lists_by_layer(tmp_path):
+    recipe = load(
+        write(tmp_path, GOOD), ("schedule.probe.heads={1: [0, 3], 3: [1]}", "schedule.stages.0={end: 2, budget: 12}")
+    )
+    assert recipe.read_schedule(5, 4).probe.heads == ((1, 0), (1, 3), (3, 1))
+    with pytest.raises(UserError, match="has head 3 of layer 1"):
+        recipe.read_schedule(5, 2)
+    [line] = faults(tmp_path, GOOD, ("schedule.probe.heads=[2, 0]",))
+    assert "schedule.probe.heads must be mean, max, or lists of heads by layer" in line
 
 
 def test_contradictions_with_the_model_are_all_named(tmp_path):

@@ -62,7 +62,7 @@ def test_blocks_survive_a_round_trip_and_faults_are_all_named():
     schedule = Schedule.from_dict(block, 6)
     assert Schedule.from_dict(schedule.to_dict(), 6) == schedule
     assert schedule.to_dict()["stages"] == block["stages"]
-    heads = Schedule.from_dict({**block, "probe": {"heads": [[2, 1], [4, 0]]}}, 6)
+    heads = Schedule.from_dict({**block, "probe": {"heads": {2: [1], 4: [0, 3]}}}, 6)
     assert Schedule.from_dict(json.loads(json.dumps(heads.to_dict())), 6) == heads and hash(heads)
     with pytest.raises(ValueError) as caught:
         Schedule.from_dict({"start": True, "stages": [{"ned": 1}], "probe": {"heads": 3}, "proxy": 5}, 6)
@@ -73,15 +73,17 @@ def test_blocks_survive_a_round_trip_and_faults_are_all_named():
 @pytest.mark.parametrize(
     ("heads", "fault"),
     [
-        ([[3, 1]], "none in layer 2"),
-        ([[2, 1], [2, 1]], "twice"),
-        ([[2, 4]], r"has \[2, 4\]"),
-        ([[1, 0], [2, 0]], r"has \[1, 0\]"),
-        ([[2, 0], [6, 0]], r"has \[6, 0\]"),
-        ([[2, True]], "right type"),
-        ([2, 1], "right type"),
-        ([], "none in layer 2"),
-        ("median", "must be mean, max or"),
+        ({3: [1]}, "none in layer 2"),
+        ({"2": [1, 1]}, "twice"),
+        ({2: [1, 4]}, "head 4 of layer 2"),
+        ({1: [0], 2: [0]}, "head 0 of layer 1"),
+        ({2: [0], 6: [0]}, "head 0 of layer 6"),
+        ({2: [True]}, "right type"),
+        ({2: 1}, "right type"),
+        ({"two": [1]}, "right type"),
+        ([[2, 1]], "right type"),
+        ({}, "none in layer 2"),
+        ("median", "must be mean, max, or"),
     ],
 )
 def test_heads_that_can_not_score_are_named(heads, fault):

@@ -37,7 +37,7 @@ def schedule(start, **changes):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v2"])
-@pytest.mark.parametrize(("start", "kept", "heads"), [(1, 0, "max"), (3, 2, "max"), (3, 1, [[3, 1], [3, 2]])])
+@pytest.mark.parametrize(("start", "kept", "heads"), [(1, 0, "max"), (3, 2, "max"), (3, 1, {"3": [1, 2]})])
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads, tmp_path):
     searched = schedule(start, probe={"queries": 4, "heads": heads, "carry": 1.0, "pool": 3})
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)

@@ -55,7 +55,7 @@ dense = [
 goal = point["winner"]["cost"]["speedup"]
 rng, drawn = random.Random(2024), {}
 while len(drawn) < args.count:
-    shape = space.draw(rng, {"start": tuple(starts), **space.CHOICES})
+    shape = space.draw(rng, {"start": tuple(starts), **space.CHOICES, "heads": ("mean", "max")})
     made = space.at_cost(shape, lambda s: predicted(base.config, s, longest)["speedup"], goal, layers, sizes)
     if made is not None:
         drawn[f"random {len(drawn) + 1}"] = shape, made

@@ -71,15 +71,21 @@ class Probe:
     """Partial Attention Probing: how the last queries score the candidates.
 
     `queries`: number of last queries (the paper's: 1). `heads`: how the heads' scores are reduced, "mean" or "max"; or
-    which ones alone score, as (layer, head) pairs: a layer's score is the mean of its own, and one without any goes by
-    what is carried. `carry`: how much of the skipping layers' scores before is added to a layer's own, as S + carry *
-    (the sum carried so far): some layers rank badly. `pool`: width of the max-pooling over neighbours (odd; 1: none).
+    which ones alone score, as (layer, head) pairs (in the block, lists of heads by layer): a layer's score is the mean
+    of its own, and one without any goes by what is carried. `carry`: how much of the skipping layers' scores before is
+    added to a layer's own, as S + carry * (the sum carried so far): some layers rank badly. `pool`: width of the
+    max-pooling over neighbouring candidates (odd; 1: none).
     """
 
     queries: int = 1
     heads: "str | tuple[tuple[int, int], ...]" = "mean"
     carry: float = 0.0
     pool: int = 1
+
+    @property
+    def carries(self) -> bool:
+        """Whether a layer's scores count in later layers, too."""
+        return self.carry > 0 or not isinstance(self.heads, str)
 
     def heads_of(self, layer: int) -> "str | tuple[int, ...]":
         """How the heads of `layer` are reduced, or which of them score."""
@@ -178,7 +184,8 @@ class Schedule:
         ]
         block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else list(block["proxy"])
         if not isinstance(self.probe.heads, str):
-            block["probe"]["heads"] = [list(pair) for pair in self.probe.heads]
+            layers = dict.fromkeys(layer for layer, _ in self.probe.heads)
+            block["probe"]["heads"] = {str(layer): list(self.probe.heads_of(layer)) for layer in layers}
         return block
 
     @classmethod
@@ -235,11 +242,13 @@ class Schedule:
         check(self.probe.queries >= 1, f"probe.queries is {self.probe.queries}; it must be at least 1")
         heads = self.probe.heads
         if isinstance(heads, str):
-            check(heads in HEAD_REDUCTIONS, f"probe.heads is {heads!r}; it must be mean, max or [layer, head] pairs")
+            check(
+                heads in HEAD_REDUCTIONS, f"probe.heads is {heads!r}; it must be mean, max, or lists of heads by layer"
+            )
         else:
             for layer, head in heads:
                 right = self.start <= layer < num_layers and 0 <= head < (num_heads or head + 1)
-                check(right, f"probe.heads has [{layer}, {head}]; there is no such head in a skipping layer")
+                check(right, f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head")
             check(len(set(heads)) == len(heads), "probe.heads has a head twice")
             first = any(layer == self.start for layer, _ in heads)
             check(first, f"probe.heads has none in layer {self.start}, which skips with nothing carried to it")
@@ -264,8 +273,11 @@ class Schedule:
         return found
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(type(number) is int for number in value)
+def are_heads(value: Any) -> bool:
+    """Whether plain data has the form of lists of heads by layer; JSON makes text of the layers' numbers."""
+    if not isinstance(value, dict) or not all(str(layer).isdecimal() for layer in value):
+        return False
+    return all(isinstance(own, list) and all(type(head) is int for head in own) for own in value.values())
 
 
 def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
@@ -279,9 +291,6 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
     faults += [f"{where}.{key} is unknown; known are {', '.join(known)}" for key in value if key not in known]
     nested = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe}
     lists = {"stages": Stage, "proxy": Proxy}
-    pairs = value.get("heads")
-    if kind is Probe and isinstance(pairs, list | tuple) and all(map(_is_pair, pairs)):
-        value = {**value, "heads": tuple(map(tuple, pairs))}
     built = {}
     for key in known:
         if key not in value:
@@ -297,11 +306,13 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
             text, flag = isinstance(item, str), isinstance(item, bool)
-            heads = text or (isinstance(item, tuple) and all(map(_is_pair, item)))
+            heads = text or are_heads(item)
             kinds = {"fraction": number, "carry": number, "heads": heads, "feed_forward": text, "enabled": flag}
             fits = kinds.get(key, whole)
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
+            if key == "heads" and heads and not text:
+                item = tuple(sorted((int(layer), head) for layer, own in item.items() for head in own))
             built[key] = item
     try:
         return kind(**built)

@@ -534,8 +534,7 @@ class LayerPlan:
     @property
     def ranks(self) -> bool:
         """Whether candidates are scored: for a choice here, or (in every row of a batch alike) for later layers."""
-        later = self.probe.carry > 0 or not isinstance(self.heads, str)
-        return self.skips or self.prunes or self.changed is not self.entering or later
+        return self.skips or self.prunes or self.changed is not self.entering or self.probe.carries
 
     def to(self, device: Any, **_: Any) -> "LayerPlan":
         """The plan on a device; accelerate calls this where layers are on several."""

@@ -29,8 +29,8 @@ def front_table(found: dict[str, Any]) -> str:
     return table([*names, "loss, nats", "same answer"], rows)
 
 
-def _heads(heads: str | list) -> str:
-    return heads if isinstance(heads, str) else f"{len(heads)} of them"
+def _heads(heads: str | dict) -> str:
+    return heads if isinstance(heads, str) else f"{sum(map(len, heads.values()))} of them"
 
 
 def without_table(point: dict[str, Any]) -> str:

@@ -279,11 +279,11 @@ def _answered(
     return [done[number] for number in range(len(items))]
 
 
-def _on_each(
-    name: str, made_of: list[shared.Dense], make: Callable[[shared.Dense], Any], store: Store, key: str, ranks: Ranks
+def _mean(
+    name: str, of: list[shared.Dense], make: Callable[[shared.Dense], Any], store: Store, key: str, ranks: Ranks
 ) -> torch.Tensor:
-    """The mean of what is made of each prompt, which is kept."""
-    mine = tqdm(ranks.mine(made_of), desc=name, unit="prompt")
+    """The mean over prompts of what is made of each, which is kept."""
+    mine = tqdm(ranks.mine(of), desc=name, unit="prompt")
     made = [store.json(name, fingerprint(key, prompt.key), partial(make, prompt)) for prompt in mine]
     return torch.tensor(ranks.all(made)).mean(dim=0)
 
@@ -332,7 +332,7 @@ def run(
     heads = None
     if not all(isinstance(value, str) for value in choices["heads"]):
         find = partial(retrieval_heads, whole, asked.tokenizer)
-        heads = _heads(_on_each("heads", longer[:HEAD_PROMPTS], find, store, key, ranks), fitted.start)
+        heads = _heads(_mean("heads", longer[:HEAD_PROMPTS], find, store, key, ranks), fitted.start)
     shared_seconds = time.monotonic() - begin
     table = None
     if section.cost == "measured":
@@ -373,9 +373,8 @@ def run(
     if points:
         probe = Schedule.from_dict(points[-1]["winner"]["schedule"], layers).probe
         rank = partial(reliability, whole, asked.tokenizer, probe=probe)
-        rankings = _on_each(
-            "reliability", longer[:RELIABILITY_PROMPTS], rank, store, fingerprint(key, asdict(probe)), ranks
-        ).tolist()
+        probed = fingerprint(key, asdict(probe))
+        rankings = _mean("reliability", longer[:RELIABILITY_PROMPTS], rank, store, probed, ranks).tolist()
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
     return {
         "points": points,

@@ -1,7 +1,7 @@
 """Work that every candidate shares: the dense pass over each prompt, kept at the layers where skipping may begin."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class Dense:
     """What the dense model did with one prompt of n tokens and its own greedy answer of a tokens.
 
     `final`: normed states (a, D) that the answer's tokens are predicted from. `store`, `key`: where the states
-    (1, n + a - 1, D) in front of the layers are kept.
+    (1, n + a - 1, D) in front of the `layers` are kept.
     """
 
     item: Item
@@ -31,6 +31,7 @@ class Dense:
     final: torch.Tensor
     store: Store
     key: str
+    layers: Sequence[int] = ()
 
     def right(self, tokenizer: Any) -> bool:
         """Whether the answer is the known one, if one is known."""
@@ -39,7 +40,7 @@ class Dense:
 
     def kept_before(self, layer: int) -> int:
         """The last layer before `layer` that the states in front of are kept."""
-        return max(n for n in range(layer) if self.store.path(f"dense-layer-{n}", self.key, ".safetensors").exists())
+        return max(kept for kept in self.layers if kept < layer)
 
     def states(self, layer: int) -> torch.Tensor:
         """States in front of `layer`."""
@@ -86,7 +87,7 @@ def dense(model: Any, tokenizer: Any, item: Item, layers: list[int], store: Stor
             store.put_tensors(f"dense-layer-{layer}", key, {"states": torch.cat(states, dim=1).cpu()})
         kept = {"answer": out[0, inputs["input_ids"].shape[1] :].cpu(), "final": torch.cat(last).cpu()}
         store.put_tensors("dense", key, kept)
-    return Dense(item, kept["answer"], kept["final"], store, key)
+    return Dense(item, kept["answer"], kept["final"], store, key, layers)
 
 
 def skipping(model: Any, model_class: Any, schedule: Schedule, proxies: dict[str, torch.Tensor]) -> Any:
@@ -135,7 +136,8 @@ def shifted(schedule: Schedule, layer: int) -> dict[str, Any]:
     block = schedule.to_dict()
     stages = [{**stage, "end": stage["end"] - layer} for stage in block["stages"]]
     if not isinstance(schedule.probe.heads, str):
-        block["probe"]["heads"] = [[place - layer, head] for place, head in schedule.probe.heads]
+        heads = block["probe"]["heads"]
+        block["probe"]["heads"] = {str(int(place) - layer): own for place, own in heads.items()}
     return {**block, "start": schedule.start - layer, "stages": stages}
 
 
