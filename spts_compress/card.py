@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .base import Base
 from .modeling.configuration_spts import Schedule
-from .plan import probe_words, schedule_table
+from .plan import probe_words, schedule_table, skips_from
 from .report import fidelity_table, quality_table, speed_table
 from .search import findings
 
@@ -90,7 +90,8 @@ def render(base: Base, schedule: Schedule, fits: list[dict], report: dict) -> st
 # {base.title}, skip-ready
 
 {base.title} with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): while it reads a prompt, layers from
-{schedule.start} on work on a budget of tokens, and only those enter the KV cache. The base weights are untouched.
+{skips_from(schedule, max(lengths))} on work on a budget of tokens, and only those enter the KV cache. The base weights
+are untouched.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -122,11 +122,9 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         shape = LayerShape.of(config, layer)
         entering, active, changed, leaving = schedule.counts(layer, length)
         probing = 0.0
-        heads = schedule.probe.heads_of(layer)
         carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
-        if min(active, changed, leaving) < entering or carries:
-            share = 1.0 if isinstance(heads, str) else len(heads) / config.num_attention_heads
-            probing += 2.0 * schedule.probe.queries * entering * shape.probed * share
+        if schedule.probe.heads_of(layer) and (min(active, changed, leaving) < entering or carries):
+            probing += 2.0 * schedule.probe.queries * entering * shape.probed
         if changed < entering and schedule.feed_forward in ("proxy", "relative"):
             probing += entering * shape.proxy(schedule.proxy_of(layer))
         projections = 2.0 * (entering * shape.key + active * (shape.value + shape.query + shape.output))

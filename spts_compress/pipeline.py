@@ -54,7 +54,8 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
 
 
 def _widest(recipe: Recipe, config: Any) -> Schedule:
-    """The recipe's schedule; where it is to be searched for, one that skips from the earliest start on."""
+    """The recipe's schedule; where it is to be searched for, one from the earliest layer on that a candidate may
+    score or skip in."""
     full, layers = Proxy(recipe.proxy.channels, recipe.proxy.rank), config.num_hidden_layers
     sizes = tuple(Proxy(1, 0) if has_experts(config, layer) else full for layer in range(layers))
     if (schedule := recipe.read_schedule(layers, config.num_attention_heads)) is None:

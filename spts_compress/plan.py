@@ -100,6 +100,13 @@ def blind_ends(config: Any, schedule: Schedule) -> list[int]:
     return [end for end, own in sources.items() if None not in [windows[n] for n in own]]
 
 
+def skips_from(schedule: Schedule, length: int) -> int:
+    """The first layer that skips tokens of a prompt of `length` tokens; before it there may be some that only score."""
+    layers = range(schedule.start, schedule.stages[-1].end + 1)
+    counts = {layer: schedule.counts(layer, length) for layer in layers}
+    return next((n for n, c in counts.items() if min(c.active, c.changed) < length), schedule.start)
+
+
 def probe_words(probe: Probe) -> str:
     """What a probe does, in words."""
     heads = probe.heads
@@ -153,7 +160,7 @@ def describe(
     return "\n".join(
         [
             *head,
-            f"schedule  skips from layer {schedule.start}, {len(schedule.stages)} stages, "
+            f"schedule  skips from layer {skips_from(schedule, max(lengths))}, {len(schedule.stages)} stages, "
             f"probe: {probe_words(schedule.probe)}; "
             f"first {schedule.keep_first} and last {schedule.always_last} tokens always active"
             + (f"; prompts of fewer than {schedule.min_length} tokens run dense" if schedule.min_length else ""),

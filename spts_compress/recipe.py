@@ -228,6 +228,8 @@ class SearchSection(Section):
     def one_target(self) -> "SearchSection":
         if self.speedup is not None and self.kv_share is not None:
             raise ValueError("takes one of speedup and kv_share, not both")
+        if self.heads_from is not None and all(isinstance(heads, str) for heads in self.choices.heads or [0.9]):
+            raise ValueError("has heads_from, but no number in choices.heads to choose heads by")
         return self
 
     def start_layers(self, num_layers: int) -> list[int]:

@@ -135,7 +135,7 @@ def run(
                 f"{base.name}: the study varies low-rank proxies, and experts share no matrices to make one of"
             )
         depth = base.config.num_hidden_layers
-        schedule = recipe.read_schedule(depth)
+        schedule = recipe.read_schedule(depth, base.config.num_attention_heads)
         skipping = list(range(schedule.start if schedule else depth // 3, depth))
         layers = sorted(layers or {skipping[round(i * (len(skipping) - 1) / 3)] for i in range(4)})
         if not set(layers) <= set(range(1, depth)):

@@ -89,7 +89,7 @@ def _code(folder: Path, family: str) -> list[str]:
 
 def _schedule(config: dict[str, Any]) -> list[str]:
     try:
-        Schedule.from_dict(config["spts"], config["num_hidden_layers"])
+        Schedule.from_dict(config["spts"], config["num_hidden_layers"], config["num_attention_heads"])
     except (ValueError, KeyError) as error:
         return [f"config.json: {fault}" for fault in error.args]
     return []

@@ -174,7 +174,7 @@ def test_latents_are_probed_as_the_keys_made_of_them_would_be(family, hooked):
     layer.self_attn.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
     tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
-        paid = model(tokens, output_attentions=True).attentions[1][:, :, -3:].mean((1, 2))
+        paid = model(tokens, output_attentions=True).attentions[1][:, :, -3:].mean(2)
         normed, tables = given[0]["hidden_states"], tables_of(given[0]["position_embeddings"])
         calls = []
         if hooked:

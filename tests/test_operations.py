@@ -54,7 +54,15 @@ def counted(model, length, **options):
     return calls
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, {**SCHEDULE, "feed_forward": "attention"}], ids=["proxy", "attention"])
+HEADS = {**SCHEDULE["probe"], "heads": {"1": [0], "3": [1, 2]}}
+SCHEDULES = {
+    "proxy": SCHEDULE,
+    "attention": {**SCHEDULE, "feed_forward": "attention"},
+    "heads": {**SCHEDULE, "probe": HEADS},  # layers 2 and 4 do not probe
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("options", [{"spts": False}, {}], ids=["dense", "spts"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
@@ -74,7 +82,9 @@ def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
         expected += cost.total + shape.attention(cost.active)
         if cost.changed < cost.entering and plan.feed_forward == "proxy":
             expected -= 5.0 * config.hidden_size * cost.entering
-        if cost.probing:  # the window's queries are projected for the probe, and again among the active
+        if (
+            plan.probe.heads_of(layer) and cost.probing
+        ):  # the window's queries are projected for the probe, and again among the active
             expected += 2.0 * plan.probe.queries * shape.query
             if family.startswith("deepseek"):  # and by the matrix that makes keys of latents
                 heads, size = config.num_attention_heads, config.qk_nope_head_dim
@@ -91,8 +101,9 @@ def test_a_plan_counts_the_parameters_that_the_model_has(family):
     assert parameters(model.config) == counted
 
 
-def test_a_skipping_layer_makes_few_calls_at_any_length():
-    model = tiny_model(schedule=SCHEDULE)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_skipping_layer_makes_few_calls_at_any_length(schedule):
+    model = tiny_model(schedule=schedule)
     short, long = counted(model, LENGTH // 2), counted(model, LENGTH)
     assert short.calls == long.calls
     more = long.calls.total() - counted(model, LENGTH, spts=False).calls.total()

@@ -58,6 +58,8 @@ def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     assert recipe.search.choices.given() == {"queries": (32,), "margin": (0, 1.2)}
     assert set(type(recipe.search.choices).model_fields) == set(space.CHOICES)
     recipe = load(write(tmp_path, text), ("search.heads_from=3", "search.starts=[2]", "search.lengths=[512]"))
+    [line] = faults(tmp_path, text, ("search.heads_from=3", "search.choices.heads=[mean]"))
+    assert "search has heads_from, but no number in choices.heads" in line
     with pytest.raises(UserError, match="3 is behind the first start"):
         run.widest(recipe.search, tiny_model(max_position_embeddings=2048).config)
     for wrong, expected in (

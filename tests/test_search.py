@@ -127,7 +127,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     assert [item.limit for item in asked.items] == [5000, 6000] * 8
     never, second = asked.items[3], asked.make(5, 1)
     wrong = {asked.items[5].text, never.text, *(asked.make(3, attempt).text for attempt in range(run.ATTEMPTS))}
-    monkeypatch.setattr(shared, "dense", lambda model, tokenizer, item, *rest: shared.Dense(item, *[None] * 4))
+    monkeypatch.setattr(shared, "dense", lambda model, tokenizer, item, *rest: shared.Dense(item, *[None] * 5))
     monkeypatch.setattr(shared.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
     done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, ALONE)
@@ -144,7 +144,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
 def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
     item = Item("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
     answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
-    assert shared.Dense(item, answer, None, None, "key").right(TOKENIZER) == right
+    assert shared.Dense(item, answer, None, None, "key", []).right(TOKENIZER) == right
 
 
 def test_every_kind_of_prompt_counts_from_the_first_round_on():
@@ -218,10 +218,10 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
     for layer, row in enumerate(found):
         for head, worth in enumerate(row):
             raw = attentions[layer, head, length - FINDING.queries : length].mean(0)
-            score = torch.stack([raw[max(0, i - reach) : i + reach + 1].max() for i in range(length)])[middle]
-            last = score.sort(descending=True).values[round(len(score) / 10) - 1]  # pooling makes many equal to it
-            above, level = (float(copied[middle][score > last * x].sum()) for x in (1 + 1e-5, 1 - 1e-5))
-            assert above - 1e-4 <= worth * float(copied[middle].sum()) <= level + 1e-4
+            score = [float(raw[max(0, i - reach) : i + reach + 1].max()) for i in range(length)]
+            order = sorted(range(*middle.indices(length)), key=lambda i: (score[i], float(raw[i]), i), reverse=True)
+            top = order[: round(len(order) / 10)]
+            assert worth == pytest.approx(float(copied[top].sum() / copied[middle].sum()), abs=1e-4)
 
 
 def test_shapes_choose_heads_by_what_they_find():
@@ -230,7 +230,7 @@ def test_shapes_choose_heads_by_what_they_find():
     heads = {(1, 0): 0.5, (1, 3): 0.3, (2, 1): 0.2, (3, 2): 1.0, (4, 0): 0.8, (4, 1): 0.1}
 
     def at(**shape):
-        shape = space.Shape(carry=1.0, stages=1, **shape)
+        shape = space.Shape(**{"carry": 1.0, "stages": 1, **shape})
         return space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.1, 5, proxies, heads)
 
     early = at(start=3, heads=0.5)  # a stage in front that keeps all, in which the first head scores
@@ -241,6 +241,8 @@ def test_shapes_choose_heads_by_what_they_find():
     assert own.probe.heads == ((3, 2),) and own.start == 3
     lacking = at(start=2, heads=0.8)  # none so good up to the start: the best of those that are there
     assert lacking.probe.heads == ((1, 0), (3, 2), (4, 0)) and lacking.start == 1
+    alone = at(start=3, heads=0.5, carry=0.0)  # nothing is carried, so that layer 1 would score in vain
+    assert alone.probe.heads == ((3, 2), (4, 0)) and alone.start == 3
 
 
 def test_a_measured_cost_takes_the_place_of_the_counted_one():

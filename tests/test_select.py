@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spts_compress.modeling.spts import WINDOW_PIECE, pool_scores, probe_scores, select, windowed
+from spts_compress.modeling.spts import WINDOW_PIECE, pool_scores, probe_scores, reduce_heads, select, windowed
 
 levels = st.sampled_from([0.0, 1e-30, 0.25, 0.5, 0.5000001, 1.0, float("inf")])
 
@@ -37,7 +37,7 @@ def test_select_is_a_stable_sort_by_score_then_tie_then_later_place(data):
 def test_probe_scores_of_one_query_are_the_mean_of_the_heads_attention():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 1, 8, generator=generator), torch.randn(1, 2, 20, 8, generator=generator)
-    raw = probe_scores(query, key, 0.3)
+    raw = reduce_heads(probe_scores(query, key, 0.3), "mean")
     expected = torch.stack([torch.softmax(0.3 * key[0, h // 2] @ query[0, h, 0], 0) for h in range(4)]).mean(0)
     torch.testing.assert_close(raw[0], expected)
     assert pool_scores(raw, 1) is raw

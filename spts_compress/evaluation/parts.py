@@ -11,8 +11,8 @@ from .bench import synchronize
 
 # Functions of the exported spts.py, by the part they are.
 FUNCTIONS = {
-    "probe_scores": "probing", "pool_scores": "probing", "select": "selecting", "take": "gathers", "put": "gathers",
-    "normalise": "norms",
+    "probe_scores": "probing", "reduce_heads": "probing", "pool_scores": "probing", "select": "selecting",
+    "take": "gathers", "put": "gathers", "normalise": "norms",
 }  # fmt: skip
 MODULES = {"proxy": "probing", "mlp": "feed-forward"}
 

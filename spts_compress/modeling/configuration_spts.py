@@ -115,7 +115,8 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which layers skip which tokens. `start` is the first skipping layer; layers are numbered from 0.
+    """Which layers skip which tokens. `start` is the first skipping layer, or scores without skipping in a first stage
+    that keeps all; layers are numbered from 0.
 
     `keep_first` and `keep_last` tokens are always active, inside the budgets; the probe's queries always are too.
     `proxy` holds one size for every skipping layer, or one for each.

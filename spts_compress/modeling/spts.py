@@ -54,28 +54,21 @@ def probe_scores(
     query: torch.Tensor,
     key: torch.Tensor,
     scaling: float,
-    heads: str | tuple[int, ...] = "mean",
     valid: torch.Tensor | None = None,
     unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention that the last queries pay to every candidate (PAP).
+    """Attention that each head's last queries pay to every candidate, their mean (PAP).
 
     Args:
         query: rotated queries of the last w candidates, (B, H, w, d).
         key: rotated keys of all candidates, (B, G, T, d).
         scaling: factor of the attention logits.
-        heads: how heads are reduced, "mean" or "max"; or which of them alone are added up.
         valid: which candidates are not padding, (B, T); None if all are.
         unseen: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
 
     Returns:
-        Scores (B, T) in float32, zero on padding and outside all windows.
+        Scores (B, H, T) in float32, zero on padding and outside all windows.
     """
-    if not heads:
-        return torch.zeros(key.shape[0], key.shape[2], device=key.device)
-    if not isinstance(heads, str):
-        of_keys = [head * key.shape[1] // query.shape[1] for head in heads]
-        query, key = query[:, list(heads)], key[:, of_keys]
     batch, num_heads, asking, _ = query.shape
     groups, candidates = key.shape[1:3]
     grouped = query.float().reshape(batch, groups, num_heads // groups * asking, -1) * scaling
@@ -87,38 +80,33 @@ def probe_scores(
     if unseen is not None:
         logits.masked_fill_(unseen[:, None], float("-inf"))
     if valid is None:
-        raw = torch.softmax(logits, dim=-1).mean(dim=2)
-    else:
-        logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
-        real = valid[:, None, -asking:, None]
-        raw = (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2)
-    raw = raw.mean(dim=1) if heads == "mean" else raw.amax(dim=1) if heads == "max" else raw.sum(dim=1)
-    return raw if valid is None else raw * valid
+        return torch.softmax(logits, dim=-1).mean(dim=2)
+    logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
+    real = valid[:, None, -asking:, None]
+    return (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2) * valid[:, None]
 
 
-def shards(weight: Any) -> list[int]:
-    """Dimensions of the device mesh over which tensor parallelism has sharded a weight; none if it has not."""
-    return [number for number, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard()]
+def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...], weight: Any = None) -> torch.Tensor:
+    """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names.
 
-
-def own_heads(heads: str | tuple[int, ...], count: int, weight: Any) -> str | tuple[int, ...]:
-    """Those of `heads` that are among the `count` of this device, counted from its first one, see `over_devices`."""
+    Where tensor parallelism has given each device some of the heads, `weight` is a tensor sharded over the devices, all
+    of which must choose the same tokens.
+    """
+    shards = [number for number, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard()]
+    device = 0
+    for dimension in shards:
+        device = device * weight.device_mesh.size(dimension) + weight.device_mesh.get_local_rank(dimension)
     if isinstance(heads, str):
-        return heads
-    number = 0
-    for dimension in shards(weight):
-        number = number * weight.device_mesh.size(dimension) + weight.device_mesh.get_local_rank(dimension)
-    return tuple(head - number * count for head in heads if head // count == number)
-
-
-def over_devices(raw: torch.Tensor, weight: Any, heads: str | tuple[int, ...]) -> torch.Tensor:
-    """The scores (B, T) over all heads, where tensor parallelism has given each device some of them: `weight` is then
-    a tensor sharded over the devices. All of them must choose the same tokens. Sums of chosen heads become means."""
-    for dimension in shards(weight):
+        made = raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
+    else:
+        count = raw.shape[1]
+        own = (raw[:, head % count] for head in heads if head // count == device)
+        made = sum(own, torch.zeros_like(raw[:, 0])) / len(heads)
+    for dimension in shards:
         how = torch.distributed.ReduceOp.MAX if heads == "max" else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(raw, how, group=weight.device_mesh.get_group(dimension))
-        raw = raw / weight.device_mesh.size(dimension) if heads == "mean" else raw
-    return raw if isinstance(heads, str) else raw / len(heads)
+        torch.distributed.all_reduce(made, how, group=weight.device_mesh.get_group(dimension))
+        made = made / weight.device_mesh.size(dimension) if heads == "mean" else made
+    return made
 
 
 def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -705,6 +693,8 @@ class SkippingDecoderLayer:
         key = self.keys(normed, *tables)
         chosen = score = raw = None
         if plan.ranks:
+            if carried is not None and entering.valid is not None:
+                carried = carried * entering.valid  # unused slots have taken a real token's along
             raw = carried
             if plan.heads:
                 asking = min(plan.probe.queries, entering.width)
@@ -712,9 +702,8 @@ class SkippingDecoderLayer:
                 unseen = outside(slots, asking, plan.window)
                 # a fused projection gives every device all heads
                 shared = getattr(attention, self.by_heads).weight if hasattr(attention, self.by_heads) else None
-                heads = own_heads(plan.heads, query.shape[1], shared)
-                raw = probe_scores(query, key, attention.scaling, heads, entering.valid, unseen)
-                raw = over_devices(raw, shared, plan.heads)
+                raw = probe_scores(query, key, attention.scaling, entering.valid, unseen)
+                raw = reduce_heads(raw, plan.heads, shared)
                 if plan.probe.carry and carried is not None:
                     raw = raw + plan.probe.carry * carried
             score = pool_scores(raw, plan.probe.pool, entering.valid)

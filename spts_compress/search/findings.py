@@ -18,7 +18,7 @@ def front_table(found: dict[str, Any]) -> str:
             [
                 f"{cost['speedup']:.2f}x" + (" *" if number == found["chosen"] else ""),
                 f"{cost['kv_share']:.0%}",
-                point["winner"]["schedule"]["start"],
+                point["winner"]["shape"]["start"],
                 f"{probe['queries']} / {_heads(probe['heads'])} / {probe['carry']:g} / {probe['pool']}",
                 f"{point['quality']:.3f} ({point['interval'][0]:.3f}-{point['interval'][1]:.3f})",
                 f"{point['held_out']['loss']:.3f}",

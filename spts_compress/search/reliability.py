@@ -10,7 +10,7 @@ import torch
 
 from ..evaluation.runner import encode
 from ..modeling.configuration_spts import Probe
-from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores, tables_of
+from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores, reduce_heads, select, tables_of
 from .shared import Dense
 
 SHARE = 0.25  # of the prompt's tokens that a layer ranks highest
@@ -29,11 +29,11 @@ class Attention:
     scaling: float
     window: int | None
 
-    def scores(self, first: int, last: int, heads: str | tuple[int, ...] = "mean") -> torch.Tensor:
-        """Mean attention (T',) that the tokens from `first` to `last` pay to all T' up to the last of them."""
+    def scores(self, first: int, last: int) -> torch.Tensor:
+        """Mean attention (H, T') that each head's tokens from `first` to `last` pay to all T' up to the last one."""
         places = torch.arange(last, device=self.key.device)[None]
         unseen = outside(places, last - first, self.window)
-        return probe_scores(self.queries(first, last), self.key[:, :, :last], self.scaling, heads, unseen=unseen)[0]
+        return probe_scores(self.queries(first, last), self.key[:, :, :last], self.scaling, unseen=unseen)[0]
 
 
 @torch.no_grad()
@@ -61,9 +61,11 @@ def each_layer(whole: Any, ids: torch.Tensor, note: Callable[[int, Attention], N
             handle.remove()
 
 
-def found_by(score: torch.Tensor, truth: torch.Tensor, share: float) -> float:
-    """How much of `truth` (T,) falls on the `share` of the tokens that `score` (T,) ranks highest."""
-    top = score.topk(max(1, round(share * len(score)))).indices
+def found_by(raw: torch.Tensor, probe: Probe, truth: torch.Tensor, middle: slice, share: float) -> float:
+    """How much of `truth` (T,) in the `middle` of the tokens falls on the `share` of them that scores `raw` (T,),
+    pooled, rank highest."""
+    score, truth = pool_scores(raw[None], probe.pool)[:, middle], truth[middle]
+    top = select(score, raw[None, middle], max(1, round(share * len(truth))))[0]
     return float(truth[top].sum() / truth.sum().clamp_min(1e-9))  # a window may hide all of it
 
 
@@ -77,14 +79,15 @@ def _tokens(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> tuple[to
 def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list[float]:
     """For every layer: of the attention that the tokens of the dense answer pay to the prompt there (mean over heads;
     but to its first 4 tokens and to those that probe), the share that falls on the quarter of the prompt which the
-    layer's probe ranks highest, without scores of layers before. From a dense pass."""
+    layer's probe ranks highest, without scores of layers before; a layer none of whose heads is chosen goes by their
+    mean. From a dense pass."""
     ids, asking, length = _tokens(whole, tokenizer, prompt, probe)
-    middle, found = slice(EDGE, asking), list[float]()
+    found = list[float]()
 
     def note(number: int, attention: Attention) -> None:
-        raw = attention.scores(asking, length, probe.heads_of(number) or "mean")
-        score, truth = pool_scores(raw[None], probe.pool)[0], attention.scores(length, ids.shape[1])
-        found.append(found_by(score[middle], truth[middle], SHARE))
+        raw = reduce_heads(attention.scores(asking, length)[None], probe.heads_of(number) or "mean")[0]
+        truth = attention.scores(length, ids.shape[1]).mean(dim=0)
+        found.append(found_by(raw, probe, truth, slice(EDGE, asking), SHARE))
 
     each_layer(whole, ids, note)
     return found
@@ -103,10 +106,8 @@ def retrieval_heads(whole: Any, tokenizer: Any, prompt: Dense) -> list[list[floa
 
     def note(number: int, attention: Attention) -> None:
         for end in range(length, ids.shape[1]):  # the token before it predicts the one there
-            copied.add_(attention.scores(end - 1, end)[:length] * (ids[0, :length] == ids[0, end]))
-        raw = [attention.scores(asking, length, (head,)) for head in range(whole.config.num_attention_heads)]
-        scores.append(pool_scores(torch.stack(raw), FINDING.pool))
+            copied.add_(attention.scores(end - 1, end).mean(dim=0)[:length] * (ids[0, :length] == ids[0, end]))
+        scores.append(attention.scores(asking, length))
 
     each_layer(whole, ids, note)
-    middle = slice(EDGE, asking)
-    return [[found_by(head[middle], copied[middle], HEAD_SHARE) for head in layer] for layer in scores]
+    return [[found_by(raw, FINDING, copied, slice(EDGE, asking), HEAD_SHARE) for raw in layer] for layer in scores]

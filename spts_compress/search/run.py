@@ -212,7 +212,7 @@ def _varied(best: Candidate, cost: Callable[[Schedule], dict[str, float]]) -> li
             if number and (before := stages[number - 1]).prune_to is not None:
                 changed[number - 1] = replace(before, prune_to=_times(before.prune_to, max(1.0, factor)))
             schedule = replace(best.schedule, stages=tuple(changed))
-            if not schedule.faults(schedule.stages[-1].end + 1):
+            if schedule != best.schedule and not schedule.faults(schedule.stages[-1].end + 1):
                 made.append(({"stage": number, "factor": factor, "speedup": cost(schedule)["speedup"]}, schedule))
     return made
 
@@ -332,7 +332,8 @@ def run(
     heads = None
     if not all(isinstance(value, str) for value in choices["heads"]):
         find = partial(retrieval_heads, whole, asked.tokenizer)
-        heads = _heads(_mean("heads", longer[:HEAD_PROMPTS], find, store, key, ranks), fitted.start)
+        some = longer[: max(HEAD_PROMPTS, len(section.kinds))]  # in turn, so all kinds are there
+        heads = _heads(_mean("heads", some, find, store, key, ranks), fitted.start)
     shared_seconds = time.monotonic() - begin
     table = None
     if section.cost == "measured":

@@ -31,7 +31,7 @@ class Dense:
     final: torch.Tensor
     store: Store
     key: str
-    layers: Sequence[int] = ()
+    layers: Sequence[int]
 
     def right(self, tokenizer: Any) -> bool:
         """Whether the answer is the known one, if one is known."""

@@ -98,7 +98,11 @@ def scoring(shape: Shape, heads: Heads) -> str | tuple[tuple[int, int], ...]:
     if isinstance(shape.heads, str):
         return shape.heads
     first = max((pair for pair in heads if pair[0] <= shape.start), key=lambda pair: heads[pair])
-    return tuple(sorted({first, *(pair for pair, worth in heads.items() if worth >= shape.heads)}))
+    chosen = sorted({first, *(pair for pair, worth in heads.items() if worth >= shape.heads)})
+    if not shape.carry:  # then scores before the last ones up to the start are of no use
+        begin = max(layer for layer, _ in chosen if layer <= shape.start)
+        chosen = [pair for pair in chosen if pair[0] >= begin]
+    return tuple(chosen)
 
 
 def schedule(
