@@ -225,10 +225,11 @@ class SearchSection(Section):
     seed: Natural = 11
 
     @model_validator(mode="after")
-    def one_target(self) -> "SearchSection":
+    def without_contradiction(self) -> "SearchSection":
         if self.speedup is not None and self.kv_share is not None:
             raise ValueError("takes one of speedup and kv_share, not both")
-        if self.heads_from is not None and all(isinstance(heads, str) for heads in self.choices.heads or [0.9]):
+        drawn = self.choices.heads
+        if self.heads_from is not None and drawn and all(isinstance(heads, str) for heads in drawn):
             raise ValueError("has heads_from, but no number in choices.heads to choose heads by")
         return self
 
