@@ -122,8 +122,7 @@ your own task against `spts=False` before you rely on it.
 
 ## Schedule
 
-Active tokens of the candidates, per layer (probe: {probe_words(schedule.probe)}; first {schedule.keep_first} and last
-{schedule.always_last} tokens always active):
+Active tokens of the candidates, per layer ({probe_words(schedule)}):
 
 {schedule_table(base.config, schedule, lengths)}
 {_searched(report.get("search"))}

@@ -4,7 +4,7 @@ from typing import Any
 
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
 from .errors import UserError
-from .modeling.configuration_spts import Probe, Proxy, Schedule
+from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.spts import layer_windows
 from .recipe import SearchSection
 from .tables import size, table
@@ -107,11 +107,14 @@ def skips_from(schedule: Schedule, length: int) -> int:
     return next((n for n, c in counts.items() if min(c.active, c.changed) < length), schedule.start)
 
 
-def probe_words(probe: Probe) -> str:
-    """What a probe does, in words."""
-    heads = probe.heads
+def probe_words(schedule: Schedule) -> str:
+    """How tokens are ranked, and which ones need not be, in words."""
+    probe, heads = schedule.probe, schedule.probe.heads
     how = f"{heads} over heads" if isinstance(heads, str) else f"{len(heads)} heads of {len(dict(heads))} layers"
-    return f"last {probe.queries} queries, {how}, carrying {probe.carry:g}, pooled over {probe.pool}"
+    return (
+        f"probe: last {probe.queries} queries, {how}, carrying {probe.carry:g}, pooled over {probe.pool}; "
+        f"first {schedule.keep_first} and last {schedule.always_last} tokens always active"
+    )
 
 
 def _sizes(schedule: Schedule) -> str:
@@ -161,8 +164,7 @@ def describe(
         [
             *head,
             f"schedule  skips from layer {skips_from(schedule, max(lengths))}, {len(schedule.stages)} stages, "
-            f"probe: {probe_words(schedule.probe)}; "
-            f"first {schedule.keep_first} and last {schedule.always_last} tokens always active"
+            + probe_words(schedule)
             + (f"; prompts of fewer than {schedule.min_length} tokens run dense" if schedule.min_length else ""),
             "",
             "Active tokens of the candidates, per layer:",

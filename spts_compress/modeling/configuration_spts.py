@@ -78,7 +78,7 @@ class Probe:
     """
 
     queries: int = 1
-    heads: "str | tuple[tuple[int, int], ...]" = "mean"
+    heads: str | tuple[tuple[int, int], ...] = "mean"
     carry: float = 0.0
     pool: int = 1
 
@@ -87,7 +87,7 @@ class Probe:
         """Whether a layer's scores count in later layers, too."""
         return self.carry > 0 or not isinstance(self.heads, str)
 
-    def heads_of(self, layer: int) -> "str | tuple[int, ...]":
+    def heads_of(self, layer: int) -> str | tuple[int, ...]:
         """How the heads of `layer` are reduced, or which of them score."""
         if isinstance(self.heads, str):
             return self.heads
@@ -248,8 +248,11 @@ class Schedule:
             )
         else:
             for layer, head in heads:
-                right = self.start <= layer < num_layers and 0 <= head < (num_heads or head + 1)
-                check(right, f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head")
+                there = head >= 0 and (num_heads is None or head < num_heads)
+                check(
+                    there and self.start <= layer < num_layers,
+                    f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head",
+                )
             check(len(set(heads)) == len(heads), "probe.heads has a head twice")
             first = any(layer == self.start for layer, _ in heads)
             check(first, f"probe.heads has none in layer {self.start}, which skips with nothing carried to it")
@@ -307,12 +310,12 @@ def _read(kind: type, value: Any, where: str, faults: list[str]) -> Any:
             number = isinstance(item, int | float) and not isinstance(item, bool)
             whole = isinstance(item, int) and not isinstance(item, bool)
             text, flag = isinstance(item, str), isinstance(item, bool)
-            heads = text or are_heads(item)
-            kinds = {"fraction": number, "carry": number, "heads": heads, "feed_forward": text, "enabled": flag}
+            heads = key == "heads" and are_heads(item)
+            kinds = {"fraction": number, "carry": number, "heads": text or heads, "feed_forward": text, "enabled": flag}
             fits = kinds.get(key, whole)
             if not fits and not (item is None and key in ("cap", "prune_to")):
                 faults.append(f"{where}.{key} is {item!r}, which is not of the right type")
-            if key == "heads" and heads and not text:
+            if heads:
                 item = tuple(sorted((int(layer), head) for layer, own in item.items() for head in own))
             built[key] = item
     try:

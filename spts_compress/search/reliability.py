@@ -21,8 +21,8 @@ EDGE = 4  # first tokens, which take attention whatever they say
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention in a dense pass over T tokens: `key` (1, G, T, d) and, from the places `first` to `last`,
-    `queries(first, last)` (1, H, last - first, d), as probing takes them."""
+    """One layer's attention in a dense pass over T tokens, as probing takes it: `key` (1, G, T, d) in float32 and, from
+    the places `first` to `last`, `queries(first, last)` (1, H, last - first, d)."""
 
     key: torch.Tensor
     queries: Callable[[int, int], torch.Tensor]
@@ -49,7 +49,8 @@ def each_layer(whole: Any, ids: torch.Tensor, note: Callable[[int, Attention], N
         def queries(first: int, last: int) -> torch.Tensor:
             return made.probes(normed[:, first:last], *(table[:, first:last] for table in tables))
 
-        note(number, Attention(made.keys(normed, *tables), queries, attention.scaling, windows[number]))
+        key = made.keys(normed, *tables).float()  # once, as scores are told from it again and again
+        note(number, Attention(key, queries, attention.scaling, windows[number]))
 
     handles = []
     try:

@@ -180,7 +180,7 @@ def _scaling(
     cost: Callable[[Schedule], dict[str, float]],
     num_layers: int,
     sizes: dict[int, Proxy],
-    heads: space.Heads | None = None,
+    heads: space.Heads | None,
 ) -> Callable[[space.Shape], Candidate | None]:
     """Gives a shape the budgets with which its `name` is `target`; None where there are none."""
     sign = 1 if name == "speedup" else -1  # a smaller KV share costs less

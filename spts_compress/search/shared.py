@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,12 +133,11 @@ def _renumbered(layer: nn.Module, index: int) -> nn.Module:
 
 def shifted(schedule: Schedule, layer: int) -> dict[str, Any]:
     """The `spts` block of `schedule` for a `tail` from `layer` on."""
-    block = schedule.to_dict()
-    stages = [{**stage, "end": stage["end"] - layer} for stage in block["stages"]]
-    if not isinstance(schedule.probe.heads, str):
-        heads = block["probe"]["heads"]
-        block["probe"]["heads"] = {str(int(place) - layer): own for place, own in heads.items()}
-    return {**block, "start": schedule.start - layer, "stages": stages}
+    stages, heads = tuple(replace(stage, end=stage.end - layer) for stage in schedule.stages), schedule.probe.heads
+    if not isinstance(heads, str):
+        heads = tuple((place - layer, head) for place, head in heads)
+    probe = replace(schedule.probe, heads=heads)
+    return replace(schedule, start=schedule.start - layer, stages=stages, probe=probe).to_dict()
 
 
 @torch.no_grad()
