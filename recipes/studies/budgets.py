@@ -1,0 +1,154 @@
+"""Budgets that are a count, a fraction of the prompt, or follow the attention mass, at equal average cost.
+
+    python recipes/studies/budgets.py RECIPE.yaml WORK_FOLDER SEARCH.json OUT.json [--lengths 2048,4096,8192]
+
+Takes the schedule that SEARCH.json found and gives each stage, prompt by prompt, (a) one count at every length, (b) its
+fraction of the prompt, (c) the fewest tokens that hold a share of the attention which the probe sees in the stage's
+first layer. Counts and shares are such that over all prompts a stage's mean budget, in tokens, is that of (b).
+WORK_FOLDER is the recipe's (its proxies are reused).
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spts_compress import pipeline
+from spts_compress.cost import predicted
+from spts_compress.evaluation.recovery import interval
+from spts_compress.evaluation.runner import Answers
+from spts_compress.modeling.configuration_spts import Amount, Schedule
+from spts_compress.recipe import load
+from spts_compress.report import hardware
+from spts_compress.search import halving, prompts, shared
+from spts_compress.search.run import Bench
+from spts_compress.store import Store, fingerprint
+from spts_compress.tables import table
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("recipe", type=Path)
+parser.add_argument("work", type=Path)
+parser.add_argument("search", type=Path)
+parser.add_argument("out", type=Path)
+parser.add_argument("--lengths", default="2048,4096,8192")
+parser.add_argument("--prompts", type=int, default=6)
+args = parser.parse_args()
+
+recipe, store = load(args.recipe), Store(args.work)
+ready = pipeline.prepare(recipe, store, "cpu")
+base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
+layers = base.config.num_hidden_layers
+winner = Schedule.from_dict(json.loads(args.search.read_text())["points"][-1]["winner"]["schedule"], layers)
+key = fingerprint(base.key, recipe.model.dtype, "cpu", "budgets")
+lengths, kinds = [int(n) for n in args.lengths.split(",")], ("retrieval", "multi-hop", "free")
+items = [
+    item
+    for n in lengths
+    for item in prompts.make(kinds, tokenizer, ready.sequences.unseen, n, args.prompts, 40, recipe.search.seed + 200)
+]
+dense = [shared.dense(model, tokenizer, item, [winner.start - 1], store, key) for item in tqdm(items, desc="dense")]
+firsts = [winner.start, *(stage.end + 1 for stage in winner.stages[:-1])]
+tails = shared.tail(whole, winner.start - 1)
+
+
+def probed(prompt: shared.Dense) -> list[torch.Tensor]:
+    """What the probe gives the candidates in the layer that decides each stage's tokens (its first one, or the last
+    before it that ranked any), largest first, as shares of the whole."""
+    names, seen = type(whole.model.layers[-1])._skip.__globals__, []
+    own = names["probe_scores"]
+
+    def watched(*given: Any, **options: Any) -> torch.Tensor:
+        seen.append(own(*given, **options))
+        return seen[-1]
+
+    names["probe_scores"] = watched
+    try:
+        shared.compare(tails, winner, prompt)
+    finally:
+        names["probe_scores"] = own
+    counts = [winner.counts(layer, len(seen[0][0])) for layer in range(winner.start, layers)]
+    ranking = [min(c) < c.entering or winner.probe.carry > 0 for c in counts]
+    ranked = [sum(ranking[: first - winner.start + 1]) - 1 for first in firsts]
+    return [scores.cumsum(0) / scores.sum() for scores in (seen[i][0].sort(descending=True).values for i in ranked)]
+
+
+def with_counts(counts: list[int]) -> Schedule:
+    """The winner with these budgets; what a stage leaves and its feed-forward budget keep their ratio to them."""
+    stages = []
+    for i, stage in enumerate(winner.stages):
+        now = stage.budget.fraction
+        following = None
+        if stage.prune_to is not None:
+            ratio = stage.prune_to.fraction / winner.stages[i + 1].budget.fraction
+            following = Amount(floor=max(1, round(counts[i + 1] * ratio)))
+        ffn = None if stage.ffn_budget is None else Amount(floor=round(counts[i] * stage.ffn_budget.fraction / now))
+        stages.append(replace(stage, budget=Amount(floor=counts[i]), prune_to=following, ffn_budget=ffn))
+    return replace(winner, stages=tuple(stages))
+
+
+sizes = [prompt.states(winner.start - 1).shape[1] - len(prompt.answer) + 1 for prompt in dense]
+masses = [probed(prompt) for prompt in tqdm(dense, desc="attention mass")]
+fractions = [[round(stage.budget.fraction * n) for stage in winner.stages] for n in sizes]
+means = [sum(column) / len(column) for column in zip(*fractions, strict=True)]
+by_mass: list[list[int]] = [[] for _ in dense]
+for stage, mean in enumerate(means):
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        share = (low + high) / 2
+        counts = [int((mass[stage] < share).sum()) + 1 for mass in masses]
+        low, high = (share, high) if sum(counts) / len(counts) < mean else (low, share)
+    for found, mass in zip(by_mass, masses, strict=True):
+        found.append(min(int((mass[stage] < low).sum()) + 1, len(mass[stage])))
+ways = {
+    "count": [[min(round(mean), n) for mean in means] for n in sizes],
+    "fraction": fractions,
+    "attention mass": by_mass,
+}
+rows, lines = {}, []
+with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
+    bench = Bench(whole, Answers(store.path("budgets", key, ".jsonl")), key, bar, kinds)
+    for way, counts in ways.items():
+        schedules = [with_counts(given) for given in counts]
+        found = [bench.rows(schedule, [prompt])[0] for schedule, prompt in zip(schedules, dense, strict=True)]
+        speedups = [predicted(base.config, s, n)["speedup"] for s, n in zip(schedules, sizes, strict=True)]
+        active = [sum(given) / n for given, n in zip(counts, sizes, strict=True)]
+        rows[way] = {
+            "counted": sum(n * s for n, s in zip(sizes, speedups, strict=True)) / sum(sizes),
+            "spread of budgets": [min(active), max(active)],
+            "loss": halving.loss(found),
+            "kl": [r["kl"] for r in found],
+            "kinds": halving.by_kind(found),
+            "lengths": {
+                n: {
+                    "loss": halving.loss([r for r in found if r["length"] == n]),
+                    "speedup": sum(s for s, r in zip(speedups, found, strict=True) if r["length"] == n)
+                    / sum(r["length"] == n for r in found),
+                }
+                for n in lengths
+            },
+        }
+for way, row in rows.items():
+    row["over fraction"] = interval(rows["fraction"]["kl"], row["kl"])
+    low, high = row["over fraction"] or (1.0, 1.0)
+    ratio = sum(row["kl"]) / sum(rows["fraction"]["kl"])
+    by_length = (f"{row['lengths'][n]['loss']:.3f} at {row['lengths'][n]['speedup']:.2f}x" for n in lengths)
+    by_kind = (f"{kind['kl']:.3f}" for kind in row["kinds"].values())
+    lines.append([way, f"{row['loss']:.3f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})", *by_length, *by_kind])
+command = f"python recipes/studies/budgets.py RECIPE WORK SEARCH OUT --lengths {args.lengths} --prompts {args.prompts}"
+result = {
+    "command": command,
+    "hardware": hardware("cpu"),
+    "prompts": len(dense),
+    "schedule": winner.to_dict(),
+    "rows": rows,
+}
+args.out.write_text(json.dumps(result, indent=1) + "\n")
+over = "KL over that of fraction (95% interval)"
+heads = ["budgets", "loss, nats", over, *(f"{n} tokens" for n in lengths), *rows["fraction"]["kinds"]]
+shown = table(heads, lines)
+args.out.with_suffix(".md").write_text(f"`{command}`\n\n{shown}\n")
+print(shown)
