@@ -2,8 +2,9 @@
 
     python recipes/studies/gpu.py --out DIR [--tiny] [stage ...]
 
-Stages: headline (TTFT, 16 new tokens, memory at 8K to 128K), ablation (32K), batch (16K), profile (32K). Time does not
-depend on the weights' values. `--tiny` runs every stage on tiny shapes, on a CPU too, to see that it works.
+Writes DIR/MODEL-shape/STAGE.json. Stages: headline (TTFT, 16 new tokens, memory at 8K to 128K), ablation (32K), batch
+(16K), profile (32K). Time does not depend on the weights' values. `--tiny` runs each stage on tiny shapes, on a CPU
+too, to see that it works.
 """
 
 import argparse
@@ -205,7 +206,9 @@ def main():
             else:
                 parser.error(f"unknown stage {stage}")
             result = {**machine, "model": name, "stage": stage, "rows": rows, "took_s": time.perf_counter() - begin}
-            (args.out / f"gpu-{name}-{stage}.json").write_text(json.dumps(result, indent=1) + "\n")
+            folder = args.out / f"{name}-shape"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{stage}.json").write_text(json.dumps(result, indent=1) + "\n")
         del model, stock
         gc.collect()
         if device == "cuda":

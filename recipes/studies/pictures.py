@@ -78,7 +78,7 @@ def method(file: Path) -> None:
     right.set(xlabel="thousand tokens", title="in attention")
     for axis in (left, right):
         axis.axhline(9.5, color="black", linewidth=1, linestyle="--")
-    left.text(0.3, 8.9, "layers below `start` are dense", color="white", fontsize=9)
+    left.text(0.3, 8.9, "layers before start are dense", color="white", fontsize=9)
     handles = [Patch(facecolor=colour, edgecolor="#808080", label=name) for name, colour in STATES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
     figure.savefig(file, dpi=150, metadata={"Software": None})
