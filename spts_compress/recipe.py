@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .errors import UserError
 from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule, are_heads
+from .paths import expand
 
+Place = Annotated[str, AfterValidator(expand)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
@@ -52,7 +54,7 @@ class ModelSection(Section):
     """The base model: `path` is a folder or a Hub id; `package` an installed Python package that holds `gguf_file`.
     `trust_remote_code`: whether a tokenizer that is code of its own may run; the base model's own code never does."""
 
-    path: str | None = None
+    path: Place | None = None
     package: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
@@ -82,8 +84,8 @@ class CalibrationSection(Section):
     `datasets.load_dataset`)."""
 
     source: Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_list)] = ["python-docs"]
-    path: str | None = None
-    dataset: str | None = None
+    path: Place | None = None
+    dataset: Place | None = None
     config: str | None = None
     split: str = "train"
     column: str = "text"
@@ -218,7 +220,7 @@ class SearchSection(Section):
     heads_from: Positive | None = None
     candidates: Annotated[int, Field(ge=4)] = 32
     rounds: Natural = 2
-    text: str | None = None
+    text: Place | None = None
     if_missed: Literal["stop", "export"] = "stop"
     choices: ChoicesSection = ChoicesSection()
     dense_right: bool = False
@@ -262,7 +264,7 @@ class ReportSection(Section):
     quality_length: Annotated[int, Field(ge=256)] | None = None
     needles: Natural = 4
     keys: Positive = 1
-    text: str | None = None
+    text: Place | None = None
     answers: Natural = 4
     answer_tokens: Positive = 24
     seed: Natural = 1
@@ -274,7 +276,7 @@ class ExportSection(Section):
     What is timed differs from machine to machine, and so may checkpoints made with it. `push_to_hub`: a repository
     that the finished checkpoint is uploaded to, made as `private` if it is not there."""
 
-    path: str
+    path: Place
     break_even: bool = False
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     private: bool = False
@@ -318,7 +320,10 @@ def find(name: str) -> Path:
     Raises:
         UserError: if there is no such file.
     """
-    path = Path(name)
+    try:
+        path = Path(expand(name))
+    except ValueError as error:
+        raise UserError(f"the recipe's path {error}") from None
     if path.is_file():
         return path
     shipped = {p.name: p for p in shipped_recipes()}
