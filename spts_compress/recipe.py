@@ -1,9 +1,10 @@
 """Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
 
 import difflib
+from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -347,9 +348,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key, place = self.construct_object(key_node, deep=True), f"{self.name}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, Hashable):
+                raise UserError(f"{place}: {key} can't be a key; a template not filled in?")
             if key in seen:
-                raise UserError(f"{self.name}:{key_node.start_mark.line + 1}: {key} is given twice in one section")
+                raise UserError(f"{place}: {key} is given twice in one section")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -363,6 +366,8 @@ def load(path: Path, edits: tuple[str, ...] = ()) -> Recipe:
     try:
         with path.open(encoding="utf-8") as stream:
             data = yaml.load(stream, Loader=_StrictLoader)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -387,12 +392,12 @@ def _apply(data: dict, edit: str) -> None:
         raise UserError(f"--set {edit}: give it as section.key=value")
     try:
         value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {edit}: {text} is not a YAML value") from None
     place: Any = data
     for depth, key in enumerate(keys):
         final = depth == len(keys) - 1
-        if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+        if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
             step: Any = int(key)
         elif isinstance(place, dict):
             step = key
@@ -437,5 +442,7 @@ def _known_keys(where: tuple) -> list[str]:
     for part in where:
         if isinstance(part, str):
             field = Recipe.model_fields.get(part)
-            model = sections.get(part) or (field.annotation if field else None) or model  # type: ignore[assignment]
+            kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+            own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+            model = sections.get(part) or next(own, model)
     return list(model.model_fields)
