@@ -1,5 +1,6 @@
 """The command line."""
 
+import errno
 import os
 import sys
 import traceback
@@ -12,23 +13,68 @@ import click
 
 from . import __version__
 from .errors import UserError
+from .paths import expand
+
+
+class FilePath(click.Path):
+    """A path as people write it, see `expand`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(expand(os.fspath(value)), param, ctx)
+        except ValueError as error:
+            self.fail(f"the path {error}", param, ctx)
 
 
 class Commands(click.Group):
-    """Shows a `UserError` as plain lines and exits with 2; Ctrl-C says that nothing finished is lost."""
+    """Shows every fault as plain lines and exits with 2; Ctrl-C says that nothing finished is lost."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _plain_errors("--debug" in args):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _plain_errors(ctx.params.get("debug", False)):
             return super().invoke(ctx)
-        except UserError as error:
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            for line in str(error).splitlines():
-                click.echo(f"error: {line}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("\nstopped; what is finished is kept, and the same command goes on from there", err=True)
-            sys.exit(130)
+
+
+@contextmanager
+def _plain_errors(debug: bool) -> Iterator[None]:
+    """Ends the process with the lines of an error in place of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nstopped; what is finished is kept, and the same command goes on from there", err=True)
+        sys.exit(130)
+    except (click.exceptions.Exit, click.Abort, click.exceptions.NoArgsIsHelpError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # the reader of our output has gone
+            raise
+        if debug:
+            traceback.print_exc()
+        lines, code = _explained(error)
+        for line in lines:
+            click.echo(f"error: {line}", err=True)
+        sys.exit(code)
+
+
+def _explained(error: Exception) -> tuple[list[str], int]:
+    """An error in words, a line a fault, and the exit code: 2 for bad input or environment, 1 for a fault of ours."""
+    if isinstance(error, UserError):
+        return str(error).splitlines(), 2
+    if isinstance(error, click.ClickException):
+        place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "spts-compress"
+        return [f"{' '.join(error.format_message().split())} (see {place} --help)"], 2
+    if isinstance(error, OSError) and error.strerror:
+        return [f"{error.filename or 'system'}: {error.strerror}"], 2
+    said = " ".join(str(error).split())
+    return [f"unexpected {type(error).__name__}: {said[:300]} (spts-compress --debug ... shows where)"], 1
+
+
+_device_option = click.option(
+    "--device", default="auto", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...; auto: CUDA if there."
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,11 +88,11 @@ def main(debug: bool) -> None:
 
 @main.command()
 @click.argument("file", metavar="FILE.yaml")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to write, instead of the recipe's export.path.")
+@click.option("--output", type=FilePath(path_type=Path), help="Folder to write, instead of the recipe's export.path.")
 @click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
+@_device_option
+@click.option("--work", type=FilePath(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
@@ -61,7 +107,7 @@ def recipe(
 
     _quiet()
     if dry_run:
-        click.echo(pipeline.describe(read, device))
+        click.echo(pipeline.describe(read, _device(device)))
         return
     target = output or Path(read.export.path)
     if read.export.push_to_hub:
@@ -77,7 +123,7 @@ def recipe(
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 def inspect(folder: Path) -> None:
     """Show an exported checkpoint's schedule, sizes, proxy fidelity and measurements."""
     from . import checkpoint
@@ -87,12 +133,12 @@ def inspect(folder: Path) -> None:
 
 @main.command()
 @click.argument("file", metavar="FILE.yaml")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for tables, JSON and pictures.")
+@click.option("--output", type=FilePath(path_type=Path), required=True, help="Folder for tables, JSON and pictures.")
 @click.option("--layers", metavar="N,N,...", help="Layers to study [default: four of the skipping ones].")
 @click.option("--vary", multiple=True, metavar="FACTOR", help="Only this factor; may be repeated [default: all].")
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="One more source of text; may be repeated.")
 @click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+@_device_option
 def sweep(
     file: str,
     output: Path,
@@ -107,9 +153,9 @@ def sweep(
     from .recipe import find, load
 
     _quiet()
-    _check_device(device)
+    own = _device(device)
     study = sensitivity.run(
-        load(find(file), edits), _numbers("--layers", layers), _named_files(texts), output / "work", device, vary
+        load(find(file), edits), _numbers("--layers", layers), _named_files(texts), output / "work", own, vary
     )
     click.echo(sensitivity.save(study, output))
 
@@ -117,22 +163,28 @@ def sweep(
 def _request_options(command: Any) -> Any:
     """Options that say which prompts an evaluation runs on."""
     for option in (
-        click.option("--haystack", help="A .txt or .jsonl file or a folder [default: CPython's language reference]."),
-        click.option("--longbench", metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."),
+        click.option(
+            "--haystack",
+            type=FilePath(),
+            help="A .txt or .jsonl file or a folder [default: CPython's language reference].",
+        ),
+        click.option(
+            "--longbench", type=FilePath(), metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."
+        ),
         click.option("--items", default=8, show_default=True, help="Prompts a task and length."),
         click.option("--seed", default=1, show_default=True, help="Of the generated prompts."),
         click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated."),
         click.option("--batch", default=1, show_default=True, help="Prompts at a time."),
         click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16"),
-        click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."),
-        click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for answers and tables."),
+        _device_option,
+        click.option("--output", type=FilePath(path_type=Path), required=True, help="Folder for answers and tables."),
     ):
         command = option(command)
     return command
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 @click.option("--suite", "suites", multiple=True, help="ruler, longbench, diversity, fidelity; may be repeated.")
 @click.option("--lengths", default="4096", show_default=True, help="Prompt lengths in tokens, answers included.")
 @click.option("--rescore", is_flag=True, help="Only score the answers that are there; no model is run.")
@@ -163,7 +215,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 @click.option("--length", default=8192, show_default=True, help="Prompt length in tokens.")
 @click.option("--pairs", default=3, show_default=True, help="Timed rounds, all variants in turn.")
 @click.option("--new-tokens", default="16,128", show_default=True, help="For the end-to-end times.")
@@ -173,7 +225,7 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     from . import ablate as work
     from . import evaluate as evaluation
 
-    device, dtype = options.pop("device"), options.pop("dtype")
+    device, dtype = _device(options.pop("device")), options.pop("dtype")
     options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
     request = evaluation.Request(suites=suites, lengths=(length,), **options).checked()
@@ -184,32 +236,32 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 @click.option("--lengths", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", "batches", default="1", show_default=True, help="Prompts at a time, one or more numbers.")
 @click.option("--new-tokens", default=16, show_default=True, help="For end-to-end times and the decoding rate.")
 @click.option("--pairs", default=5, show_default=True, help="Timed rounds, dense and SPTS in turn.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ...")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for tables, JSON and a picture.")
+@_device_option
+@click.option("--output", type=FilePath(path_type=Path), required=True, help="Folder for tables, JSON and a picture.")
 def bench(
     folder: Path, lengths: str, batches: str, new_tokens: int, pairs: int, dtype: str, device: str, output: Path
 ) -> None:
     """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
     from . import speed
 
-    _check_device(device)
+    own = _device(device)
     command = (
-        f"spts-compress bench {folder.name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
+        f"spts-compress bench {folder.resolve().name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
         f"--pairs {pairs} --dtype {dtype} --device {device}"
     )
     sizes = _numbers("--lengths", lengths) or [], _numbers("--batch", batches) or []
-    result = speed.run(folder, *sizes, new_tokens, pairs, device, dtype, output, command)
+    result = speed.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
     click.echo(speed.save(result, output))
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 def verify(folder: Path) -> None:
     """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
     from .verify import require
@@ -219,8 +271,8 @@ def verify(folder: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder for the stock checkpoint.")
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@click.option("--output", type=FilePath(path_type=Path), required=True, help="New folder for the stock checkpoint.")
 def strip(folder: Path, output: Path) -> None:
     """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
     from .strip import strip as back
@@ -229,7 +281,7 @@ def strip(folder: Path, output: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 @click.option("--revision", help="Branch to upload to; made if it is not there.")
@@ -265,7 +317,10 @@ def _named_files(texts: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
             raise UserError(f"--text {text}: give it as NAME=FILE")
-        found[name] = Path(path)
+        try:
+            found[name] = Path(expand(path))
+        except ValueError as error:
+            raise UserError(f"--text {text}: the path {error}") from None
     return found
 
 
@@ -274,17 +329,16 @@ def _spread(device: str) -> Iterator[Any]:
     """The processes this one was started with (torchrun, accelerate launch), and its own device."""
     from .ranks import ranks
 
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    _check_device(device)
+    own = _device(device)
     with ranks() as found:
-        yield found, device
+        yield found, own
 
 
-def _check_device(device: str) -> None:
-    import torch
+def _device(name: str) -> str:
+    """The device of this process, which the first of several says."""
+    from . import devices
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here: {str(error).splitlines()[0]}") from None
+    device = devices.choose(name)
+    if int(os.environ.get("RANK", 0)) == 0:
+        click.echo(f"computing on {devices.in_words(device)}", err=True)
+    return device

@@ -1,16 +1,19 @@
 """Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
 
 import difflib
+from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
 from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule, are_heads
+from .paths import expand
 
+Place = Annotated[str, AfterValidator(expand)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
@@ -52,7 +55,7 @@ class ModelSection(Section):
     """The base model: `path` is a folder or a Hub id; `package` an installed Python package that holds `gguf_file`.
     `trust_remote_code`: whether a tokenizer that is code of its own may run; the base model's own code never does."""
 
-    path: str | None = None
+    path: Place | None = None
     package: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
@@ -82,8 +85,8 @@ class CalibrationSection(Section):
     `datasets.load_dataset`)."""
 
     source: Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_list)] = ["python-docs"]
-    path: str | None = None
-    dataset: str | None = None
+    path: Place | None = None
+    dataset: Place | None = None
     config: str | None = None
     split: str = "train"
     column: str = "text"
@@ -218,7 +221,7 @@ class SearchSection(Section):
     heads_from: Positive | None = None
     candidates: Annotated[int, Field(ge=4)] = 32
     rounds: Natural = 2
-    text: str | None = None
+    text: Place | None = None
     if_missed: Literal["stop", "export"] = "stop"
     choices: ChoicesSection = ChoicesSection()
     dense_right: bool = False
@@ -262,7 +265,7 @@ class ReportSection(Section):
     quality_length: Annotated[int, Field(ge=256)] | None = None
     needles: Natural = 4
     keys: Positive = 1
-    text: str | None = None
+    text: Place | None = None
     answers: Natural = 4
     answer_tokens: Positive = 24
     seed: Natural = 1
@@ -274,7 +277,7 @@ class ExportSection(Section):
     What is timed differs from machine to machine, and so may checkpoints made with it. `push_to_hub`: a repository
     that the finished checkpoint is uploaded to, made as `private` if it is not there."""
 
-    path: str
+    path: Place
     break_even: bool = False
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     private: bool = False
@@ -318,7 +321,10 @@ def find(name: str) -> Path:
     Raises:
         UserError: if there is no such file.
     """
-    path = Path(name)
+    try:
+        path = Path(expand(name))
+    except ValueError as error:
+        raise UserError(f"the recipe's path {error}") from None
     if path.is_file():
         return path
     shipped = {p.name: p for p in shipped_recipes()}
@@ -342,9 +348,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key, place = self.construct_object(key_node, deep=True), f"{self.name}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, Hashable):
+                raise UserError(f"{place}: {key} can't be a key; a template not filled in?")
             if key in seen:
-                raise UserError(f"{self.name}:{key_node.start_mark.line + 1}: {key} is given twice in one section")
+                raise UserError(f"{place}: {key} is given twice in one section")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -358,6 +366,8 @@ def load(path: Path, edits: tuple[str, ...] = ()) -> Recipe:
     try:
         with path.open(encoding="utf-8") as stream:
             data = yaml.load(stream, Loader=_StrictLoader)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -382,12 +392,12 @@ def _apply(data: dict, edit: str) -> None:
         raise UserError(f"--set {edit}: give it as section.key=value")
     try:
         value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {edit}: {text} is not a YAML value") from None
     place: Any = data
     for depth, key in enumerate(keys):
         final = depth == len(keys) - 1
-        if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+        if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
             step: Any = int(key)
         elif isinstance(place, dict):
             step = key
@@ -432,5 +442,7 @@ def _known_keys(where: tuple) -> list[str]:
     for part in where:
         if isinstance(part, str):
             field = Recipe.model_fields.get(part)
-            model = sections.get(part) or (field.annotation if field else None) or model  # type: ignore[assignment]
+            kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+            own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+            model = sections.get(part) or next(own, model)
     return list(model.model_fields)

@@ -18,7 +18,10 @@ Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, H 
 D hidden size. Rows are padded on the left, everywhere.
 """
 
+import copy
+import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +30,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -820,8 +824,10 @@ class SkippingModel(SkippingPreTrainedModel):
             ValueError: for inputs that skipping can't handle, with the way round it.
         """
         cache_empty = past_key_values is None or past_key_values.get_seq_length() == 0
+        if not cache_empty:
+            check_cache(past_key_values, self.config.num_hidden_layers)
         if cache_empty and spts not in (None, False):
-            request = spts if isinstance(spts, Skip) else Skip.of(self.config, spts, last=None)
+            request = spts if isinstance(spts, Skip) else self.request(spts, last=None)
             if self.training:
                 raise ValueError("tokens are skipped in inference only; call model.eval(), or pass spts=False")
             if wants_every_layer(self.config, kwargs):
@@ -850,6 +856,23 @@ class SkippingModel(SkippingPreTrainedModel):
         if not cache_empty and any(isinstance(held, SkippedCacheLayer) for held in past_key_values.layers):
             return self._continue(**inputs, **kwargs)
         return super().forward(**inputs, **kwargs)
+
+    def request(self, spts: bool | dict, last: int | None) -> Skip:
+        """Read the `spts` argument of a call, of which the `last` positions are to be returned.
+
+        Raises:
+            TypeError, ValueError: if it is not valid, or the model is run without some of its layers.
+        """
+        self._check_depth()
+        return Skip.of(self.config, spts, last)
+
+    def _check_depth(self) -> None:
+        """Raises ValueError if the model is run without some of its layers."""
+        if (depth := self.config.num_hidden_layers) != len(self.layers):
+            raise ValueError(
+                f"the config says {depth} layers and the model has {len(self.layers)}, as where it exits early; "
+                "run the prompt with spts=False"
+            )
 
     @capture_outputs
     def _prefill(
@@ -971,7 +994,7 @@ class SkippingModel(SkippingPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + states.shape[1], device=states.device)[None]
-        check_cache(past_key_values)
+        self._check_depth()
         total = past_key_values.get_seq_length() + states.shape[1]
         if attention_mask is not None and attention_mask.shape != (states.shape[0], total):
             raise ValueError(
@@ -994,7 +1017,7 @@ class SkippingModel(SkippingPreTrainedModel):
                 masks[group] = create_causal_mask(
                     self.config, states, seen, past_key_values, and_mask_function=less, layer_idx=index
                 )
-            elif (group := f"stage {held.stage}") not in masks:
+            elif (group := f"stage {held.stage}, {held.get_seq_length()} tokens") not in masks:
                 if states.shape[1] == 1 and masks.get(FULL, 0) is None and held.valid is None:
                     masks[group] = None  # one new token and no padding: if a dense layer needs no mask, no layer does
                 else:
@@ -1052,9 +1075,11 @@ class SkippingForCausalLM(SkippingPreTrainedModel):
         cached = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
         if spts is None:
             one_prompt = last is not None and cached and labels is None and not self.training
-            spts = one_prompt and self.config.spts is not None and not wants_every_layer(self.config, kwargs)
+            whole = self.config.num_hidden_layers == len(self.model.layers)  # not where it exits early
+            able = whole and self.config.spts is not None
+            spts = one_prompt and able and not wants_every_layer(self.config, kwargs)
         if spts is not False and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            spts = Skip.of(self.config, spts, last)
+            spts = self.model.request(spts, last)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1068,13 +1093,62 @@ class SkippingForCausalLM(SkippingPreTrainedModel):
             **kwargs,
         )
 
-    def _prefill(
-        self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
-    ):
-        """`generate`'s prefill. A chunk does not show whether the prompt ends with it, so chunked prompts run dense."""
-        if generation_config.prefill_chunk_size is not None:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock. `spts` goes for every prompt that the call runs. Where it is not given, all of them run dense if
+        there is guidance (whose negative prompt is no part of the cache), an early exit (which runs without some of
+        the layers) or a prompt in chunks (which don't show where it ends)."""
+        outer, depth = ASKED.get(), self.config.num_hidden_layers
+        if outer is not None and outer.model is self:  # token healing asks for a token within a call
+            kwargs.setdefault("spts", outer.spts)
+        token = ASKED.set(Asked(self, kwargs.get("spts")))
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            ASKED.reset(token)
+            self.config.num_hidden_layers = depth  # an early exit changes it, and leaves it so after an error
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        """As stock; decides whether the call's prompts all run dense."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        several = config.guidance_scale not in (None, 1) or config.assistant_early_exit is not None
+        if config.prefill_chunk_size is not None or (several and model_kwargs.get("spts") is None):
             model_kwargs["spts"] = False
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if (asked := ASKED.get()) is not None and asked.model is self:
+            asked.spts = model_kwargs.get("spts")
+        return config, model_kwargs
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
+        """As stock; has a negative prompt, which guidance runs by itself, skipped if the prompt is."""
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        if model_kwargs is None:
+            return processors
+        for index, processor in enumerate(processors):
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                if model_kwargs.get("spts") is None:  # the caller's own
+                    model_kwargs["spts"] = False
+                elif isinstance(processor.model, nn.Module) and any(part is self for part in processor.model.modules()):
+                    processors[index] = guide = copy.copy(processor)
+                    guide.model = partial(processor.model, spts=model_kwargs["spts"], logits_to_keep=1)
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; an assistant is told not to skip, or nothing: changes of the schedule are this model's."""
+        assistant, told = kwargs.get("assistant_model"), dict(kwargs["model_kwargs"])
+        spts = told.pop("spts", None)
+        if assistant is None or (spts is False and "spts" in inspect.signature(assistant.forward).parameters):
+            told["spts"] = False
+        return super()._get_candidate_generator(*args, **{**kwargs, "model_kwargs": told})
+
+
+@dataclass
+class Asked:
+    """The `spts` of the call of `generate` that runs on a model."""
+
+    model: Any
+    spts: bool | dict | None
+
+
+ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
 
 
 def activation_of(config: Any) -> str:
@@ -1112,12 +1186,22 @@ def layer_plans(schedule: Any, windows: list[int | None], lengths: list[int], de
     return plans
 
 
-def check_cache(cache: Cache) -> None:
-    """Raises ValueError if some layers of the cache were cropped or changed and others not."""
-    seen = cache.get_seq_length()
-    for index, held in enumerate(cache.layers):
-        if isinstance(held, SkippedCacheLayer) and held.later != seen - held.prompt_length:
-            raise ValueError(f"layer {index} of the cache does not fit the others; run the prompt again")
+def check_cache(cache: Cache, depth: int) -> None:
+    """Raises ValueError if the first `depth` layers of a cache do not tell of equally many tokens: a layer's length is
+    no longer known after keys and values were moved into another cache, or if it alone was cropped or changed."""
+    first = None
+    for index, held in enumerate(getattr(cache, "layers", ())[:depth]):
+        if not isinstance(held, DynamicLayer):
+            continue
+        skipped = isinstance(held, SkippedCacheLayer)
+        count = held.prompt_length + held.later if skipped else held.get_seq_length()
+        first = count if first is None else first
+        if count != first:
+            raise ValueError(
+                f"layer {index} of the cache does not fit the others ({count} tokens, the first has {first}); after a "
+                "skipped prefill use the cache itself or a deep copy, not one made of its keys and values, or run the "
+                "prompt again, with spts=False if it has to be rebuilt"
+            )
 
 
 def note_positions(held: SkippedCacheLayer, slots: torch.Tensor, width: int, ends: torch.Tensor, active: Count) -> None:

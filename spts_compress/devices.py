@@ -1,0 +1,34 @@
+"""Where to compute: the device that `--device` means for this process."""
+
+import os
+
+import torch
+
+from .errors import UserError
+
+
+def choose(name: str) -> str:
+    """The device of this process. `auto` is a CUDA device if there is one, and else the CPU; where a machine runs
+    several processes they take its GPUs in turn, so that there may be more processes than GPUs.
+
+    Raises:
+        UserError: if the device does not exist or can't be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        if torch.zeros(1, device=name).is_meta:
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here: {reason}; take auto, cpu, cuda, or cuda:1") from None
+    return name
+
+
+def in_words(device: str) -> str:
+    """A device for people to read."""
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device

@@ -1,0 +1,332 @@
+"""Malformed recipes, bases, calibration files and command lines: exit 2, a line for each fault, nothing left behind."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import TEXT, tiny_base
+
+from spts_compress.cli import main
+
+RECIPE = {
+    "model": {"path": "base", "dtype": "bfloat16"},
+    "calibration": {"source": "files", "path": "text.jsonl", "tokens": 1200, "length": 128, "held_out": 0.2},
+    "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 5, "top": 0.2},
+    "schedule": {
+        "start": 2,
+        "stages": [{"end": 3, "budget": {"fraction": 0.5, "floor": 20}, "prune_to": 48}, {"end": 4, "budget": 24}],
+        "probe": {"queries": 2, "heads": {2: [0, 1]}, "carry": 0.5, "pool": 3},
+        "keep_first": 1,
+        "keep_last": 2,
+        "feed_forward": "relative",
+    },
+    "report": {"lengths": [300], "pairs": 1, "needles": 0, "answers": 0},
+    "export": {"path": "out", "break_even": False},
+}
+SEARCH = {
+    "speedup": 1.5,
+    "lengths": [512],
+    "kinds": ["free"],
+    "prompts": 1,
+    "starts": [2],
+    "candidates": 4,
+    "choices": {"queries": [2], "heads": ["mean"], "pool": [3]},
+}
+BAD = [
+    None,
+    -1,
+    0,
+    10**30,
+    0.5,
+    float("nan"),
+    float("inf"),
+    True,
+    "",
+    "x",
+    "~nobody-of-that-name/x",
+    [],
+    [[]],
+    {},
+    {"x": 1},
+]
+
+
+def places(data, path=()):
+    """The path of every value in nested data, the inner ones too."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def changed(data, path, change):
+    """A copy of the data with the value at `path` replaced, or gone if `change` is `...`."""
+    made = copy.deepcopy(data)
+    place = made
+    for key in path[:-1]:
+        place = place[key]
+    if change is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = change
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    tiny_base(folder / "base")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"{n}. " + TEXT * 6}) + "\n" for n in range(12)))
+    return folder
+
+
+def outcome(folder, monkeypatch, *arguments):
+    """Exit code and output of a command in `folder`; nothing but lines that begin with "error: " may come with 2, and
+    no file may be left."""
+    monkeypatch.chdir(folder)
+    for left in folder.glob("out*"):
+        shutil.rmtree(left)
+    before = sorted(folder.rglob("*"))
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    said = f"{arguments}: {done.output} {done.exception!r}"
+    assert done.exit_code in (0, 2), said
+    if done.exit_code == 2:
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("computing on")]
+        assert lines and all(line.startswith("error: ") for line in lines), said
+    assert sorted(folder.rglob("*")) == before, said
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize("section", [*RECIPE, "search"])
+def test_every_value_of_a_recipe_replaced_by_what_it_can_not_be(folder, monkeypatch, section):
+    whole = (
+        RECIPE if section != "search" else {**{k: v for k, v in RECIPE.items() if k != "schedule"}, "search": SEARCH}
+    )
+    refused = tried = 0
+    path = folder / "recipe.yaml"
+    path.touch()
+    for place in places(whole):
+        if place[0] != section:
+            continue
+        for bad in (*BAD, ...):
+            path.write_text(yaml.safe_dump(changed(whole, place, bad)))
+            code, _ = outcome(folder, monkeypatch, "recipe", path, "--dry-run")
+            refused, tried = refused + (code == 2), tried + 1
+    assert tried >= 15
+    assert refused > tried / 3  # some of them are fine for some values: 0 tokens to keep, no cap
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "just words",
+        "a: [1, 2",
+        "model: {path: {{MODEL}}}",
+        "? [1]\n: 2",
+        "model: !!python/object/apply:os.system [ls]",
+        "model: &a {path: *a}",
+        "model: &a [*a]",
+        "[" * 2000,
+        "a: 1\na: 2",
+        "\x00",
+        "model: 2026-01-01",
+        "1: 2",
+        "null: {}",
+    ],
+)
+def test_files_that_are_no_recipes(folder, monkeypatch, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    assert outcome(folder, monkeypatch, "recipe", path, "--dry-run")[0] == 2
+
+
+def test_a_recipe_in_another_encoding(folder, monkeypatch):
+    path = folder / "recipe.yaml"
+    path.write_bytes("model: {path: \xe4}".encode("latin-1"))
+    assert outcome(folder, monkeypatch, "recipe", path, "--dry-run")[0] == 2
+
+
+WORDS = """
+recipe inspect sweep evaluate ablate bench verify strip push quickstart.yaml base . / .. out ~ -h --help --set --output
+--work --force --dry-run --device auto cuda:7 meta --suite ruler --lengths 1,2 --items --batch 0 -1 --task vt = a.b=c
+model.path=base schedule.stages.9.end=1 schedule.stages=[] user/name --revision --vary rank --layers 1,x --text a=b
+--dtype float64 --pairs --new-tokens --rescore --certify --
+"""
+ARGUMENTS = st.one_of(
+    st.sampled_from(WORDS.split()),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(ARGUMENTS, min_size=1, max_size=6))
+def test_any_words_as_a_command_line(folder, monkeypatch, words):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    if "recipe" in words and "--dry-run" not in words:  # a real run is for other tests
+        words = [*words, "--dry-run"]
+    outcome(folder, monkeypatch, *words)
+
+
+EDITS = [
+    "x", "=", "a=", ".=1", "model.=1", "model..path=x", "schedule.stages.7.end=1", "schedule.stages.x=1",
+    "schedule.stages.²=1", "model.path.x=1", "schedule={", "schedule=null", "search={}", "export=",
+    "schedule.stages.0.budget=-3", "schedule.start=99", "schedule.start=0", "schedule.probe.heads={9: [0]}",
+    "schedule.probe.heads={2: [99]}", "schedule.probe.pool=2", "model.dtype=float8", "proxy.rank=4000",
+    "calibration.path=nowhere", "calibration.source=dataset", "calibration.dataset=a/b", "model.gguf_file=x.gguf",
+    "model.package=no_such_package", "report.lengths=[99999999]", "export.push_to_hub=x", "model.revision={}",
+    "report.text=nowhere", "calibration.path=base",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_that_make_no_recipe(folder, monkeypatch, edit):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert outcome(folder, monkeypatch, "recipe", "recipe.yaml", "--set", edit, "--dry-run")[0] == 2
+
+
+def edit(name, **values):
+    """Change keys of a JSON file of the base; a value of `...` takes the key out."""
+
+    def change(base):
+        data = {**json.loads((base / name).read_text()), **values}
+        (base / name).write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+    return change
+
+
+def put(name, content):
+    """Write a file of the base."""
+    return lambda base: (base / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def without(name):
+    return lambda base: (base / name).unlink()
+
+
+def tensors(change):
+    """Change the base's tensors by name."""
+
+    def changed_file(base):
+        path = base / "model.safetensors"
+        made = change(load_file(path))
+        save_file({name: tensor.contiguous() for name, tensor in made.items()}, path, {"format": "pt"})
+
+    return changed_file
+
+
+NORM, UP = "model.norm.weight", "model.layers.3.mlp.up_proj.weight"
+BASES = {
+    "no config": without("config.json"),
+    "config cut short": put("config.json", '{"model_type": "lla'),
+    "config is a list": put("config.json", "[]"),
+    "config is text": put("config.json", '"llama"'),
+    "config is not UTF-8": put("config.json", b"\xff\xfe\x00"),
+    "no model type": edit("config.json", model_type=...),
+    "model type is a number": edit("config.json", model_type=3),
+    "unknown family": edit("config.json", model_type="mamba"),
+    "hidden size is text": edit("config.json", hidden_size="big"),
+    "hidden size is negative": edit("config.json", hidden_size=-32),
+    "hidden size is another": edit("config.json", hidden_size=64),
+    "no layers": edit("config.json", num_hidden_layers=0),
+    "more layers": edit("config.json", num_hidden_layers=9),
+    "fewer layers": edit("config.json", num_hidden_layers=4),
+    "no heads": edit("config.json", num_attention_heads=0),
+    "heads that do not divide": edit("config.json", num_attention_heads=5, head_dim=...),
+    "key heads that do not divide": edit("config.json", num_key_value_heads=3),
+    "another vocabulary": edit("config.json", vocab_size=100),
+    "unknown activation": edit("config.json", hidden_act="no_such_act"),
+    "unknown rotary type": edit("config.json", rope_parameters={"rope_type": "no_such_rope", "rope_theta": 1.0}),
+    "quantised": edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+    "unknown quantisation": edit("config.json", quantization_config={"quant_method": "no_such"}),
+    "no weights": without("model.safetensors"),
+    "empty weights": put("model.safetensors", b""),
+    "weights are text": put("model.safetensors", "not weights at all"),
+    "weights cut short": lambda base: put("model.safetensors", (base / "model.safetensors").read_bytes()[:-1000])(base),
+    "weights with a huge header": put("model.safetensors", b"\xff" * 64),
+    "a tensor missing": tensors(lambda made: {name: made[name] for name in made if name != UP}),
+    "a tensor too many": tensors(lambda made: {**made, "model.layers.3.mlp.more.weight": made[NORM].clone()}),
+    "a tensor of another shape": tensors(lambda made: {**made, UP: made[UP][:-1]}),
+    "a tensor of whole numbers": tensors(lambda made: {**made, UP: made[UP].int()}),
+    "a tensor that is not finite": tensors(lambda made: {**made, NORM: made[NORM] * float("nan")}),
+    "no tensors": tensors(lambda made: {NORM: made[NORM]}),
+    "index cut short": put("model.safetensors.index.json", '{"weight_map"'),
+    "index without a map": put("model.safetensors.index.json", "{}"),
+    "index is a list": put("model.safetensors.index.json", "[]"),
+    "index of a file that is gone": put("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'),
+    "index out of the folder": put("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+    "index of a number": put("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+    "no tokenizer": lambda base: [path.unlink() for path in base.glob("tokenizer*")],
+    "tokenizer cut short": put("tokenizer.json", '{"version": "1.0"'),
+    "tokenizer is text": put("tokenizer.json", "words"),
+    "tokenizer of no class": edit("tokenizer_config.json", tokenizer_class="NoSuchTokenizer", auto_map=...),
+    "tokenizer of code that is gone": edit(
+        "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_gone.Gone", None]}, tokenizer_class="Gone"
+    ),
+    "tokenizer configuration is a list": put("tokenizer_config.json", "[]"),
+    "generation configuration cut short": put("generation_config.json", '{"do_sample"'),
+    "generation configuration is a list": put("generation_config.json", "[]"),
+    "an adapter": put("adapter_config.json", '{"peft_type": "LORA"}'),
+    "weights of PyTorch alone": lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_bases_that_are_broken(folder, monkeypatch, tmp_path, name):
+    shutil.copytree(folder / "base", tmp_path, dirs_exist_ok=True)
+    BASES[name](tmp_path)
+    data = changed(RECIPE, ("model", "path"), str(tmp_path))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data))
+    code, said = outcome(folder, monkeypatch, "recipe", "recipe.yaml", "--device", "cpu")
+    assert code == 2, said
+
+
+LINE = json.dumps({"text": TEXT * 6})
+TEXTS = {
+    "empty.txt": "",
+    "blank.txt": " \n\n ",
+    "bytes.txt": bytes(range(256)) * 40,
+    "utf16-without-mark.txt": (TEXT * 40).encode("utf-16-le"),
+    "nulls.txt": "\0" * 4000,
+    "empty.jsonl": "",
+    "cut.jsonl": LINE + "\n" + LINE[:-5],
+    "null.jsonl": LINE + '\n{"text": null}\n',
+    "number.jsonl": LINE + '\n{"text": 3}\n',
+    "list.jsonl": LINE + '\n{"text": ["a"]}\n',
+    "object.jsonl": LINE + '\n{"text": {"a": 1}}\n',
+    "no-text.jsonl": LINE + '\n{"txt": "a"}\n',
+    "plain-string.jsonl": '3\n"a"\n',
+    "surrogate.jsonl": '{"text": "\\ud83d"}\n' * 12,
+    "not-utf8.jsonl": b'{"text": "\xff"}\n',
+    "words.jsonl": "just words\n",
+    "cut.json": "[" + LINE,
+    "null.json": "[null]",
+    "number.json": "3",
+    "no-text.json": '[{"txt": "a"}]',
+    "empty.json": "",
+    "no-column.csv": "a,b\n1,2\n",
+    "empty.csv": "",
+    "bytes.parquet": b"PAR1 no parquet",
+    "empty.parquet": b"",
+    "bytes.gz": b"\x1f\x8b no gzip",
+    "picture.png": b"\x89PNG\r\n\x1a\n" + bytes(500),
+    "page.html": "<html><body><p>" + TEXT * 40 + "</p></body></html>",
+    "short.txt": "A few words.",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_hold_no_text(folder, monkeypatch, tmp_path, name):
+    put(name, TEXTS[name])(tmp_path)
+    data = changed(RECIPE, ("calibration", "path"), str(tmp_path / name))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data))
+    code, said = outcome(folder, monkeypatch, "recipe", "recipe.yaml", "--device", "cpu")
+    assert code == 2, said
+    assert name in said or "calibration" in said

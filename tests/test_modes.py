@@ -1,0 +1,191 @@
+"""Ways of generating that run more than one prompt or less than all layers, and caches that were taken apart."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import stock_twin, tiny_model, tiny_tokenizer
+from transformers import DynamicCache, LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+FAMILIES = ["llama", "gemma3_text"]  # the last one has windows
+
+
+def prompt(length=40, rows=1, seed=1):
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return tiny_model(request.param)
+
+
+def new_tokens(model, tokens, count=6, **options):
+    return model.generate(tokens, max_new_tokens=count, **{**GREEDY, **options})[:, tokens.shape[1] :]
+
+
+def guided(model, tokens, negative, scale, spts, count=6):
+    """Guidance written out, with the two prompts on caches of their own."""
+    made = []
+    with torch.no_grad():
+        sides = [model(side, logits_to_keep=1, use_cache=True, spts=spts) for side in (tokens, negative)]
+        for _ in range(count):
+            wanted, unwanted = (side.logits[0, -1].log_softmax(-1) for side in sides)
+            made.append(int((scale * (wanted - unwanted) + unwanted).argmax()))
+            step = torch.tensor([made[-1:]])
+            sides = [model(step, past_key_values=side.past_key_values) for side in sides]
+    return made
+
+
+def test_guidance_runs_both_prompts_dense_or_skips_in_both(model):
+    tokens, negative, stock = prompt(), prompt(30, seed=5), stock_twin(model)
+    options = dict(guidance_scale=3.0, negative_prompt_ids=negative)
+    dense = guided(model, tokens, negative, 3.0, spts=False)
+    assert new_tokens(stock, tokens, **options)[0].tolist() == dense
+    assert new_tokens(model, tokens, **options)[0].tolist() == dense
+    for spts in (True, {"stages": [{"end": 4, "budget": 10}]}):
+        skipped = guided(model, tokens, negative, 3.0, spts=spts)
+        assert skipped != dense
+        assert new_tokens(model, tokens, spts=spts, **options)[0].tolist() == skipped
+        own = UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, model, unconditional_ids=negative)
+        assert new_tokens(model, tokens, spts=spts, logits_processor=LogitsProcessorList([own]))[0].tolist() == skipped
+    own = UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, model, unconditional_ids=negative)
+    assert new_tokens(model, tokens, logits_processor=LogitsProcessorList([own]))[0].tolist() == dense
+    assert not torch.equal(new_tokens(model, tokens), new_tokens(model, tokens, spts=False))  # as before, without it
+
+
+def passes(model):
+    """Notes of every prefill from now on whether it skipped."""
+    seen = []
+    for skips, name in ((True, "_prefill"), (False, "forward")):
+        function = getattr(model.model, name)
+
+        def noted(*args, function=function, skips=skips, **kwargs):
+            cache = kwargs.get("past_key_values")
+            if skips:
+                seen[-1] = True
+            elif cache is None or cache.get_seq_length() == 0:
+                seen.append(False)
+            return function(*args, **kwargs)
+
+        setattr(model.model, name, noted)
+    return seen
+
+
+@pytest.mark.parametrize(("options", "skips"), [({}, True), ({"spts": False}, False), ({"guidance_scale": 2}, False)])
+def test_token_healing_runs_its_prompts_like_the_call(options, skips):
+    model, tokenizer = tiny_model(vocab_size=300), tiny_tokenizer()
+    tokens = tokenizer("The quick brown fox jumps over the lazy dog near the river " * 3 + "th", return_tensors="pt")
+    seen = passes(model)
+    model.generate(tokens["input_ids"], token_healing=True, tokenizer=tokenizer, max_new_tokens=2, **GREEDY, **options)
+    seen = seen[:2]  # guidance runs its own negative prompt of one token, which has nothing to skip
+    assert seen == [skips, skips]
+
+
+def test_an_early_exit_runs_dense_and_an_error_in_it_leaves_the_model_whole(model):
+    tokens, stock = prompt(), stock_twin(model)
+    skipped, dense = new_tokens(model, tokens), new_tokens(stock, tokens)
+    assert torch.equal(new_tokens(model, tokens, assistant_early_exit=2), dense)
+    assert torch.equal(new_tokens(model, tokens, assistant_early_exit=2, spts=True), skipped)
+
+    def fail(module, args, kwargs):
+        if model.config.num_hidden_layers == 2:
+            raise RuntimeError("in the middle")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        new_tokens(model, tokens, assistant_early_exit=2)
+    handle.remove()
+    assert model.config.num_hidden_layers == 5
+    assert torch.equal(new_tokens(model, tokens), skipped)
+
+    cache = model(tokens, logits_to_keep=1, use_cache=True).past_key_values
+    model.config.num_hidden_layers = 2
+    assert torch.isfinite(model(tokens, logits_to_keep=1).logits).all()
+    for call in (dict(spts=True), dict(past_key_values=cache)):
+        with pytest.raises(ValueError, match="spts=False"):
+            model(tokens, **call)
+
+
+def test_an_assistant_goes_by_its_own_schedule(model):
+    tokens = torch.cat([prompt(20), prompt(20)], dim=1)
+    for draft in (stock_twin(tiny_model(seed=5)), tiny_model("qwen2", seed=5)):
+        for spts in (None, True, False, {"stages": [{"end": 4, "budget": 10}]}):
+            expected = new_tokens(model, tokens, spts=spts)
+            assert torch.equal(new_tokens(model, tokens, spts=spts, assistant_model=draft), expected)
+
+
+REBUILT = {
+    "pairs": lambda cache, config: DynamicCache(ddp_cache_data=[(held.keys, held.values) for held in cache.layers]),
+    "triples": lambda cache, config: DynamicCache(ddp_cache_data=list(cache)),
+    "with the config": lambda cache, config: DynamicCache(
+        ddp_cache_data=[(held.keys, held.values) for held in cache.layers], config=config
+    ),
+}
+
+
+@pytest.mark.parametrize("how", REBUILT)
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_cache_made_of_keys_and_values_gets_a_clear_error(model, how, count):
+    tokens = prompt(rows=2)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        for options in ({}, {"attention_mask": mask}):
+            cache = model(tokens, logits_to_keep=1, use_cache=True, **options).past_key_values
+            again = REBUILT[how](cache, model.config)
+            with pytest.raises(ValueError, match="the cache does not fit the others"):
+                model(tokens[:, :count], past_key_values=again)
+
+
+def test_a_dense_cache_may_be_rebuilt():
+    model, tokens = tiny_model(), prompt()
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True, spts=False).past_key_values
+        again = REBUILT["pairs"](cache, model.config)
+        expected = stock_twin(model)(torch.cat([tokens, tokens[:, :5]], 1)).logits[:, -5:]
+        torch.testing.assert_close(model(tokens[:, :5], past_key_values=again).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_copied_and_pickled_caches_answer_alike(model):
+    tokens = prompt(rows=2)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        cache = model(tokens, attention_mask=mask, logits_to_keep=1, use_cache=True).past_key_values
+        others = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        step, longer = prompt(5, rows=2, seed=3), torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
+        expected = model(step, attention_mask=longer, past_key_values=cache).logits
+        for other in others:
+            assert torch.equal(model(step, attention_mask=longer, past_key_values=other).logits, expected)
+
+
+def test_layers_of_different_prompts_are_not_one_cache(model):
+    with torch.no_grad():
+        cache, other = (
+            model(prompt(length), logits_to_keep=1, use_cache=True, spts=spts).past_key_values
+            for length, spts in ((40, None), (44, None))
+        )
+        dense = model(prompt(44), logits_to_keep=1, use_cache=True, spts=False).past_key_values
+        for foreign in (other, dense):
+            mixed = copy.deepcopy(cache)
+            mixed.layers[3] = foreign.layers[3]
+            with pytest.raises(ValueError, match="layer 3 of the cache does not fit the others"):
+                model(prompt(5), past_key_values=mixed)
+
+
+def test_layers_skipped_by_different_schedules_are_masked_each_by_its_own_length():
+    model, tokens = tiny_model(), prompt()
+    with torch.no_grad():
+        caches = [
+            model(tokens, logits_to_keep=1, use_cache=True, spts=spts).past_key_values
+            for spts in (None, {"stages": [{"end": 2, "budget": 14, "prune_to": 18}, {"end": 4, "budget": 9}]})
+        ]
+        for cache, other in (caches, caches[::-1]):
+            mixed = copy.deepcopy(cache)
+            mixed.layers[2] = copy.deepcopy(other.layers[2])
+            together = model(prompt(3), past_key_values=copy.deepcopy(mixed)).logits
+            for index in range(3):
+                alone = model(prompt(3)[:, index : index + 1], past_key_values=mixed).logits
+                torch.testing.assert_close(together[:, index : index + 1], alone, atol=1e-4, rtol=0)
