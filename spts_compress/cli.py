@@ -117,7 +117,7 @@ def sweep(
 def _request_options(command: Any) -> Any:
     """Options that say which prompts an evaluation runs on."""
     for option in (
-        click.option("--haystack", help="A .txt or .jsonl file or a folder [default: CPython's language reference]."),
+        click.option("--haystack", help="A file or folder of text [default: CPython's language reference]."),
         click.option("--longbench", metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."),
         click.option("--items", default=8, show_default=True, help="Prompts a task and length."),
         click.option("--seed", default=1, show_default=True, help="Of the generated prompts."),
