@@ -13,6 +13,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import re
 import zlib
@@ -43,9 +44,8 @@ _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_MARKUP = re.compile(r"<(!doctype|html|\?xml|svg)\b", re.IGNORECASE)
-_DATA = re.compile(r"[\[{][\[{\s]*['\"][^'\"\n]*['\"]\s*:")  # how JSON objects and Python's dicts begin
-_TURNS = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+_MARKUP = re.compile(r"\s*<(!doctype|html|\?xml|svg)\b", re.IGNORECASE)
+_DATA = re.compile(r"\s*[\[{][\[{\s]*['\"][^'\"\n]*['\"]\s*:")  # how JSON objects and Python's dicts begin
 _LONE = re.compile("[\ud800-\udfff]")
 _MISSING = {"none", "null", "nan", "<na>"}
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant"}
@@ -124,7 +124,7 @@ def texts(rows: Iterable[Row], columns: Sequence[str], skipped: Skipped | None) 
 
 
 def as_text(value: Any, columns: Sequence[str] = COLUMNS) -> str:
-    """The document of a row, a `Conversation` if it is a list of turns.
+    """The document of a row, a `Conversation` if it is a list of turns. What was printed as text is read back.
 
     Raises:
         ValueError: if it is not text; says why.
@@ -133,14 +133,17 @@ def as_text(value: Any, columns: Sequence[str] = COLUMNS) -> str:
         raise value
     if isinstance(value, dict):
         value = _cell(value, columns)
-    if isinstance(value, str) and _TURNS.match(value):
+    if isinstance(value, str) and _DATA.match(value):
         value = _parsed(value)
+        value = _cell(value, columns) if isinstance(value, dict) else value
     if isinstance(value, list):
         value = Conversation.of([_turn(turn) for turn in value])
     if not isinstance(value, str):
         raise ValueError(f"not text, but {_named(value)}")
     if value.strip().lower() in _MISSING:
         raise ValueError(f"not text, but {value.strip()}, which stands for a missing value")
+    if _MARKUP.match(value):
+        raise ValueError("HTML or XML; give the text that it holds")
     if lone := _LONE.search(value):
         raise ValueError(_lone(lone[0]))
     return value
@@ -174,8 +177,10 @@ def _named(value: Any) -> str:
 
 def _lone(character: str) -> str:
     code = ord(character)
-    byte = f", or the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else ""
-    return f"not text: half of a surrogate pair (U+{code:04X}){byte}"
+    half = f"half of a surrogate pair, U+{code:04X}"
+    if 0xDC80 <= code <= 0xDCFF:  # what a byte that can't be decoded is read as
+        return f"not text: the byte 0x{code - 0xDC00:02x}, which is not UTF-8 (or {half})"
+    return f"not text: {half}"
 
 
 def _cell(row: dict, columns: Sequence[str]) -> Any:
@@ -192,13 +197,13 @@ def _cell(row: dict, columns: Sequence[str]) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """The list of turns that `text` is the JSON or Python's repr of."""
+    """What `text` is the JSON or Python's repr of."""
     for read in (_loads, ast.literal_eval):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-    raise ValueError("a conversation printed as text, which can't be read back; store it as JSON lines or parquet")
+    raise ValueError("data printed as text, which can't be read back; store it as JSON lines or parquet")
 
 
 def _keys(turn: Any) -> tuple[str, str] | None:
@@ -262,14 +267,10 @@ def _rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
     if encoding == "utf-8" and b"\0" in head:
         raise UserError(f"{file}: not text, but binary, or UTF-16 without its mark: give UTF-8")
     start = head.decode(encoding, "replace").lstrip()
-    if _MARKUP.match(start):
-        raise UserError(f"{file}:1: HTML or XML; give the text that it holds")
     if kind in LINES + JSON or (kind not in TABLES and start.startswith(("[", "{")) and _is_json(file, encoding)):
         yield from _json(file, encoding, columns)
     elif kind in TABLES or _is_table(start):
         yield from _table(file, encoding, kind)
-    elif _DATA.match(start):
-        raise UserError(f"{file}:1: data, but not JSON; give plain text, JSON, JSON lines, CSV or parquet")
     else:
         yield from _plain(file, encoding)
 
@@ -407,23 +408,28 @@ def _table(file: Path, encoding: str, kind: str) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    name = glob.escape(str(file.absolute()))
-    yield from numbered(str(file), lambda: load_dataset("parquet", data_files=name, split="train", streaming=True))
+    return of_dataset(str(file), "parquet", data_files=glob.escape(str(file.absolute())))
 
 
-def numbered(name: str, load: Any) -> Iterator[Row]:
-    """Rows of what `load` gives, a dataset called `name`.
+def of_dataset(name: str, path: str, config: str | None = None, split: str = "train", **options: Any) -> Iterator[Row]:
+    """Rows of a dataset that is called `name` in errors; the rest is as for `datasets.load_dataset`.
 
     Raises:
         UserError: for whatever `datasets` can't do with it, in its words.
     """
+    import datasets
+
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs, it raises too
     number = 0
     try:
-        for number, row in enumerate(load(), 1):
+        if (Path(path) / "state.json").is_file():  # how `save_to_disk` leaves one split, or several
+            data = datasets.load_from_disk(path)
+        elif (Path(path) / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(str(Path(path) / split))
+        else:
+            data = datasets.load_dataset(path, config, split=split, streaming=True, **options)
+        for number, row in enumerate(data, 1):
             yield f"{name}, row {number}", row
-    except UserError:
-        raise
     except Exception as error:  # readers of many libraries are behind it, with errors of their own
-        raise UserError(f"{name}, after row {number}: can't be read: {first_line(error)}") from None
+        after = f", after row {number}" if number else ""
+        raise UserError(f"{name}{after}: can't be read: {first_line(error)}") from None

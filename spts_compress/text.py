@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .corpus import COLUMNS, Conversation, Skipped, cut, first_line, from_files, numbered, texts
+from .corpus import COLUMNS, Conversation, Skipped, cut, first_line, from_files, of_dataset, texts
 from .errors import UserError
 from .recipe import CalibrationSection
 
@@ -94,12 +94,8 @@ def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
 
 
 def _from_dataset(section: CalibrationSection, columns: Sequence[str], skipped: Skipped | None) -> Iterator[str]:
-    def load() -> Any:
-        from datasets import load_dataset
-
-        return load_dataset(section.dataset, section.config, split=section.split, streaming=True)
-
-    return texts(numbered(f"calibration.dataset: {section.dataset}", load), columns, skipped)
+    name = section.dataset or ""
+    return texts(of_dataset(f"calibration.dataset: {name}", name, section.config, section.split), columns, skipped)
 
 
 @dataclass(frozen=True)

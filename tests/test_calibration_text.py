@@ -125,6 +125,7 @@ CHATS = {
         [{"conversations": [{"from": "human", "value": TURNS[0]["content"]}, {"from": "gpt", "value": SAID[18:]}]}]
     ),
     "parts.jsonl": lines({"messages": [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in TURNS]}),
+    "printed.txt": PRINTED,
     "printed.csv": table([["messages"], [PRINTED]]),
     "printed.jsonl": lines({"text": json.dumps(TURNS)}),
 }
@@ -170,25 +171,27 @@ REFUSED = {
     "none.csv": ("id,text\n1,fine\n2,None\n", "none.csv:3: not text, but None, which stands for a missing value"),
     "short.csv": ("text,id\nfine,1\n\nfine,2,3\n", "short.csv:4: has more fields than the header"),
     "column.jsonl": (lines({"txet": "x", "id": 1}), "column.jsonl:1: no column text or messages or "),
-    "half.jsonl": (lines(GOOD) + '{"text": "half \\ud83d"}\n', "half.jsonl:2: not text: half of a surrogate pair "),
+    "half.jsonl": (lines(GOOD) + '{"text": "half \\ud83d"}\n', "half.jsonl:2: not text: half of a surrogate pair, "),
     "broken.jsonl": (lines(GOOD) + '{"text": "cut\n', "broken.jsonl:2: not a JSON object: "),
     "broken.json": ('[\n{"text": "a"},\n{"text": b}]', "broken.json:3: not JSON: "),
-    "python.txt": ("{'text': 'a'}\n{'text': 'b'}\n", "python.txt:1: data, but not JSON"),
-    "printed.txt": (PRINTED, "printed.txt:1: data, but not JSON"),
-    "cut.jsonl": (lines({"text": PRINTED[:-5]}), "cut.jsonl:1: a conversation printed as text, which "),
+    "python.txt": ("{'text': 'a'}\n{'text': 'b'}\n", "python.txt:1: data printed as text, which "),
+    "object.jsonl": (lines({"text": str({"a": 1})}), "object.jsonl:1: no column text or "),
+    "page.jsonl": (lines(GOOD, {"text": "<html>404</html>"}), "page.jsonl:2: HTML or XML"),
+    "page.csv": ("<html>404</html>", "page.csv holds no text"),
+    "cut.jsonl": (lines({"text": PRINTED[:-5]}), "cut.jsonl:1: data printed as text, which "),
     "turn.jsonl": (lines({"messages": [{"role": "user", "content": None}]}), "turn.jsonl:1: not text: a turn of "),
     "picture.jsonl": (lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), "picture.jsonl:1: not "),
     "deep.json": ("[" * 100_000, "deep.json:1: not JSON: "),
     "page.txt": ("\n<!DOCTYPE html><p>x", "page.txt:1: HTML or XML"),
-    "page.json": ("<html>404</html>", "page.json:1: HTML or XML"),
-    "latin.txt": ("eins\nzw\xf6lf\n".encode("latin1"), "latin.txt:2: not text: half of a surrogate pair "),
+    "page.json": ("<html>404</html>", "page.json:1: not JSON"),
+    "latin.txt": ("eins\nzw\xf6lf\n".encode("latin1"), "latin.txt:2: not text: the byte 0xf6, which is not UTF-8"),
     "latin.csv": ("text\nzw\xf6lf\n".encode("latin1"), "latin.csv:2: not text: "),
     "markless.txt": ("text".encode("utf-16-le"), "markless.txt: not text, but binary, or UTF-16 without its mark"),
     "cut.txt.gz": (gzip.compress(b"text" * 99)[:-9], "cut.txt.gz: can't be read: "),
     "file.pdf": ("%PDF-1.7 words", "file.pdf: not text, but a PDF file"),
     "pointer.parquet": ("version https://git-lfs.github.com/spec/v1\n", "pointer.parquet: not text, but a Git LFS"),
     "page.parquet": ("none", "page.parquet: not a parquet file"),
-    "bad.parquet": ("PAR1 and nothing else", "bad.parquet, after row 0: can't be read: "),
+    "bad.parquet": ("PAR1 and nothing else", "bad.parquet: can't be read: "),
     "empty.txt": ("", "empty.txt holds no text"),
     "empty.json": ("", "empty.json holds no text"),
     "blank.jsonl": (lines({"text": " "}), "blank.jsonl holds no text"),
@@ -200,10 +203,6 @@ REFUSED = {
 def test_what_is_not_text_is_refused_with_its_place(tmp_path, name):
     content, expected = REFUSED[name]
     assert fault(write(tmp_path / name, content)).startswith(expected)
-
-
-def test_a_byte_that_is_not_utf8_is_named(tmp_path):
-    assert "U+DCF6), or the byte 0xf6, which is not UTF-8" in fault(write(tmp_path / "a.txt", b"zw\xf6lf"))
 
 
 def test_paths_without_text_are_named(tmp_path):
@@ -234,8 +233,18 @@ def test_rows_that_are_not_text_are_skipped_and_counted_if_the_recipe_says_so(tm
         documents(section(**{**asked, "column": "bod"}, invalid="skip"))
 
 
+def test_a_dataset_saved_to_disk_is_read(tmp_path):
+    import datasets
+
+    saved = datasets.Dataset.from_dict({"text": TWO})
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "splits")
+    for name in ("one", "splits"):
+        assert documents(section(source="dataset", dataset=str(tmp_path / name))) == [TWO]
+
+
 def test_a_dataset_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"^calibration.dataset: \S+nothing, after row 0: can't be read: .*$"):
+    with pytest.raises(UserError, match=r"^calibration.dataset: \S+nothing: can't be read: .*$"):
         documents(section(source="dataset", dataset=str(tmp_path / "nothing")))
 
 
