@@ -166,7 +166,7 @@ def _request_options(command: Any) -> Any:
         click.option(
             "--haystack",
             type=FilePath(),
-            help="A .txt or .jsonl file or a folder [default: CPython's language reference].",
+            help="A file or folder of text [default: CPython's language reference].",
         ),
         click.option(
             "--longbench", type=FilePath(), metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."

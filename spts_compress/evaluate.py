@@ -33,7 +33,7 @@ FREE_TOKENS = 64
 @dataclass(frozen=True)
 class Request:
     """What to run. `tasks`: only these (none: all of the suites). `lengths` in tokens, answers included. `items` a task
-    and length. `haystack`: a .txt or .jsonl file or a folder of them (none: CPython's language reference). `longbench`:
+    and length. `haystack`: a file or folder of text (none: CPython's language reference). `longbench`:
     LongBench's folder. `batch`: prompts at a time; rows equal their own runs."""
 
     suites: tuple[str, ...] = ("ruler", "diversity", "fidelity")

@@ -44,13 +44,14 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     Raises:
         UserError: for anything that would stop the run early.
     """
-    documents(recipe.calibration)
+    notes: list[str] = []
+    documents(recipe.calibration, notes.append)
     config = resolve_config(recipe.model)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     name = recipe.model.path or str(recipe.model.gguf_file)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
-    return plan.describe(name, config, schedule, *rest)
+    return "\n".join([plan.describe(name, config, schedule, *rest), *notes])
 
 
 def _widest(recipe: Recipe, config: Any) -> Schedule:
@@ -88,7 +89,14 @@ class Prepared:
         )
 
 
-def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, stage: Stages | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    store: Store,
+    device: str,
+    ranks: Ranks = ALONE,
+    stage: Stages | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Prepared:
     """Read model and text, and fit proxies for every layer in which the recipe may skip; what `store` has is reused.
 
     Raises:
@@ -96,11 +104,11 @@ def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, sta
     """
     stage = stage or Stages(device)
     with stage("model and text"):
-        texts, search = documents(recipe.calibration), recipe.search
+        texts, search = documents(recipe.calibration, say), recipe.search
         with ranks.leader_first():  # who may convert or download it
             base = resolve(recipe.model, store)
         tokenizer = base.tokenizer()
-        sequences = blocks(recipe.calibration, texts, tokenizer)
+        sequences = blocks(recipe.calibration, texts, tokenizer, say)
         asked = None
         if search is not None:  # made here, since bad lengths show before the long work
             prose = _prose(search.text) or sequences.unseen
@@ -150,7 +158,7 @@ def run(
             sweep(output.parent, new.name)
             shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
         stage = Stages(device)
-        ready = prepare(recipe, store, device, ranks, stage)
+        ready = prepare(recipe, store, device, ranks, stage, say)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
         searched = None
         if recipe.search is not None and ready.asked is not None:

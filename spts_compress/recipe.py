@@ -81,15 +81,18 @@ def _as_list(value: Any) -> Any:
 
 class CalibrationSection(Section):
     """Text the proxies are fitted on, `tokens` of it, in equal parts from one or more sources: `python-docs` and
-    `python-code` (ship with CPython), `files` (.txt, .jsonl or a folder of them), `dataset` (a name for
-    `datasets.load_dataset`)."""
+    `python-code` (ship with CPython), `files` (plain text, JSON, JSON lines, CSV, parquet, or a folder of them),
+    `dataset` (a name for `datasets.load_dataset`). `column` holds the text, or conversations, which go through the
+    tokenizer's chat template; by default `text`, `messages` or `conversations`. `invalid`: whether a value that is not
+    text ends the run or is left out and counted. `chat_template`: whether plain text becomes a user's turn."""
 
     source: Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_list)] = ["python-docs"]
     path: Place | None = None
     dataset: Place | None = None
     config: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str | None = None
+    invalid: Literal["error", "skip"] = "error"
     tokens: Positive = 32768
     length: Annotated[int, Field(ge=16)] = 2048
     pack: bool = True
@@ -203,8 +206,8 @@ class SearchSection(Section):
     quarters of the depth); heads that score may be in layers from `heads_from` on (by default the earliest start).
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
     `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and the winner on as many
-    others; their text is `text` (a .txt or .jsonl file or a folder), by default the calibration documents that nothing
-    was fitted on. `choices` narrows or refines what candidates are drawn from. `dense_right`: whether prompts with a
+    others; their text is `text` (a file or folder, as `calibration.path`), by default the calibration documents that
+    nothing was fitted on. `choices` narrows what candidates are drawn from. `dense_right`: whether prompts with a
     known answer are replaced until the dense model answers them rightly, since fidelity to a wrong answer is of no use.
     `if_missed`: whether the nearest schedule is exported if the quality is not reached."""
 
@@ -257,8 +260,8 @@ class SearchSection(Section):
 class ReportSection(Section):
     """What is measured at the end: time and cache at each of `lengths` (in `pairs` of runs), and at `quality_length`
     (by default the longest) `needles` prompts with a hidden number among `keys`, and agreement with the dense model
-    along `answers` of its own answers, `answer_tokens` long. The prompts' text is `text` (a .txt or .jsonl file or a
-    folder of them), by default the calibration documents that nothing was fitted on."""
+    along `answers` of its own answers, `answer_tokens` long. The prompts' text is `text` (a file or folder, as
+    `calibration.path`), by default the calibration documents that nothing was fitted on."""
 
     lengths: Some[Annotated[int, Field(ge=64)]] = [2048, 4096, 8192]
     pairs: Positive = 5

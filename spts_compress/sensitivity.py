@@ -93,7 +93,7 @@ def sequences(recipe: Recipe, texts: dict[str, Path], tokenizer: Any) -> dict[st
     own = recipe.calibration.model_dump()
     sections = {name: {**own, "source": [name]} for name in ("python-docs", "python-code")}
     sections |= {name: {**own, "source": [name]} for name in recipe.calibration.source}
-    sections |= {name: {**own, "source": ["files"], "path": str(path)} for name, path in texts.items()}
+    sections |= {name: {**own, "source": ["files"], "path": str(path), "column": None} for name, path in texts.items()}
     made = {}
     for name, values in sections.items():
         [source] = values["source"]

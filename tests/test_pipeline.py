@@ -220,7 +220,7 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
         assert needle in lines[0]
         assert "Traceback" not in output
 
-    fails("no .txt or .jsonl", calibration__path=str(tmp_path / "empty"))
+    fails("no text in", calibration__path=str(tmp_path / "empty"))
     fails("x.jsonl:2:", calibration__path=str(tmp_path / "bad"))
     fails("only", calibration__path=str(tmp_path / "short"))
     fails("does not exist", calibration__path=str(tmp_path / "nowhere"))

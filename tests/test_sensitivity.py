@@ -30,7 +30,7 @@ def folder(tmp_path):
     pytest.importorskip("matplotlib")
     tiny_base(tmp_path / "base")
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("BASE", str(tmp_path / "base")))
-    (tmp_path / "fox.jsonl").write_text("\n".join([json.dumps({"text": TEXT * 10})] * 30))
+    (tmp_path / "fox.jsonl").write_text("\n".join(json.dumps({"text": f"{n} {TEXT * 10}"}) for n in range(30)))
     return tmp_path
 
 
