@@ -17,7 +17,7 @@ NEW, OLD, GONE = "new", "old", "gone"  # being written; renamed away while the n
 
 def refuse_inside(output: Path, checkpoint: Path) -> None:
     """Raises UserError if `output` is the checkpoint's own folder or lies in it, since it would no longer be whole."""
-    if _place(output).is_relative_to(checkpoint.resolve()):
+    if (checkpoint / "config.json").exists() and _place(output).is_relative_to(checkpoint.resolve()):
         beside = checkpoint.resolve().with_name(checkpoint.resolve().name + "-results")
         raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
 
@@ -47,13 +47,15 @@ def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ())
         raise UserError(f"{output} is a mount point, which can't be replaced; give a folder inside it as --output")
     if not any(place.iterdir()):
         return
+    if force is None:
+        raise UserError(f"{output} exists; {other}")
     if (listed := _listed(place)) is None:
         raise UserError(f"{output} exists and is no checkpoint made here, so nothing replaces it; {other}")
     if foreign := sorted(_names(place) - listed):
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise UserError(f"{output} exists and holds files of others: {', '.join(foreign[:3])}{more}; {other}")
     if not force:
-        raise UserError(f"{output} exists; {other}" + (", or --force to replace it" if force is False else ""))
+        raise UserError(f"{output} exists; {other}, or --force to replace it")
 
 
 def _place(output: Path) -> Path:
