@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .cost import predicted
-from .evaluate import Request, all_items, base_key, checkpoint_key, computed_how
+from .evaluate import Request, all_items, computed_how, mode_keys
 from .evaluation.bench import in_turn, memory, ratio, seconds
 from .evaluation.recovery import score_rows, summary
 from .evaluation.runner import Answers, encode, run
@@ -18,6 +18,8 @@ from .modeling.configuration_spts import Amount, Schedule, Stage
 from .report import hardware
 from .store import fingerprint
 from .tables import table
+
+FILES = ("answers.jsonl", "ablation.json", "ablation.md")  # in the output
 
 
 def variants(schedule: Schedule, num_layers: int, length: int) -> dict[str, Schedule]:
@@ -54,9 +56,9 @@ def ablate(
     tried = variants(schedule, model.config.num_hidden_layers, length)
     modes: dict[str, Any] = {"dense": False, **{name: argument(s) for name, s in tried.items()}}
     items = all_items(request, tokenizer)
-    how, checkpoint = computed_how(model), checkpoint_key(folder)  # which reads all of the weights
-    keys = {name: fingerprint(checkpoint, how, argument(s)) for name, s in tried.items()}
-    keys["dense"] = fingerprint(base_key(folder), how)
+    how = computed_how(model)
+    own = mode_keys(folder, how)  # which reads all of the weights
+    keys = {"dense": own["dense"], **{name: fingerprint(own["spts"], argument(s)) for name, s in tried.items()}}
     kept = Answers(output / "answers.jsonl")
     scored = score_rows(list(run(model, tokenizer, items, keys, kept, request.batch, modes)))
     ids = encode(tokenizer, [items[0].text], model.device)["input_ids"]

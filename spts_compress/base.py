@@ -4,6 +4,7 @@ import json
 import re
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
+from .keys import INDEX, environment, folder_key
 from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 
 # Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
 # such a file, a line here, one in the tests' tiny.py and one in the README's table.
@@ -73,10 +75,15 @@ class Base:
     def family(self) -> str:
         return self.config.model_type
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Fingerprint of the weights and the config."""
-        return fingerprint(self.weights, json.loads((self.folder / "config.json").read_text()))
+        """Fingerprint of all that decides what the model answers, as it was when it was resolved."""
+        return fingerprint(folder_key(self.folder, self.weights), self.trusted)
+
+    def key_now(self) -> str:
+        """The key that the files have now."""
+        weights = {name: file_hash(self.folder / name) for name in self.weights}
+        return fingerprint(folder_key(self.folder, weights), self.trusted)
 
     @property
     def size(self) -> int:
@@ -125,6 +132,19 @@ def check_family(config: Any, name: str) -> None:
         raise UserError(f"{name}: a quantised base is not supported; start from the unquantised checkpoint")
 
 
+def check_cache(folder: Path) -> None:
+    """Raises UserError if a model's settings turn the KV cache off: a prefill without one never skips."""
+    for name in ("config.json", "generation_config.json"):
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # another check's
+        if isinstance(data, dict) and data.get("use_cache") is False:
+            raise UserError(
+                f"{folder / name}: use_cache is false, and without a KV cache no prompt is skipped in: set it to true"
+            )
+
+
 def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
     """A `config.json` of a family with remote code of its own as that of the stock family it is built like."""
     family = plain.get("model_type")
@@ -152,6 +172,7 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
             raise UserError(f"{folder}: no config.json, so this is not a model folder") from None
         except (ValueError, AttributeError, OSError) as error:
             raise UserError(f"{folder / 'config.json'}: can't be read: {error}") from None
+        check_cache(folder)
         check_family(SimpleNamespace(**{k: plain[k] for k in ("model_type", "text_config") if k in plain}), name)
     try:
         if gguf is None and family in ALIASES:
@@ -174,21 +195,17 @@ def resolve(section: ModelSection, store: Store) -> Base:
     folder, gguf = _locate(section, weights=True)
     revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     if gguf:
-        key = fingerprint(file_hash(folder / gguf), section.dtype)
+        key = fingerprint(folder_key(folder, {gguf: file_hash(folder / gguf)}), section.dtype, environment())
         converted = store.path("base", key)
         if not converted.exists():
             with writing(converted) as partial:
                 _convert_gguf(folder, gguf, section.dtype, partial)
         folder = converted
     config = _read_config(folder, name)
-    return Base(
-        folder,
-        name,
-        revision,
-        {file: file_hash(folder / file) for file in _weight_files(folder)},
-        config,
-        section.trust_remote_code,
-    )
+    weights = {file: file_hash(folder / file) for file in _weight_files(folder)}
+    base = Base(folder, name, revision, weights, config, section.trust_remote_code)
+    _ = base.key  # of the files as they are before anything is loaded
+    return base
 
 
 def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:

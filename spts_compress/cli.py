@@ -93,7 +93,7 @@ def main(debug: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @_device_option
 @click.option("--work", type=FilePath(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Replace a checkpoint that was made here.")
 def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
 ) -> None:
@@ -153,6 +153,7 @@ def sweep(
     from .recipe import find, load
 
     _quiet()
+    _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
     own = _device(device)
     study = sensitivity.run(
         load(find(file), edits), _numbers("--layers", layers), _named_files(texts), output / "work", own, vary
@@ -200,6 +201,7 @@ def evaluate(
     if suites:
         options["suites"] = suites
     request = work.Request(lengths=tuple(_numbers("--lengths", lengths) or ()), **options).checked()
+    _claim(output, () if rescore else work.FILES, folder)
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if not rescore:
@@ -229,6 +231,7 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
     request = evaluation.Request(suites=suites, lengths=(length,), **options).checked()
+    _claim(output, work.FILES, folder)
     model, tokenizer = evaluation.load(folder, device, dtype)
     numbers = tuple(_numbers("--new-tokens", new_tokens) or ())
     result = work.ablate(model, tokenizer, folder, request, output, pairs, numbers)
@@ -250,6 +253,7 @@ def bench(
     """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
     from . import speed
 
+    _claim(output, ("bench.json", "bench.md", "bench.png"), folder)
     own = _device(device)
     command = (
         f"spts-compress bench {folder.resolve().name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
@@ -292,6 +296,17 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, create
 
     click.echo(hub.listing(folder))
     click.echo(hub.push(folder, repo_id, private, revision, create_pr))
+
+
+def _claim(output: Path, names: tuple[str, ...], checkpoint: Path | None = None) -> None:
+    """Hold the folder in which this command makes `names`, until it ends."""
+    from .outputs import refuse_inside
+    from .store import claimed
+
+    if checkpoint is not None:
+        refuse_inside(output, checkpoint)
+    if int(os.environ.get("RANK", 0)) == 0:  # which writes for all
+        click.get_current_context().with_resource(claimed(output, names))
 
 
 def _quiet() -> None:

@@ -12,18 +12,20 @@ import torch
 from tqdm import tqdm
 
 from . import text
+from .base import check_cache
 from .card import with_results
 from .checkpoint import read_config
 from .errors import UserError
 from .evaluation import agreement, diversity, longbench, recovery, ruler
 from .evaluation.items import Item, sentences
-from .evaluation.runner import Answers, answer_key, run
-from .export import PROXIES
+from .evaluation.runner import MODES, Answers, answer_key, run
+from .keys import environment, folder_key
 from .ranks import ALONE, Ranks
 from .report import hardware, mean
-from .store import file_hash, fingerprint, writing
+from .store import fingerprint, writing
 from .tables import table
 
+FILES = ("answers.jsonl", "setting.json", "evaluation.json", "evaluation.md", "evaluation.png")  # in the output
 SUITES = ("ruler", "longbench", "diversity", "fidelity")
 CERTIFICATE = "spts_evaluation.json"
 MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
@@ -113,28 +115,21 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read_config(folder)
+    check_cache(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     return model.to(device).eval(), tokenizer
 
 
-def checkpoint_key(folder: Path) -> str:
-    """Fingerprint of everything in a checkpoint that decides its answers."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".py") or p.name.endswith(".json"))
-    kept = [p for p in files if p.name not in (CERTIFICATE, "spts_report.json")]
-    return fingerprint([(p.name, file_hash(p)) for p in kept])
-
-
-def base_key(folder: Path) -> str:
-    """Fingerprint of the base's weights in a checkpoint: dense answers depend on nothing else of it."""
-    kept = sorted(p for p in folder.glob("*.safetensors") if p.name != PROXIES)
-    return fingerprint([file_hash(p) for p in kept])
+def mode_keys(folder: Path, how: list[str]) -> dict[str, str]:
+    """For dense and skipping answers, what they depend on beside the prompt."""
+    return {mode: fingerprint(folder_key(folder, dense=mode == "dense"), how) for mode in MODES}
 
 
 def computed_how(model: Any) -> list[str]:
-    """What answers depend on beside weights, code and prompt: type, kind of device and attention."""
-    return [str(model.dtype), model.device.type, model.config._attn_implementation]
+    """What answers depend on beside the checkpoint and the prompt: type, kind of device, attention, and the program."""
+    return [str(model.dtype), model.device.type, model.config._attn_implementation, environment()]
 
 
 def free_key(spts_key: str, item: Item) -> str:
@@ -150,7 +145,7 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
     """
     kept = Answers(output / "answers.jsonl", ranks.rank)
     how = computed_how(model)
-    keys = {"dense": fingerprint(base_key(folder), how), "spts": fingerprint(checkpoint_key(folder), how)}
+    keys = mode_keys(folder, how)
     items, free, prose = all_items(request, tokenizer), [], ""
     if "fidelity" in request.suites:
         prose = prose_of(request)
@@ -170,6 +165,8 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
             following = prose[begin:] + prose[:begin] if item.task == agreement.TASK else None
             found = agreement.measure(model, tokenizer, item, following)
             kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
+    if mode_keys(folder, how) != keys:
+        raise UserError(f"{folder} was changed during the run, so the answers may be of either: give a new --output")
     ranks.wait()
 
 
@@ -181,9 +178,10 @@ def summarise(output: Path) -> dict[str, Any]:
     """
     try:
         setting = json.loads((output / "setting.json").read_text())
-    except OSError:
+        wanted = setting.pop("answers")
+    except (OSError, ValueError, KeyError, AttributeError):
         raise UserError(f"{output}: no evaluation there") from None
-    kept, wanted = Answers(output / "answers.jsonl").rows, setting.pop("answers")
+    kept = Answers(output / "answers.jsonl").rows
     found = {mode: [kept[key] for key in keys if key in kept] for mode, keys in wanted.items()}
     missing = sum(len(keys) for keys in wanted.values()) - sum(len(rows) for rows in found.values())
     rows = [{**row, "mode": mode} for mode in ("dense", "spts") for row in found[mode]]
@@ -257,6 +255,7 @@ def save(result: dict[str, Any], output: Path) -> str:
     tables = as_tables(result)
     (output / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (output / "evaluation.md").write_text(tables + "\n")
+    (output / "evaluation.png").unlink(missing_ok=True)  # an earlier result's
     if result["tasks"] and importlib.util.find_spec("matplotlib"):
         draw(result, output / "evaluation.png")
     return tables
@@ -316,7 +315,7 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     Raises:
         UserError: if answers are missing, or are another checkpoint's.
     """
-    key, setting = checkpoint_key(folder), result["setting"]
+    key, setting = folder_key(folder), result["setting"]
     if setting["keys"]["spts"] != fingerprint(key, setting["how"]):
         raise UserError(f"{folder}: these answers are another checkpoint's; run evaluate without --rescore")
     if result["missing"]:
@@ -355,6 +354,6 @@ def stale(folder: Path) -> str | None:
     path = folder / CERTIFICATE
     if not path.is_file():
         return None
-    if json.loads(path.read_text()).get("checkpoint") == checkpoint_key(folder):
+    if json.loads(path.read_text()).get("checkpoint") == folder_key(folder):
         return None
     return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"

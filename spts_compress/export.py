@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from .base import FAMILIES, INDEX, Base, as_stock
 from .errors import UserError
+from .keys import PROXIES
 from .modeling.configuration_spts import Schedule
 from .modeling.spts import Norms
 
-PROXIES = "spts-proxies.safetensors"
 # The base's own files under other names, so that `strip` can give them back.
 BASE_CONFIG, BASE_INDEX, BASE_WEIGHTS = "base_config.json", "base_index.json", "base.safetensors"
 CARRIED = (

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,9 @@ from .cost import has_experts
 from .errors import UserError
 from .evaluation.bench import stock_twin
 from .evaluation.break_even import break_even
+from .keys import environment, tensors_key
 from .modeling.configuration_spts import Proxy, Schedule
+from .outputs import new_folder, refuse
 from .proxies import FeedForward, Tokens
 from .ranks import ALONE, Ranks
 from .recipe import Recipe, SearchSection
@@ -30,7 +32,7 @@ from .report import hardware, measure_all
 from .search import findings, shared
 from .search import run as searching
 from .stages import Stages
-from .store import Store, fingerprint, sweep, writing
+from .store import Store, claimed, fingerprint
 from .tables import size
 from .text import Blocks, blocks, documents, from_files
 from .verify import write_manifest
@@ -144,28 +146,36 @@ def run(
     Raises:
         UserError: for bad input or surroundings, before any long work where that is possible.
     """
-    if output.exists() and not force:
-        raise UserError(f"{output} exists; give another --output, or --force to replace it")
+    named = (recipe.model.path, recipe.calibration.path, recipe.report.text, recipe.search and recipe.search.text)
+    inputs = [Path(path) for path in named if path]
+    refuse(output, force, inputs)
+    root = work or output.with_name(output.name + ".work")
+    if root.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"--work {root} is in the output {output}, which is made anew; give another --work")
     prose = _prose(recipe.report.text)
     config = resolve_config(recipe.model)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     _check_room(recipe, config, schedule, output, device)
-    store = Store(work or output.with_name(output.name + ".work"))
-    new = output.with_name(output.name + ".new")
-    with store.lock() if ranks.leads else nullcontext():
+    store, folder = Store(root), output.with_name(output.name + ".search")
+    with ExitStack() as stack:
+        staging = Path()
         if ranks.leads:
-            sweep(output.parent, new.name)
-            shutil.rmtree(new, ignore_errors=True)  # finished, but a kill came before it got its name
+            again = f" with --work {root}, and no finished work is done again"
+            staging = stack.enter_context(new_folder(output, force, inputs, again))
+            stack.enter_context(store.lock())
+            if recipe.search is not None:
+                stack.enter_context(claimed(folder, findings.FILES))
         stage = Stages(device)
         ready = prepare(recipe, store, device, ranks, stage, say)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
         searched = None
         if recipe.search is not None and ready.asked is not None:
-            key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, _sums(parameters), __version__)
+            key = fingerprint(
+                base.key, recipe.model.dtype, torch.device(device).type, tensors_key(parameters), environment()
+            )
             with stage("search"):
                 searched = searching.run(ready.model, ready.skipping(), ready.asked, store, key, say, ranks)
-            folder = output.with_name(output.name + ".search")
             if ranks.leads:
                 findings.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
@@ -179,27 +189,26 @@ def run(
         tokenizer, text = ready.tokenizer, prose or ready.sequences.unseen
         del ready  # and its model: the check loads the checkpoint twice
         gc.collect()
-        with writing(new) as staging:
-            staging.mkdir()
-            say("writing the checkpoint")
-            with stage("export"):
-                export.write(base, schedule, parameters, staging)
-            say("checking it in a fresh process")
-            with stage("check"):
-                export.check(staging, base, recipe.model.dtype, schedule)
-            measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
-            for fit in fits:
-                if found := measured["skipped_states"].get(str(fit["layer"])):
-                    fit["skipped"] = found
-            report = {"proxies": fits, "search": searched, "stages": stage.found, **measured}
-            (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-            (staging / "README.md").write_text(card.render(base, schedule, fits, report))
-            (staging / "recipe.yaml").write_text(verbatim)
-            (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
-            if searched is not None and (folder / "search.png").exists():
-                shutil.copyfile(folder / "search.png", staging / "search.png")
-            write_manifest(staging)
-        _move_into_place(new, output)
+        say("writing the checkpoint")
+        with stage("export"):
+            export.write(base, schedule, parameters, staging)
+        if base.key_now() != base.key:
+            raise UserError(f"{base.name}: the base was changed during the run; start it again")
+        say("checking it in a fresh process")
+        with stage("check"):
+            export.check(staging, base, recipe.model.dtype, schedule)
+        measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
+        for fit in fits:
+            if found := measured["skipped_states"].get(str(fit["layer"])):
+                fit["skipped"] = found
+        report = {"proxies": fits, "search": searched, "stages": stage.found, **measured}
+        (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        (staging / "README.md").write_text(card.render(base, schedule, fits, report))
+        (staging / "recipe.yaml").write_text(verbatim)
+        (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
+        if searched is not None and (folder / "search.png").exists():
+            shutil.copyfile(folder / "search.png", staging / "search.png")
+        write_manifest(staging)
     return report
 
 
@@ -215,7 +224,7 @@ def fit_proxies(
     """Proxies of all skipping layers: the schedule with their sizes, parameters by their name in the exported model,
     and for each layer what was tried and how well it ranks tokens that nothing was fitted or chosen on."""
     text = [s.tolist() for s in sequences.fit + sequences.held_out]
-    data_key = fingerprint(base.key, recipe.model.dtype, text, __version__)
+    data_key = fingerprint(base.key, recipe.model.dtype, model.device.type, text, environment())
     layers = range(schedule.start, base.config.num_hidden_layers)
     relative = schedule.feed_forward == "relative"
     shares = {}
@@ -268,8 +277,8 @@ def _report(
 ) -> dict:
     """Measure the checkpoint in `folder` beside its base; each finished measurement is kept."""
     spts = export.load(folder, base.family, device, recipe.model.dtype)
-    asked = [schedule.to_dict(), recipe.proxy.model_dump(), recipe.report.model_dump(), _sums(parameters)]
-    key = fingerprint(base.key, asked, device, prose, __version__)
+    asked = [schedule.to_dict(), recipe.model.dtype, recipe.report.model_dump(), tensors_key(parameters)]
+    key = fingerprint(base.key, asked, hardware(device), prose, environment())
 
     def keep(name: str, make: Callable[[], Any]) -> Any:
         return store.json(name, key, make)
@@ -281,7 +290,7 @@ def _from_break_even(
     ready: Prepared, schedule: Schedule, device: str, store: Store, say: Callable[[str], None]
 ) -> Schedule:
     """The schedule with prompts dense up to where skipping begins to pay; what was timed is kept."""
-    key = fingerprint(ready.base.key, schedule.to_dict(), hardware(device), str(ready.model.dtype))
+    key = fingerprint(ready.base.key, schedule.to_dict(), hardware(device), str(ready.model.dtype), environment())
     found = store.json("break-even", key, lambda: break_even(ready.model, ready.skipping(schedule)))
     if found is None:
         say("skipping does not pay here at any length tried, so min_length stays; the KV cache is smaller all the same")
@@ -292,10 +301,6 @@ def _from_break_even(
 def _prose(path: str | None) -> str:
     """The text of a file or folder, empty if there is none."""
     return "\n\n".join(from_files(Path(path))) if path else ""
-
-
-def _sums(parameters: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float(tensor.double().sum()) for name, tensor in parameters.items()}
 
 
 def _found(found: dict[str, Any], section: SearchSection, folder: Path, num_layers: int) -> Schedule:
@@ -358,13 +363,3 @@ def _resolved(recipe: Recipe, base: Base, schedule: Schedule) -> str:
     data["export"]["break_even"] = False  # its result is the schedule's min_length
     del data["search"]
     return "\n".join(lines) + "\n" + yaml.safe_dump(data, sort_keys=False)
-
-
-def _move_into_place(new: Path, output: Path) -> None:
-    """Give the finished folder its final name; an old one is removed only after that."""
-    old = output.with_name(f"{output.name}.old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(output, old)
-    os.replace(new, output)
-    shutil.rmtree(old, ignore_errors=True)

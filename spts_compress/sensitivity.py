@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import __version__, capture, fidelity
+from . import capture, fidelity
 from .base import resolve
 from .choose import fit
 from .cost import has_experts, proxy_share
 from .errors import UserError
 from .export import norms_of
+from .keys import environment
 from .modeling.configuration_spts import Proxy
 from .proxies import FeedForward, Regression, Tokens, regress
 from .ranks import ALONE
@@ -144,7 +145,7 @@ def run(
         sources, own = list(found), tuple(recipe.calibration.source)
         tried = [v for v in variants(recipe.proxy, own, sources) if not vary or v.factor in ("recipe", *vary)]
         text = {name: [s.tolist() for s in b.fit + b.held_out] for name, b in found.items()}
-        data = fingerprint(base.key, recipe.model.dtype, text, __version__)
+        data = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, text, environment())
 
         def unit(layer: int, variant: Variant) -> tuple[str, str]:
             return f"sweep-{layer}", fingerprint(data, variant.key())

@@ -5,11 +5,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +31,20 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+HALF_WRITTEN = re.compile(r"\..+-[0-9a-f]{16}(-\d+of\d+)?(\.\w+)?\.\d+\.partial")  # a unit's, by `writing`
+
+
+@contextmanager
+def full_disk_named(target: Path) -> Iterator[None]:
+    """Raises UserError if the disk gets full while `target` is written in the block."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(f"{target.parent}: no space left on the disk while writing {target.name}") from None
+        raise
+
+
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """Yields a path beside `target` to write to; on success it takes the target's name in one step.
@@ -40,15 +55,12 @@ def writing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        if partial.is_file():
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-        os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"{target.parent}: no space left on the disk while writing {target.name}") from None
-        raise
+        with full_disk_named(target):
+            yield partial
+            if partial.is_file():
+                with partial.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            os.replace(partial, target)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -56,15 +68,63 @@ def writing(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what `writing` left half-done for `name` in `folder`, by processes that are gone."""
-    for leftover in folder.glob(f".{name}.*.partial"):
+CLAIM = ".spts-compress"  # locked by the run that uses a folder; lists what runs have made there under plain names
+
+
+@contextmanager
+def claimed(folder: Path, names: Iterable[str] = (), use: str = "this folder") -> Iterator[None]:
+    """Hold `folder` for one run, which may make and replace `names` in it. It is made, and if nothing comes into it,
+    it goes again.
+
+    Raises:
+        UserError: if another run holds it, it can't be written to, or one of `names` is there and no run made it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    claim = folder / CLAIM
+    try:
+        with _locked(claim, use) as stream:
+            try:
+                stream.seek(0)
+                ours = set(stream.read().splitlines())
+                for name in names:
+                    if name not in ours and os.path.lexists(folder / name):
+                        raise UserError(f"{folder / name} exists and was not made by this toolkit; give another folder")
+                stream.writelines(f"{name}\n" for name in names if name not in ours)
+                stream.flush()
+                yield
+            finally:  # while it is locked, so that nobody else's is removed
+                ours = set(claim.read_text().splitlines()) if claim.exists() else set()
+                if not any((folder / name).exists() for name in ours):
+                    claim.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def _locked(path: Path, use: str) -> Iterator[IO[str]]:
+    """Yields the file, held by this process alone."""
+    while True:
         try:
-            os.kill(int(leftover.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        except PermissionError:  # somebody else's, and alive
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a+")
+        except FileNotFoundError:  # the run that had it has just removed the folder
             continue
+        except OSError as error:
+            raise UserError(f"{path.parent}: can't be written to: {error.strerror}") from None
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{path.parent}: another run is using {use}; wait for it to end") from None
+            try:
+                same = os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield stream
+                return
 
 
 class Store:
@@ -72,21 +132,18 @@ class Store:
 
     def __init__(self, root: Path):
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store for one run.
+        """Hold the store for one run; what a killed one left half-written is removed.
 
         Raises:
             UserError: if another run holds it.
         """
-        with (self.root / "lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.root}: another run is using this work folder; wait for it to end") from None
-            sweep(self.root)
+        with claimed(self.root, use="this work folder"):
+            for leftover in self.root.iterdir():
+                if HALF_WRITTEN.fullmatch(leftover.name):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
 
     def path(self, name: str, key: str, suffix: str = "") -> Path:

@@ -9,31 +9,48 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..store import fingerprint
 from .items import Item
 
 MODES: dict[str, Any] = {"dense": False, "spts": None}  # the `spts` argument; dense is the stock model bit for bit
 
+BEGIN = b'{"key": "'  # of every line
+
 
 class Answers:
     """Answers in a file of JSON lines, found again by what they depend on. A line that a kill cut short is dropped.
-    Each of several processes adds to a file of its own and has read those of all."""
+    Each of several processes adds to a file of its own and has read those of all.
+
+    Raises:
+        UserError: if the file holds anything else.
+    """
 
     def __init__(self, path: Path, rank: int = 0):
         self.path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
         self.rows: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file in sorted({path, self.path, *path.parent.glob(f"{path.stem}.*{path.suffix}")}):
-            whole = b""
-            for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
-                try:
-                    row = json.loads(line)
-                    self.rows[row["key"]] = row
-                except (ValueError, KeyError, TypeError):
-                    continue
-                whole += line if line.endswith(b"\n") else line + b"\n"
-            if file == self.path and file.exists() and whole != file.read_bytes():
-                file.write_bytes(whole)
+        others = [p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if p.suffixes[-2][1:].isdigit()]
+        for file in sorted({path, self.path, *others}):
+            if file.exists():
+                self._read(file)
+
+    def _read(self, file: Path) -> None:
+        lines = file.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (ValueError, KeyError, TypeError):
+                if number < len(lines) or line.endswith(b"\n") or not line.startswith(BEGIN[: len(line)]):
+                    raise UserError(f"{file}:{number}: no answer; give another folder, or delete this line") from None
+                if file == self.path:
+                    with file.open("r+b") as stream:
+                        stream.truncate(file.stat().st_size - len(line))
+                return
+        if lines and not lines[-1].endswith(b"\n") and file == self.path:
+            with file.open("ab") as stream:
+                stream.write(b"\n")
 
     def add(self, row: dict) -> None:
         with self.path.open("a", encoding="utf-8") as stream:

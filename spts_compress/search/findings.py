@@ -8,6 +8,8 @@ from typing import Any
 from ..modeling.configuration_spts import Schedule
 from ..tables import table
 
+FILES = ("search.json", "search.md", "search.png")
+
 
 def front_table(found: dict[str, Any]) -> str:
     """One row for each cost: what was counted, and how close to dense on prompts nothing was chosen on."""
@@ -59,7 +61,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 def save(found: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "search.png").unlink(missing_ok=True)  # an earlier search's
     (folder / "search.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "search.md").write_text(as_text(found) + "\n")
     if found["points"] and importlib.util.find_spec("matplotlib"):

@@ -19,6 +19,7 @@ from ..evaluation.runner import Answers
 from ..modeling.configuration_spts import Amount, Proxy, Schedule
 from ..ranks import ALONE, Ranks
 from ..recipe import SearchSection
+from ..report import hardware
 from ..store import Store, fingerprint
 from . import halving, prompts, shared, space
 from .halving import Candidate, Rows
@@ -338,7 +339,8 @@ def run(
     table = None
     if section.cost == "measured":
         with ranks.leader_first():
-            table = Prices(**store.json("prices", key, lambda: _prices(model, longest).plain()))
+            machine = fingerprint(key, hardware(str(model.device)), longest)
+            table = Prices(**store.json("prices", machine, lambda: _prices(model, longest).plain()))
     cost = _cost(config, longest, table)
 
     points: list[dict[str, Any]] = []

@@ -1,0 +1,75 @@
+"""What an answer depends on beside its prompt: a model's folder, and the program that runs it."""
+
+import hashlib
+import json
+import platform
+from fnmatch import fnmatch
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .store import file_hash, fingerprint
+
+PROXIES, INDEX = "spts-proxies.safetensors", "model.safetensors.index.json"
+# Every other file in a model's folder may decide what is answered: vocabularies and code have names of any kind.
+TELLS = (  # about the model
+    ".*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.pdf", "*.yaml", "*.yml", "README*", "LICENSE*",
+    "NOTICE*", "USE_POLICY*", "spts_report.json", "spts_evaluation.json", "spts_files.json",
+)  # fmt: skip
+OTHER_WEIGHTS = (
+    "*.safetensors", "pytorch_model*", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.msgpack", "*.h5", "*.ckpt",
+)  # fmt: skip
+
+
+def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool = False) -> str:
+    """Fingerprint of all that decides what the model in `folder` answers: weights, configuration, generation settings,
+    tokenizer, chat templates and code, by their bytes.
+
+    Args:
+        weights: names and SHA-256 of the weight files that count; none: every safetensors file.
+        dense: of the model without skipping, so without an `spts` block and proxies.
+    """
+    if weights is None:
+        weights = {p.name: file_hash(p) for p in folder.glob("*.safetensors")}
+    if dense:
+        weights = {name: digest for name, digest in weights.items() if name != PROXIES}
+    files = [p for p in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if p.is_file()]
+    found = {}
+    for path in files:
+        if any(fnmatch(path.name, pattern) for pattern in (*TELLS, *OTHER_WEIGHTS)):
+            continue
+        plain = _without_skipping(path) if dense and path.name in ("config.json", INDEX) else file_hash(path)
+        found[path.relative_to(folder).as_posix()] = plain
+    return fingerprint(weights, found)
+
+
+def _without_skipping(path: Path) -> Any:
+    """What a config or an index says of the model that does not skip."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if path.name == INDEX:
+        return {name: file for name, file in data["weight_map"].items() if file != PROXIES}
+    return {name: value for name, value in data.items() if name != "spts"}
+
+
+@cache
+def environment() -> str:
+    """The versions that decide what is computed, and this package's own code, by its bytes."""
+    package = Path(__file__).parent
+    sources = [(p.relative_to(package).as_posix(), file_hash(p)) for p in sorted(package.rglob("*.py"))]
+    packages = ("transformers", "tokenizers", "safetensors", "numpy", "scipy")
+    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions += [f"{name} {version(name)}" for name in packages]
+    return ", ".join([*versions, f"spts-compress {__version__} ({fingerprint(sources)})"])
+
+
+def tensors_key(tensors: dict[str, torch.Tensor]) -> str:
+    """Fingerprint of tensors by their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,34 @@
+"""A tiny exported checkpoint, without the pipeline around it."""
+
+import torch
+from tiny import tiny_base
+
+from spts_compress import export
+from spts_compress.base import resolve
+from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.recipe import ModelSection
+from spts_compress.store import Store
+from spts_compress.verify import write_manifest
+
+BLOCK = {
+    "start": 1,
+    "stages": [{"end": 2, "budget": 100, "prune_to": 120}, {"end": 4, "budget": 80}],
+    "proxy": {"channels": 1, "rank": 0},
+    "keep_last": 4,
+}
+
+
+def tiny_checkpoint(folder):
+    """The checkpoint `folder`/out of the base `folder`/base."""
+    tiny_base(folder / "base")
+    base = resolve(ModelSection(path=str(folder / "base")), Store(folder / "work"))
+    parameters = {
+        f"model.layers.{n}.proxy.{name}": torch.zeros(shape, dtype=torch.bfloat16)
+        for n in range(1, 5)
+        for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
+    }
+    (folder / "out").mkdir()
+    export.write(base, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
+    (folder / "out/README.md").write_text("# A card\n")
+    write_manifest(folder / "out")
+    return folder / "out"
