@@ -22,11 +22,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
+from .layout import LEFT, weight_files
 from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
 # such a file, a line here, one in the tests' tiny.py and one in the README's table.
@@ -185,7 +184,7 @@ def resolve(section: ModelSection, store: Store) -> Base:
         folder,
         name,
         revision,
-        {file: file_hash(folder / file) for file in _weight_files(folder)},
+        {file: file_hash(folder / file) for file in _weight_files(folder, config)},
         config,
         section.trust_remote_code,
     )
@@ -203,15 +202,11 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
         if not folder.is_dir():
             raise UserError(f"model.path: {folder} is a file; give its folder, and for a GGUF file gguf_file as well")
     elif section.path and re.fullmatch(r"[\w.-]+/[\w.-]+", section.path):
-        patterns = (
-            [section.gguf_file]
-            if section.gguf_file
-            else ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "tokenization_*.py"]
-        )
-        if weights and not section.gguf_file:
-            patterns.append("*.safetensors")
+        wanted: dict[str, Any] = {"ignore_patterns": [*LEFT, *([] if weights else ["*.safetensors"])]}
+        if section.gguf_file:
+            wanted = {"allow_patterns": [section.gguf_file]}
         try:
-            folder = Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
+            folder = Path(snapshot_download(section.path, revision=section.revision, **wanted))
         except (RepositoryNotFoundError, HFValidationError):
             raise UserError(
                 f"model.path: {section.path} is neither a folder nor a model on the Hub you can read"
@@ -231,15 +226,10 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
     return folder, section.gguf_file
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _weight_files(folder: Path, config: Any) -> list[str]:
     """Names of the safetensors files, each opened once to see that it is whole."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
+    names = weight_files(folder, getattr(config, "transformers_weights", None))
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{folder / INDEX}: {name} points outside the folder")
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; the base must be a safetensors checkpoint")
         try:

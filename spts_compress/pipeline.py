@@ -99,6 +99,7 @@ def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, sta
         texts, search = documents(recipe.calibration), recipe.search
         with ranks.leader_first():  # who may convert or download it
             base = resolve(recipe.model, store)
+        export.carry(base)
         tokenizer = base.tokenizer()
         sequences = blocks(recipe.calibration, texts, tokenizer)
         asked = None
@@ -175,10 +176,10 @@ def run(
             staging.mkdir()
             say("writing the checkpoint")
             with stage("export"):
-                export.write(base, schedule, parameters, staging)
+                carried = export.write(base, schedule, parameters, staging)
             say("checking it in a fresh process")
             with stage("check"):
-                export.check(staging, base, recipe.model.dtype, schedule)
+                export.check(staging, base, recipe.model.dtype, schedule, carried)
             measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
             for fit in fits:
                 if found := measured["skipped_states"].get(str(fit["layer"])):
@@ -190,7 +191,7 @@ def run(
             (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
             if searched is not None and (folder / "search.png").exists():
                 shutil.copyfile(folder / "search.png", staging / "search.png")
-            write_manifest(staging)
+            write_manifest(staging, carried.names)
         _move_into_place(new, output)
     return report
 
