@@ -204,23 +204,18 @@ def _generation(base: Base) -> GenerationConfig:
 
 
 @torch.no_grad()
-def check(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: Carried) -> None:
-    """Load the checkpoint in a fresh process and compare every tensor, the logits, the settings and the tokenizer.
-
-    Raises:
-        UserError: naming what differs.
-    """
+def expected(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: Carried) -> tuple[dict, dict]:
+    """Tensors and facts that `fresh.main` is to find again: what this process gets, and what the base says."""
     model = load(folder, base.family, "cpu", dtype)
     smallest = min(stage.budget.at(0) for stage in schedule.stages)
     length = max(96, smallest + 32)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    expected = {
+    tensors = {
         "ids": ids,
-        "spts": model(ids, logits_to_keep=1, spts={"min_length": 0}).logits,
-        "dense": model(ids, logits_to_keep=1, spts=False).logits,
-        "state": model.model(ids).last_hidden_state[:, -1],
+        "spts": model(ids, logits_to_keep=1, spts={"min_length": 0}).logits.contiguous(),
+        "dense": model(ids, logits_to_keep=1, spts=False).logits.contiguous(),
+        "state": model.model(ids).last_hidden_state[:, -1].contiguous(),
     }
-    del model
     facts = {
         "dtype": dtype,
         "config": settings(base.config),
@@ -228,14 +223,24 @@ def check(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: Car
         "tokenizer": carried.facts,
         "trust": carried.trust,
     }
+    return tensors, facts
+
+
+def check(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: Carried) -> None:
+    """Load the checkpoint in a fresh process and compare every tensor, the logits, the settings and the tokenizer.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    tensors, facts = expected(folder, base, dtype, schedule, carried)
     with TemporaryDirectory() as scratch:
-        tensors, said = Path(scratch) / "expected.safetensors", Path(scratch) / "facts.json"
-        save_file({k: v.contiguous() for k, v in expected.items()}, tensors)
+        written, said = Path(scratch) / "expected.safetensors", Path(scratch) / "facts.json"
+        save_file(tensors, written)
         _write_json(said, facts)
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         # -P: the package's own folder is not searched for modules
-        command = [sys.executable, "-P", fresh.__file__, *map(str, (folder.absolute(), tensors, said))]
+        command = [sys.executable, "-P", fresh.__file__, *map(str, (folder.absolute(), written, said))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
     line = next((text for text in done.stdout.splitlines() if text.startswith("FAULTS ")), None)
     if line is None:

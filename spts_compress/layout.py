@@ -99,7 +99,7 @@ def exported(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
     own = (*OWN, *taken)
     given: dict[str, str] = {}
     plain = {name: name.replace("/", "_") if name.endswith(".safetensors") else name for name in names}
-    for name in sorted(plain, key=lambda name: (matches(plain[name], own), name)):
+    for name in sorted(plain, key=lambda name: (plain[name] != name or matches(name, own), name)):
         new = plain[name]
         while matches(new, own) or new in given.values():
             new = f"base_{new}"
