@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .layout import LEFT, weight_files
+from .layout import LEFT, WEIGHTS, weight_files
 from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
@@ -202,11 +202,8 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
         if not folder.is_dir():
             raise UserError(f"model.path: {folder} is a file; give its folder, and for a GGUF file gguf_file as well")
     elif section.path and re.fullmatch(r"[\w.-]+/[\w.-]+", section.path):
-        wanted: dict[str, Any] = {"ignore_patterns": [*LEFT, *([] if weights else ["*.safetensors"])]}
-        if section.gguf_file:
-            wanted = {"allow_patterns": [section.gguf_file]}
         try:
-            folder = Path(snapshot_download(section.path, revision=section.revision, **wanted))
+            folder = _download(section, weights)
         except (RepositoryNotFoundError, HFValidationError):
             raise UserError(
                 f"model.path: {section.path} is neither a folder nor a model on the Hub you can read"
@@ -224,6 +221,20 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
         there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
         raise UserError(f"model.gguf_file: no {section.gguf_file} in {folder}; GGUF files there: {there}")
     return folder, section.gguf_file
+
+
+def _download(section: ModelSection, weights: bool) -> Path:
+    """The snapshot of a Hub model with what travels into an export, of the weights only those that are loaded."""
+    repository = str(section.path)
+    if section.gguf_file:
+        return Path(snapshot_download(repository, revision=section.revision, allow_patterns=[section.gguf_file]))
+    left = [*LEFT, "*.safetensors"]
+    folder = Path(snapshot_download(repository, revision=section.revision, ignore_patterns=left))
+    if weights:
+        explicit = getattr(_read_config(folder, repository), "transformers_weights", None)
+        names = [WEIGHTS, *weight_files(folder, explicit)]
+        snapshot_download(repository, revision=folder.name, allow_patterns=names)
+    return folder
 
 
 def _weight_files(folder: Path, config: Any) -> list[str]:

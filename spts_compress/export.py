@@ -84,7 +84,7 @@ def carry(base: Base) -> Carried:
         UserError: naming what can't travel.
     """
     tokenizer = base.tokenizer()
-    reads = [name for name in type(tokenizer).vocab_files_names.values() if (base.folder / name).is_file()]
+    reads = [name for name in map(str, type(tokenizer).vocab_files_names.values()) if (base.folder / name).is_file()]
     names = travelling(base.folder, [*base.weights, *reads])
     untrusted = () if base.trusted else ("custom_generate/*",)
     path = base.folder / TOKENIZER
@@ -103,7 +103,8 @@ def carry(base: Base) -> Carried:
         carried = Carried(exported(names, taken), new, trust, facts)
         if not (faults := _tokenizer_faults(base, carried)):
             return carried
-    left = ", ".join(sorted(p.name for p in base.folder.iterdir() if p.name not in names)) or "none"
+    sent = {name.split("/")[0] for name in names}
+    left = ", ".join(sorted(p.name for p in base.folder.iterdir() if p.name not in sent)) or "none"
     raise UserError(
         f"{base.name}: its tokenizer would not be the same in the checkpoint: {faults}; files and folders that don't "
         f"travel: {left}"

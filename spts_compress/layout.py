@@ -30,7 +30,7 @@ NOTES = (*BESIDE, *FREE, "*.md", "setting.json", "evaluation.json", "ablation.js
 # folder travels, since any name can be a vocabulary's, and is downloaded from the Hub.
 LEFT = (
     *BESIDE, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack*", "*.ot", "*.gguf", "*.onnx*",
-    "*.npz", "*.tflite", "*.mlmodel", "*.nemo", "*.engine", "consolidated*", "adapter_model*", "*/*.safetensors",
+    "*.npz", "*.tflite", "*.mlmodel", "*.nemo", "*.engine", "consolidated*", "adapter_model*",
     "optimizer*", "scheduler*", "trainer_state.json", "training_args*", "rng_state*",
 )  # fmt: skip
 # Of its subfolders only these do: others hold other models, data or notes.

@@ -370,19 +370,17 @@ def test_the_hub_is_asked_for_what_travels(rich, monkeypatch):
     there = [*contents(base.folder), "consolidated.safetensors", "int8/model.safetensors", "onnx/model.onnx"]
     asked = []
 
-    def download(repository, revision=None, **patterns):
-        asked.append(set(filter_repo_objects(there, **patterns)))
+    def download(repository, revision, **patterns):
+        asked.append((revision, set(filter_repo_objects(there, **patterns))))
         return str(base.folder)
 
     monkeypatch.setattr("spts_compress.base.snapshot_download", download)
-    section = ModelSection(path="org/model", trust_remote_code=True)
+    section = ModelSection(path="org/model", revision="v1", trust_remote_code=True)
     resolve_config(section)
     resolve(section, Store(base.folder.parent / "work"))
-    for names, weights in zip(asked, (False, True), strict=True):
-        assert names >= {name for name in kept if weights or name != "model.safetensors"}
-        assert not names & {"pytorch_model.bin", "optimizer.pt", ".git/config", "original/consolidated.pth"}
-        assert not names & {"consolidated.safetensors", "int8/model.safetensors", "onnx/model.onnx"}
-        assert ("model.safetensors" in names) is weights
+    assert [revision for revision, _ in asked] == ["v1", "v1", base.folder.name]  # the weights of that very commit
+    assert asked[0][1] == asked[1][1] == kept.keys() - {"model.safetensors"} | {"runs/notes.txt"}
+    assert asked[2][1] == {"model.safetensors"}
 
 
 def test_every_family_names_its_code():
