@@ -167,16 +167,13 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], target: Path) -> Carried:
+def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, torch.Tensor], target: Path) -> None:
     """Write the checkpoint's model files into the existing folder `target`.
 
     Args:
+        carried: what of the base goes with them, see `carry`.
         proxies: parameters by their name in the model, such as `model.layers.12.proxy.down`.
-
-    Returns:
-        What of the base is in it, for `write_manifest` and `check`.
     """
-    carried = carry(base)
     for name, new in carried.names.items():
         (target / new).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, target / new)
@@ -193,7 +190,6 @@ def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], targ
         _write_json(target / TOKENIZER, carried.tokenizer_config)
     for file in code_files(base.family):
         shutil.copyfile(file, target / file.name)
-    return carried
 
 
 def _generation(base: Base) -> GenerationConfig:
@@ -205,7 +201,7 @@ def _generation(base: Base) -> GenerationConfig:
 
 
 @torch.no_grad()
-def expected(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: Carried) -> tuple[dict, dict]:
+def expected(folder: Path, base: Base, carried: Carried, schedule: Schedule, dtype: str) -> tuple[dict, dict]:
     """Tensors and facts that `fresh.main` is to find again: what this process gets, and what the base says."""
     model = load(folder, base.family, "cpu", dtype)
     smallest = min(stage.budget.at(0) for stage in schedule.stages)
@@ -227,13 +223,13 @@ def expected(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: 
     return tensors, facts
 
 
-def check(folder: Path, base: Base, dtype: str, schedule: Schedule, carried: Carried) -> None:
+def check(folder: Path, base: Base, carried: Carried, schedule: Schedule, dtype: str) -> None:
     """Load the checkpoint in a fresh process and compare every tensor, the logits, the settings and the tokenizer.
 
     Raises:
         UserError: naming what differs.
     """
-    tensors, facts = expected(folder, base, dtype, schedule, carried)
+    tensors, facts = expected(folder, base, carried, schedule, dtype)
     with TemporaryDirectory() as scratch:
         written, said = Path(scratch) / "expected.safetensors", Path(scratch) / "facts.json"
         save_file(tensors, written)

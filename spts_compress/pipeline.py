@@ -67,12 +67,13 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
 class Prepared:
     """What search and export start from.
 
-    `model`: the stock model. `asked`: the prompts of a search; None without one.
+    `carried`: what of the base travels. `model`: the stock model. `asked`: the prompts of a search; None without one.
     `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`: see
     `fit_proxies`.
     """
 
     base: Base
+    carried: export.Carried
     tokenizer: Any
     sequences: Blocks
     asked: searching.Asked | None
@@ -99,7 +100,7 @@ def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, sta
         texts, search = documents(recipe.calibration), recipe.search
         with ranks.leader_first():  # who may convert or download it
             base = resolve(recipe.model, store)
-        export.carry(base)
+        carried = export.carry(base)
         tokenizer = base.tokenizer()
         sequences = blocks(recipe.calibration, texts, tokenizer)
         asked = None
@@ -111,7 +112,7 @@ def prepare(recipe: Recipe, store: Store, device: str, ranks: Ranks = ALONE, sta
     with stage("proxies"):
         schedule = _widest(recipe, base.config)
         schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
-    return Prepared(base, tokenizer, sequences, asked, model, schedule, parameters, fits)
+    return Prepared(base, carried, tokenizer, sequences, asked, model, schedule, parameters, fits)
 
 
 def run(
@@ -153,6 +154,7 @@ def run(
         stage = Stages(device)
         ready = prepare(recipe, store, device, ranks, stage)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
+        carried = ready.carried
         searched = None
         if recipe.search is not None and ready.asked is not None:
             key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, _sums(parameters), __version__)
@@ -176,10 +178,10 @@ def run(
             staging.mkdir()
             say("writing the checkpoint")
             with stage("export"):
-                carried = export.write(base, schedule, parameters, staging)
+                export.write(base, carried, schedule, parameters, staging)
             say("checking it in a fresh process")
             with stage("check"):
-                export.check(staging, base, recipe.model.dtype, schedule, carried)
+                export.check(staging, base, carried, schedule, recipe.model.dtype)
             measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
             for fit in fits:
                 if found := measured["skipped_states"].get(str(fit["layer"])):

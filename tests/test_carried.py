@@ -82,7 +82,8 @@ def exporting(base, folder):
     model = cls(cls.config_class(**settings, spts=SPTS)).to(torch.bfloat16)
     folder.mkdir()
     proxies = {name: value for name, value in model.state_dict().items() if ".proxy." in name}
-    carried = export.write(base, SCHEDULE, proxies, folder)
+    carried = export.carry(base)
+    export.write(base, carried, SCHEDULE, proxies, folder)
     write_manifest(folder, carried.names)
     return carried
 
@@ -122,7 +123,7 @@ def test_a_fresh_process_finds_all_that_the_base_had(rich):
     base, carried, out, _ = rich
     (out / "README.md").write_text("the card")
     assert verify(out) == []
-    export.check(out, base, "bfloat16", SCHEDULE, carried)
+    export.check(out, base, carried, SCHEDULE, "bfloat16")
     tokenizers = [AutoTokenizer.from_pretrained(folder, trust_remote_code=True) for folder in (base.folder, out)]
     assert tokenizers[0]("Some text, with <s> in it").input_ids == tokenizers[1]("Some text, with <s> in it").input_ids
     assert tokenizers[1].chat_template == tokenizers[0].chat_template and len(tokenizers[1].chat_template) == 2
@@ -137,7 +138,7 @@ def test_strip_gives_back_what_stood_in_the_way_of_the_exports_own_files(rich, t
 
 def test_whatever_differs_from_the_base_is_named(rich, tmp_path):
     base, carried, out, _ = rich
-    tensors, facts = export.expected(out, base, "bfloat16", SCHEDULE, carried)
+    tensors, facts = export.expected(out, base, carried, SCHEDULE, "bfloat16")
     save_file(tensors, tmp_path / "tensors.safetensors")
 
     def faults(change):
