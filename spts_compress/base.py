@@ -23,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .keys import INDEX, environment, folder_key
+from .keys import environment, folder_key
+from .layout import LEFT, WEIGHTS, weight_files
 from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
-
-WEIGHTS = "model.safetensors"
 
 # Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
 # such a file, a line here, one in the tests' tiny.py and one in the README's table.
@@ -202,7 +201,7 @@ def resolve(section: ModelSection, store: Store) -> Base:
                 _convert_gguf(folder, gguf, section.dtype, partial)
         folder = converted
     config = _read_config(folder, name)
-    weights = {file: file_hash(folder / file) for file in _weight_files(folder)}
+    weights = {file: file_hash(folder / file) for file in _weight_files(folder, config)}
     base = Base(folder, name, revision, weights, config, section.trust_remote_code)
     _ = base.key  # of the files as they are before anything is loaded
     return base
@@ -220,15 +219,8 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
         if not folder.is_dir():
             raise UserError(f"model.path: {folder} is a file; give its folder, and for a GGUF file gguf_file as well")
     elif section.path and re.fullmatch(r"[\w.-]+/[\w.-]+", section.path):
-        patterns = (
-            [section.gguf_file]
-            if section.gguf_file
-            else ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "tokenization_*.py"]
-        )
-        if weights and not section.gguf_file:
-            patterns.append("*.safetensors")
         try:
-            folder = Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
+            folder = _download(section, weights)
         except (RepositoryNotFoundError, HFValidationError):
             raise UserError(
                 f"model.path: {section.path} is neither a folder nor a model on the Hub you can read"
@@ -248,15 +240,24 @@ def _locate(section: ModelSection, weights: bool) -> tuple[Path, str | None]:
     return folder, section.gguf_file
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _download(section: ModelSection, weights: bool) -> Path:
+    """The snapshot of a Hub model with what travels into an export, of the weights only those that are loaded."""
+    repository = str(section.path)
+    if section.gguf_file:
+        return Path(snapshot_download(repository, revision=section.revision, allow_patterns=[section.gguf_file]))
+    left = [*LEFT, "*.safetensors"]
+    folder = Path(snapshot_download(repository, revision=section.revision, ignore_patterns=left))
+    if weights:
+        explicit = getattr(_read_config(folder, repository), "transformers_weights", None)
+        names = [WEIGHTS, *weight_files(folder, explicit)]
+        snapshot_download(repository, revision=folder.name, allow_patterns=names)
+    return folder
+
+
+def _weight_files(folder: Path, config: Any) -> list[str]:
     """Names of the safetensors files, each opened once to see that it is whole."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
+    names = weight_files(folder, getattr(config, "transformers_weights", None))
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{folder / INDEX}: {name} points outside the folder")
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; the base must be a safetensors checkpoint")
         try:

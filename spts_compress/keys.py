@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,17 +11,12 @@ from typing import Any
 import torch
 
 from . import __version__
+from .layout import INDEX, LEFT, NOTES, PROXIES, SUBFOLDERS, matches
 from .store import file_hash, fingerprint
 
-PROXIES, INDEX = "spts-proxies.safetensors", "model.safetensors.index.json"
-# Every other file in a model's folder may decide what is answered: vocabularies and code have names of any kind.
-TELLS = (  # about the model
-    ".*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.pdf", "*.yaml", "*.yml", "README*", "LICENSE*",
-    "NOTICE*", "USE_POLICY*", "spts_report.json", "spts_evaluation.json", "spts_files.json",
-)  # fmt: skip
-OTHER_WEIGHTS = (
-    "*.safetensors", "pytorch_model*", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.msgpack", "*.h5", "*.ckpt",
-)  # fmt: skip
+# About the model, or another form of its weights; any other file of a folder may decide what is answered, since
+# vocabularies and code have names of any kind.
+BESIDE_THE_POINT = (*NOTES, *LEFT, "*.safetensors", "*.yaml", "*.yml", "README*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool = False) -> str:
@@ -37,13 +31,11 @@ def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool 
         weights = {p.name: file_hash(p) for p in folder.glob("*.safetensors")}
     if dense:
         weights = {name: digest for name, digest in weights.items() if name != PROXIES}
-    files = [p for p in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if p.is_file()]
     found = {}
-    for path in files:
-        if any(fnmatch(path.name, pattern) for pattern in (*TELLS, *OTHER_WEIGHTS)):
-            continue
-        plain = _without_skipping(path) if dense and path.name in ("config.json", INDEX) else file_hash(path)
-        found[path.relative_to(folder).as_posix()] = plain
+    for path in (*folder.iterdir(), *(path for pattern in SUBFOLDERS for path in folder.glob(pattern))):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not matches(name, BESIDE_THE_POINT):
+            found[name] = _without_skipping(path) if dense and name in ("config.json", INDEX) else file_hash(path)
     return fingerprint(weights, found)
 
 

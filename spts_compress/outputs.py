@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .store import claimed, full_disk_named
-from .verify import FREE, MANIFEST
+from .layout import FREE, MANIFEST
 
 NEW, OLD, GONE = "new", "old", "gone"  # being written; renamed away while the new one gets its name; to be deleted
 

@@ -70,12 +70,13 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
 class Prepared:
     """What search and export start from.
 
-    `model`: the stock model. `asked`: the prompts of a search; None without one.
+    `carried`: what of the base travels. `model`: the stock model. `asked`: the prompts of a search; None without one.
     `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`: see
     `fit_proxies`.
     """
 
     base: Base
+    carried: export.Carried
     tokenizer: Any
     sequences: Blocks
     asked: searching.Asked | None
@@ -109,6 +110,7 @@ def prepare(
         texts, search = documents(recipe.calibration, say), recipe.search
         with ranks.leader_first():  # who may convert or download it
             base = resolve(recipe.model, store)
+        carried = export.carry(base)
         tokenizer = base.tokenizer()
         sequences = blocks(recipe.calibration, texts, tokenizer, say)
         asked = None
@@ -120,7 +122,7 @@ def prepare(
     with stage("proxies"):
         schedule = _widest(recipe, base.config)
         schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
-    return Prepared(base, tokenizer, sequences, asked, model, schedule, parameters, fits)
+    return Prepared(base, carried, tokenizer, sequences, asked, model, schedule, parameters, fits)
 
 
 def run(
@@ -169,6 +171,7 @@ def run(
         stage = Stages(device)
         ready = prepare(recipe, store, device, ranks, stage, say)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
+        carried = ready.carried
         searched = None
         if recipe.search is not None and ready.asked is not None:
             key = fingerprint(
@@ -191,12 +194,12 @@ def run(
         gc.collect()
         say("writing the checkpoint")
         with stage("export"):
-            export.write(base, schedule, parameters, staging)
+            export.write(base, carried, schedule, parameters, staging)
         if base.key_now() != base.key:
             raise UserError(f"{base.name}: the base was changed during the run; start it again")
         say("checking it in a fresh process")
         with stage("check"):
-            export.check(staging, base, recipe.model.dtype, schedule)
+            export.check(staging, base, carried, schedule, recipe.model.dtype)
         measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
         for fit in fits:
             if found := measured["skipped_states"].get(str(fit["layer"])):
@@ -208,7 +211,7 @@ def run(
         (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
         if searched is not None and (folder / "search.png").exists():
             shutil.copyfile(folder / "search.png", staging / "search.png")
-        write_manifest(staging)
+        write_manifest(staging, carried.names)
     return report
 
 

@@ -3,25 +3,21 @@
 import shutil
 from pathlib import Path
 
-from .base import INDEX, WEIGHTS
-from .export import BASE_CONFIG, BASE_INDEX, BASE_WEIGHTS, CARRIED, PROXIES
 from .outputs import new_folder, refuse_inside
-from .verify import require
+from .verify import base_names, require
 
 
 def strip(folder: Path, target: Path) -> list[str]:
-    """Write the base model's own files into the new folder `target` and return their names.
+    """Write the base model's own files into the new folder `target`, under their own names, which are returned.
 
     Raises:
         UserError: if `folder` is no whole checkpoint of this toolkit, or `target` is in use or lies in it.
     """
     require(folder)
     refuse_inside(target, folder)
-    names = {BASE_CONFIG: "config.json", BASE_INDEX: INDEX, BASE_WEIGHTS: WEIGHTS}
-    files = [p for p in folder.glob("*.safetensors") if p.name != PROXIES]
-    files += [p for pattern in CARRIED for p in folder.glob(pattern)]
-    files += [p for p in (folder / BASE_CONFIG, folder / BASE_INDEX) if p.is_file()]
+    names = base_names(folder)
     with new_folder(target, inputs=[folder]) as partial:
-        for file in files:
-            shutil.copyfile(file, partial / names.get(file.name, file.name))
-    return sorted(names.get(file.name, file.name) for file in files)
+        for exported, name in names.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / exported, partial / name)
+    return sorted(names.values())

@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,30 @@ from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from . import __version__
-from .base import FAMILIES, INDEX
+from .base import FAMILIES
 from .errors import UserError
-from .export import model_class
+from .export import auto_map, code_files, model_class
+from .layout import FREE, INDEX, MANIFEST, NOTES, inside, matches
 from .modeling.configuration_spts import Schedule
 from .store import file_hash, writing
 
-MANIFEST = "spts_files.json"
-FREE = (  # what tells of the checkpoint and decides nothing
-    "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json", "spts_evaluation.json", "search.png",
-    MANIFEST,
-)  # fmt: skip
-DECIDES = (".py", ".safetensors", ".json", ".bin", ".jinja")  # an unlisted file of these could change what is loaded
 
+def write_manifest(folder: Path, names: dict[str, str]) -> None:
+    """List the SHA-256 of every file in `folder` that decides what is loaded, and what the base called its own.
 
-def write_manifest(folder: Path) -> None:
-    """List the SHA-256 of every file in `folder` that decides what is loaded."""
-    files = {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in FREE}
+    Args:
+        names: the base's name of a file -> the export's, relative to their folders.
+    """
+    files = {name: file_hash(folder / name) for name in _files(folder) if name not in FREE}
+    data = {"spts_compress": __version__, "sha256": files, "base": {new: name for name, new in names.items()}}
     with writing(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps({"spts_compress": __version__, "sha256": files}, indent=1) + "\n")
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def base_names(folder: Path) -> dict[str, str]:
+    """The files of an exported checkpoint that are its base's: their names -> those that the base had them under."""
+    found = _json(folder / MANIFEST).get("base")
+    return found if isinstance(found, dict) else {}
 
 
 def verify(folder: Path) -> list[str]:
@@ -44,23 +48,42 @@ def verify(folder: Path) -> list[str]:
         raise UserError(
             f"{folder}: not a checkpoint of spts-compress: it needs {MANIFEST} and a config with an spts block"
         )
+    faults = _listed(folder, listed)
+    family = str(config.get("model_type", "")).removeprefix("spts_")
+    if family not in FAMILIES:
+        faults.append(f"config.json: model_type {config.get('model_type')} is of no family that this release knows")
+        return faults + _schedule(config)
+    return faults + _code(folder, family, config) + (_schedule(config) or _tensors(folder, family, config))
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files, relative to the folder; a link counts as a file, whatever it leads to."""
+    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(folder).as_posix() for p in found)
+
+
+def _listed(folder: Path, listed: dict[str, Any]) -> list[str]:
+    """The folder's files against its list, and that list against itself."""
     faults = []
     for name, digest in listed.items():
-        if Path(name).name != name:
+        if not inside(name):
             faults.append(f"{MANIFEST}: {name} points outside the folder")
         elif not (folder / name).is_file():
             faults.append(f"{name}: missing")
         elif file_hash(folder / name) != digest:
             faults.append(f"{name}: changed since it was exported")
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_file() and path.suffix in DECIDES and name not in listed and name not in FREE:
-            faults.append(f"{name}: not among the exported files")
-    family = str(config.get("model_type", "")).removeprefix("spts_")
-    if family not in FAMILIES:
-        faults.append(f"config.json: model_type {config.get('model_type')} is of no family that this release knows")
-        return faults + _schedule(config)
-    return faults + _code(folder, family) + (_schedule(config) or _tensors(folder, family, config))
+    for name in _files(folder):
+        if name not in listed and not matches(name, NOTES):
+            faults.append(f"{name}: not among the exported files; remove it if it is yours")
+    names = base_names(folder)
+    for exported, name in names.items():
+        if exported not in listed:
+            faults.append(f"{MANIFEST}: {exported}, a file of the base, is not among the exported files")
+        elif not isinstance(name, str) or not inside(name):
+            faults.append(f"{MANIFEST}: {name} points outside the base's folder")
+    if "config.json" not in names.values() or len(set(map(str, names.values()))) < len(names):
+        faults.append(f"{MANIFEST}: does not say what the base's files are called")
+    return faults
 
 
 def require(folder: Path) -> None:
@@ -77,14 +100,16 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _code(folder: Path, family: str) -> list[str]:
-    """The modelling code against this release's own."""
-    own = Path(str(resources.files(f"{__package__}.modeling")))
-    return [
-        f"{name}: not the code of spts-compress {__version__}"
-        for name in ("configuration_spts.py", "spts.py", f"{FAMILIES[family][0]}.py")
-        if not (folder / name).is_file() or file_hash(folder / name) != file_hash(own / name)
+def _code(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
+    """The modelling code against this release's own, and that the config asks for no other."""
+    faults = [
+        f"{own.name}: not the code of spts-compress {__version__}"
+        for own in code_files(family)
+        if not (folder / own.name).is_file() or file_hash(folder / own.name) != file_hash(own)
     ]
+    if config.get("auto_map") != auto_map(family):
+        faults.append("config.json: auto_map names other code than that of spts-compress")
+    return faults
 
 
 def _schedule(config: dict[str, Any]) -> list[str]:

@@ -326,7 +326,7 @@ def checkpoint(tmp_path_factory):
         for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
     }
     (folder / "out").mkdir()
-    export.write(base, schedule, parameters, folder / "out")
+    export.write(base, export.carry(base), schedule, parameters, folder / "out")
     (folder / "out/README.md").write_text("# A card\n")
     (folder / "prose.txt").write_text(PROSE)
     return folder / "out"

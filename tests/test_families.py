@@ -192,7 +192,7 @@ def test_layers_that_predict_further_tokens_stay_in_the_files_and_out_of_the_mod
     further["model.layers.5.eh_proj.weight"] = torch.zeros(32, 64)
     save_file({**weights, **further}, base / "model.safetensors", {"format": "pt"})
     run("recipe", recipe_for(base, tmp_path))
-    assert len(load_file(out / "base.safetensors")) == len(weights) + len(further)
+    assert len(load_file(out / "base_model.safetensors")) == len(weights) + len(further)
     run("verify", out)
     model, told = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
     assert not told["unexpected_keys"] and len(model.model.layers) == 5
@@ -369,7 +369,7 @@ def test_openpangu_is_read_as_the_llama_it_is(tmp_path):
     names = {p.name for p in (tmp_path / "base").iterdir()}
     assert {p.name for p in (tmp_path / "back").iterdir()} == names
     assert all((tmp_path / "back" / n).read_bytes() == (tmp_path / "base" / n).read_bytes() for n in names)
-    assert load_file(out / "base.safetensors").keys() == load_file(tmp_path / "base/model.safetensors").keys()
+    assert load_file(out / "base_model.safetensors").keys() == load_file(tmp_path / "base/model.safetensors").keys()
 
 
 # What the models' own config.json files say.
