@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..base import context_of
 from ..cost import predicted
 from ..errors import UserError
 from ..evaluation.items import Item
@@ -75,7 +76,7 @@ def starts_of(section: SearchSection, config: Any) -> list[int]:
     Raises:
         UserError: for a layer that the model does not have, and for prompts longer than its context.
     """
-    num_layers, context = config.num_hidden_layers, config.max_position_embeddings
+    num_layers, context = config.num_hidden_layers, context_of(config)
     if max(section.lengths) > context:
         raise UserError(f"search.lengths: {max(section.lengths)} is more than the model's context of {context}")
     starts = section.start_layers(num_layers)
