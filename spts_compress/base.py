@@ -28,7 +28,7 @@ from transformers import (
 
 from . import loadable
 from .errors import UserError, reason
-from .loadable import INDEX, WEIGHTS, weight_files
+from .loadable import weight_files
 from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
@@ -203,9 +203,9 @@ def _setting_faults(plain: dict[str, Any], file: str) -> list[str]:
     ]
     if (cache := plain.get("cache_implementation")) not in CACHES:
         found.append(f"{file}: cache_implementation is {cache}, but skipping needs a dynamic cache; leave it out")
-    classes = plain.get("architectures") or []
-    if other := [c for c in classes if re.search("Classification|QuestionAnswering|Reward", str(c))]:
-        found.append(f"{file}: the model is a {', '.join(map(str, other))}; skipping is for models that answer in text")
+    classes = str(plain.get("architectures"))
+    if re.search("Classification|QuestionAnswering|Reward", classes):
+        found.append(f"{file}: architectures is {classes}; skipping is for models that answer in text")
     return found
 
 
@@ -227,7 +227,7 @@ def context_of(config: Any) -> int:
     ropes = getattr(config, "rope_parameters", None) or {}
     each = [r for r in (ropes, *ropes.values()) if isinstance(r, dict)]
     pairs = [(r.get("original_max_position_embeddings"), r.get("factor")) for r in each]
-    stretched = [int(length * factor) for length, factor in pairs if length and factor]
+    stretched = [int(length * factor) for length, factor in pairs if isinstance(length, int) and factor]
     return max([config.max_position_embeddings, *stretched])
 
 
@@ -252,9 +252,9 @@ def resolve_config(section: ModelSection, chat: bool = False) -> Any:
     name = section.path or section.package or ""
     config = _read_config(folder, name, gguf)
     if gguf is None:
-        here = Path(section.path or "").is_dir() and any((folder / file).is_file() for file in (WEIGHTS, INDEX))
+        here = Path(section.path or "").is_dir() and any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir())
         judge(folder, config, name, weights=here)
-        if any(folder.glob("tokenizer*")):
+        if here or any(folder.glob("tokenizer*")):
             read_tokenizer(folder, config, name, section.trust_remote_code, chat)
     return config
 

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .base import FAMILIES, INDEX, Base, as_stock
+from .base import FAMILIES, Base, as_stock
 from .errors import UserError
+from .loadable import INDEX
 from .modeling.configuration_spts import Schedule
 from .modeling.spts import Norms
 

@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from .base import INDEX, WEIGHTS
 from .errors import UserError
 from .export import BASE_CONFIG, BASE_INDEX, BASE_WEIGHTS, CARRIED, PROXIES
+from .loadable import INDEX, WEIGHTS
 from .store import writing
 from .verify import require
 
