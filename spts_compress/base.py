@@ -252,7 +252,9 @@ def resolve_config(section: ModelSection, chat: bool = False) -> Any:
     name = section.path or section.package or ""
     config = _read_config(folder, name, gguf)
     if gguf is None:
-        here = Path(section.path or "").is_dir() and any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir())
+        here = Path(section.path or "").is_dir() and any(
+            path.suffix in (".safetensors", ".bin") or path.name == loadable.INDEX for path in folder.iterdir()
+        )
         judge(folder, config, name, weights=here)
         if here or any(folder.glob("tokenizer*")):
             read_tokenizer(folder, config, name, section.trust_remote_code, chat)

@@ -7,4 +7,7 @@ class UserError(Exception):
 
 def reason(error: Exception) -> str:
     """What another library's exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
