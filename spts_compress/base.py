@@ -172,7 +172,7 @@ def _without_embedding(tokenizer: Any, embeddings: int) -> list[str]:
     Gemma 3's placeholder of an image."""
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= embeddings]
     added, template = tokenizer.get_added_vocab(), str(getattr(tokenizer, "chat_template", None))
-    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)  # some classes add an unk of their own
     return [token for token in beyond if token not in added or token in special or token in template]
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny import TEXT, tiny_base, tiny_tokenizer
+from tiny import FAMILIES, TEXT, tiny_base, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spts_compress import loadable
@@ -193,7 +193,7 @@ TAKEN = {
     ),
     "padded vocabulary": ({"vocab_size": 320}, lambda folder: None),
     "shards": ({"shards": True}, lambda folder: None),
-    "experts alone": ({"family": "qwen3_moe"}, lambda folder: None),
+    **{family: ({"family": family}, lambda folder: None) for family in FAMILIES},
     "extra layers": ({"family": "deepseek_v3"}, plus(model__layers__61__embed_tokens__weight=HALF)),
     "float32": ({}, weights(lambda w: {k: v.float() for k, v in w.items()})),
     "an index that the plain name hides": ({}, write(INDEX, "{}")),
