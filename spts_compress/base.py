@@ -17,14 +17,20 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
-    StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from .errors import UserError
+from . import loadable
+from .errors import UserError, reason
 from .keys import environment, folder_key
-from .layout import LEFT, WEIGHTS, weight_files
+from .layout import INDEX, LEFT, WEIGHTS, weight_files
 from .modeling.spts import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
@@ -48,6 +54,16 @@ FAMILIES = {
 # Families whose own code is remote -> the stock family with the same parts and names of weights, and what their config
 # calls otherwise. openPangu-Embedded is a Llama with biases in its attention.
 ALIASES = {"PanguEmbedded": ("llama", {"bias": "attention_bias"})}
+# Settings with which every forward pass gives what only a dense pass can, or no named outputs, or has no KV cache.
+OUTPUTS = {
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+    "return_dict": True,
+    "use_cache": True,
+}
+CACHES = (None, "dynamic", "offloaded", "hybrid")  # transformers takes the dynamic one for hybrid
+MARK = "Hello there"  # what a chat template must pass on
 
 
 @dataclass(frozen=True)
@@ -89,24 +105,21 @@ class Base:
         """Bytes of all weight files."""
         return sum((self.folder / name).stat().st_size for name in self.weights)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            UserError: if it can't be loaded, such as code of its own that the recipe does not trust.
-        """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trusted)
-        except (ValueError, OSError, ImportError) as error:
-            advice = (
-                "" if self.trusted else "; code of its own needs model.trust_remote_code: true, once you have read it"
-            )
-            raise UserError(f"{self.name}: no usable tokenizer: {str(error).splitlines()[0]}{advice}") from None
+    def tokenizer(self, chat: bool = False) -> Any:
+        """The tokenizer, see `read_tokenizer`."""
+        return read_tokenizer(self.folder, self.config, self.name, self.trusted, chat)
 
     def load(self, dtype: str, device: str) -> PreTrainedModel:
-        """The stock model in evaluation mode."""
+        """The stock model in evaluation mode.
+
+        Raises:
+            UserError: if transformers does not load it, such as for its generation config.
+        """
         options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-        model = AutoModelForCausalLM.from_pretrained(self.folder, config=deepcopy(self.config), **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, config=deepcopy(self.config), **options)
+        except Exception as error:  # whatever transformers stumbles over
+            raise UserError(f"{self.name}: transformers does not load it: {reason(error)}") from None
         return model.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -116,7 +129,7 @@ def check_family(config: Any, name: str) -> None:
     Raises:
         UserError: naming the family or setting and what is supported.
     """
-    family = getattr(config, "model_type", None)
+    family = str(getattr(config, "model_type", None))
     if family not in FAMILIES and family not in ALIASES:
         known = ", ".join([*FAMILIES, *ALIASES])
         wraps = "; of a multimodal model, save the text part alone" if hasattr(config, "text_config") else ""
@@ -131,17 +144,102 @@ def check_family(config: Any, name: str) -> None:
         raise UserError(f"{name}: a quantised base is not supported; start from the unquantised checkpoint")
 
 
-def check_cache(folder: Path) -> None:
-    """Raises UserError if a model's settings turn the KV cache off: a prefill without one never skips."""
-    for name in ("config.json", "generation_config.json"):
-        try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # another check's
-        if isinstance(data, dict) and data.get("use_cache") is False:
-            raise UserError(
-                f"{folder / name}: use_cache is false, and without a KV cache no prompt is skipped in: set it to true"
-            )
+def read_tokenizer(folder: Path, config: Any, name: str, trusted: bool, chat: bool) -> Any:
+    """The tokenizer in `folder`, of the model that `config` describes; `chat`: whether its chat template is needed.
+
+    Raises:
+        UserError: if it can't be loaded, such as code of its own that is not trusted, has more tokens than the model
+            has embeddings, or a chat template that can't be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # tokenizers raises nothing more special
+        advice = "" if trusted else "; code of its own needs model.trust_remote_code: true, once you have read it"
+        raise UserError(f"{name}: no usable tokenizer: {reason(error)}{advice}") from None
+    if beyond := _without_embedding(tokenizer, config.vocab_size):
+        raise UserError(
+            f"{name}: the tokenizer has more tokens than the model has embeddings ({config.vocab_size}): "
+            f"{loadable.some(beyond)}; resize the model (resize_token_embeddings) and save it again"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        if chat:
+            raise UserError(f"{name}: calibration.chat_template is true, but the tokenizer has no chat template")
+        return tokenizer
+    try:
+        turn = [{"role": "user", "content": MARK}]
+        shown = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever Jinja and the template's own code raise
+        raise UserError(f"{name}: the tokenizer's chat template can't show a user's turn: {reason(error)}") from None
+    if MARK not in shown:
+        raise UserError(f"{name}: the tokenizer's chat template leaves out what the user says")
+    return tokenizer
+
+
+def _without_embedding(tokenizer: Any, embeddings: int) -> list[str]:
+    """Tokens that the model has no embedding for; but for added ones that neither text nor template brings in, such as
+    Gemma 3's placeholder of an image."""
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= embeddings]
+    added, template = tokenizer.get_added_vocab(), str(getattr(tokenizer, "chat_template", None))
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)  # some classes add an unk of their own
+    return [token for token in beyond if token not in added or token in special or token in template]
+
+
+def judge(folder: Path, config: Any, name: str, weights: bool = True) -> None:
+    """Refuse a base whose checkpoint would not load or not skip; no weight is read.
+
+    Args:
+        weights: whether to look at the weights' names and shapes as well.
+
+    Raises:
+        UserError: a line for each fault.
+    """
+    found = setting_faults(folder)
+    if weights:
+        found += loadable.faults(folder, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], deepcopy(config))
+    if found:
+        raise UserError("\n".join(f"{name}: {fault}" for fault in found))
+
+
+def setting_faults(folder: Path) -> list[str]:
+    """What `config.json` or `generation_config.json` must not say, a line each."""
+    found = []
+    for file in ("config.json", "generation_config.json"):
+        if file != "config.json" and not (folder / file).is_file():
+            continue
+        plain = _plain(folder / file)
+        found += [
+            f"{file}: {key} is {str(not right).lower()}, with which no token is skipped; set it to {str(right).lower()}"
+            for key, right in OUTPUTS.items()
+            if plain.get(key, right) not in (right, None)
+        ]
+        if (cache := plain.get("cache_implementation")) not in CACHES:
+            found.append(f"{file}: cache_implementation is {cache}, but skipping needs a dynamic cache; leave it out")
+        classes = str(plain.get("architectures"))
+        if re.search("Classification|QuestionAnswering|Reward", classes):
+            found.append(f"{file}: architectures is {classes}; skipping is for models that answer in text")
+    return found
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the base."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {path.name}, so this is not a model folder") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: can't be read: not a JSON object")
+    return found
+
+
+def context_of(config: Any) -> int:
+    """Tokens that the model's positions are made for, where stretched positions reach further those as well."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    each = [r for r in (ropes, *ropes.values()) if isinstance(r, dict)]
+    pairs = [(r.get("original_max_position_embeddings"), r.get("factor")) for r in each]
+    stretched = [int(length * factor) for length, factor in pairs if isinstance(length, int) and factor]
+    return max([config.max_position_embeddings, *stretched])
 
 
 def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
@@ -155,31 +253,45 @@ def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **moved, "model_type": stock}
 
 
-def resolve_config(section: ModelSection) -> Any:
-    """The base's configuration alone, for a plan: cheap, and checked for its family."""
+def resolve_config(section: ModelSection, chat: bool = False) -> Any:
+    """The base's configuration alone, for a plan. Cheap; what is at hand without the Hub's weights is judged, too.
+
+    Raises:
+        UserError: see `judge` and `read_tokenizer`.
+    """
     folder, gguf = _locate(section, weights=False)
-    return _read_config(folder, section.path or section.package or "", gguf)
+    name = section.path or section.package or ""
+    config = _read_config(folder, name, gguf)
+    if gguf is None:
+        here = Path(section.path or "").is_dir() and any(
+            path.suffix in (".safetensors", ".bin") or path.name == INDEX for path in folder.iterdir()
+        )
+        judge(folder, config, name, weights=here)
+        if here or any(folder.glob("tokenizer*")):
+            read_tokenizer(folder, config, name, section.trust_remote_code, chat)
+    return config
 
 
 def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
     """The checked configuration in `folder`; the family is looked up before transformers is asked for it."""
+    if adapter := sorted(
+        path.name for path in folder.glob("adapter_*") if path.stem in ("adapter_config", "adapter_model")
+    ):
+        raise UserError(
+            f"{folder}: holds an adapter ({', '.join(adapter)}), which a checkpoint can't carry: merge it into its "
+            "model (peft: merge_and_unload, then save_pretrained), or move its files elsewhere to go without it"
+        )
     if gguf is None:
-        try:
-            plain = json.loads((folder / "config.json").read_text())
-            family = plain.get("model_type")
-        except FileNotFoundError:
-            raise UserError(f"{folder}: no config.json, so this is not a model folder") from None
-        except (ValueError, AttributeError, OSError) as error:
-            raise UserError(f"{folder / 'config.json'}: can't be read: {error}") from None
-        check_cache(folder)
+        plain = _plain(folder / "config.json")
+        family = plain.get("model_type")
         check_family(SimpleNamespace(**{k: plain[k] for k in ("model_type", "text_config") if k in plain}), name)
     try:
         if gguf is None and family in ALIASES:
             config = as_stock(plain)
             return CONFIG_MAPPING[config["model_type"]].from_dict(config)
         config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-    except (ValueError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{folder}: not a usable configuration: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # each family has checks of its own
+        raise UserError(f"{folder}: not a usable configuration: {reason(error)}") from None
     check_family(config, name)
     return config
 
@@ -201,7 +313,9 @@ def resolve(section: ModelSection, store: Store) -> Base:
                 _convert_gguf(folder, gguf, section.dtype, partial)
         folder = converted
     config = _read_config(folder, name)
-    weights = {file: file_hash(folder / file) for file in _weight_files(folder, config)}
+    judge(folder, config, name)
+    files = weight_files(folder, getattr(config, "transformers_weights", None))
+    weights = {file: file_hash(folder / file) for file in files}
     base = Base(folder, name, revision, weights, config, section.trust_remote_code)
     _ = base.key  # of the files as they are before anything is loaded
     return base
@@ -252,20 +366,6 @@ def _download(section: ModelSection, weights: bool) -> Path:
         names = [WEIGHTS, *weight_files(folder, explicit)]
         snapshot_download(repository, revision=folder.name, allow_patterns=names)
     return folder
-
-
-def _weight_files(folder: Path, config: Any) -> list[str]:
-    """Names of the safetensors files, each opened once to see that it is whole."""
-    names = weight_files(folder, getattr(config, "transformers_weights", None))
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; the base must be a safetensors checkpoint")
-        try:
-            with safe_open(folder / name, "pt") as opened:
-                opened.keys()
-        except SafetensorError as error:
-            raise UserError(f"{folder / name}: damaged or cut short: {error}") from None
-    return names
 
 
 def _convert_gguf(folder: Path, gguf: str, dtype: str, target: Path) -> None:

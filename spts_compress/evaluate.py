@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import text
-from .base import check_cache
+from .base import setting_faults
 from .card import with_results
 from .checkpoint import read_config
 from .errors import UserError
@@ -115,7 +115,8 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read_config(folder)
-    check_cache(folder)
+    if faults := setting_faults(folder):
+        raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)

@@ -48,7 +48,8 @@ def inside(name: str) -> bool:
 
 
 def weight_files(folder: Path, explicit: str | None = None) -> list[str]:
-    """Names of the files that transformers reads a checkpoint's weights from, in its own order of preference.
+    """Names of the files that transformers reads a checkpoint's weights from, in its own order of preference: one that
+    has the plain name hides an index.
 
     Args:
         explicit: the config's `transformers_weights`, a file or an index of another name.
@@ -56,17 +57,34 @@ def weight_files(folder: Path, explicit: str | None = None) -> list[str]:
     Raises:
         UserError: if an index can't be read or names files outside the folder.
     """
-    named = explicit or (INDEX if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS)
-    names = [named]
-    if named.endswith(".index.json"):
-        try:
-            names = sorted(set(json.loads((folder / named).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / named}: can't be read; it must hold a weight_map") from None
+    named = named_weights(folder, explicit)
+    if not named.endswith(".index.json"):
+        return [named]
+    names = sorted(set(weight_map(folder, named).values()))
     for name in names:
-        if not isinstance(name, str) or not inside(name):
-            raise UserError(f"{folder / named}: {name} points outside the folder")
+        if not inside(name):
+            raise UserError(f"{folder}: {named}: {name} points outside the folder")
     return names
+
+
+def named_weights(folder: Path, explicit: str | None) -> str:
+    """The file that loading begins with: of weights, or an index."""
+    return explicit or (INDEX if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS)
+
+
+def weight_map(folder: Path, index: str) -> dict[str, str]:
+    """The file of each tensor, by an index.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        found = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{folder}: {index}: not a JSON object with a weight_map from tensors to files")
+    return found
 
 
 def travelling(folder: Path, needed: Iterable[str] = ()) -> list[str]:

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
-from .store import claimed, full_disk_named
 from .layout import FREE, MANIFEST
+from .store import claimed, full_disk_named
 
 NEW, OLD, GONE = "new", "old", "gone"  # being written; renamed away while the new one gets its name; to be deleted
 

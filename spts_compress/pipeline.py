@@ -16,10 +16,10 @@ import yaml
 from transformers import PreTrainedModel
 
 from . import __version__, capture, card, export, fidelity, plan
-from .base import Base, resolve, resolve_config
+from .base import Base, context_of, resolve, resolve_config
 from .choose import choose
 from .cost import has_experts
-from .errors import UserError
+from .errors import UserError, reason
 from .evaluation.bench import stock_twin
 from .evaluation.break_even import break_even
 from .keys import environment, tensors_key
@@ -28,7 +28,7 @@ from .outputs import new_folder, refuse
 from .proxies import FeedForward, Tokens
 from .ranks import ALONE, Ranks
 from .recipe import Recipe, SearchSection
-from .report import hardware, measure_all
+from .report import check_prompts, hardware, measure_all
 from .search import findings, shared
 from .search import run as searching
 from .stages import Stages
@@ -48,7 +48,8 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     """
     notes: list[str] = []
     documents(recipe.calibration, notes.append)
-    config = resolve_config(recipe.model)
+    config = resolve_config(recipe.model, recipe.calibration.chat_template)
+    _check_lengths(recipe, config)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     name = recipe.model.path or str(recipe.model.gguf_file)
@@ -111,14 +112,15 @@ def prepare(
         with ranks.leader_first():  # who may convert or download it
             base = resolve(recipe.model, store)
         carried = export.carry(base)
-        tokenizer = base.tokenizer()
+        tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, say)
+        check_prompts(recipe.report, tokenizer, _prose(recipe.report.text) or sequences.unseen)
         asked = None
         if search is not None:  # made here, since bad lengths show before the long work
             prose = _prose(search.text) or sequences.unseen
             asked = searching.Asked(search, tokenizer, prose).first(ranks)
         model = base.load(recipe.model.dtype, device)
-        _try_forward(model, sequences.fit[0][:8], base.name)
+        _try_forward(model, sequences, base.name)
     with stage("proxies"):
         schedule = _widest(recipe, base.config)
         schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
@@ -155,7 +157,8 @@ def run(
     if root.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--work {root} is in the output {output}, which is made anew; give another --work")
     prose = _prose(recipe.report.text)
-    config = resolve_config(recipe.model)
+    config = resolve_config(recipe.model, recipe.calibration.chat_template)
+    _check_lengths(recipe, config)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     _check_room(recipe, config, schedule, output, device)
@@ -325,11 +328,30 @@ def _found(found: dict[str, Any], section: SearchSection, folder: Path, num_laye
     return Schedule.from_dict(found["points"][number]["winner"]["schedule"], num_layers)
 
 
-def _try_forward(model: PreTrainedModel, ids: torch.Tensor, name: str) -> None:
-    """One tiny forward pass, so that a broken base is found before the long work."""
-    with torch.no_grad():
-        logits = model(ids[None].to(model.device)).logits
-    if not torch.isfinite(logits).all():
+def _check_lengths(recipe: Recipe, config: Any) -> None:
+    """Raises UserError for text that is longer than the model's context."""
+    context = context_of(config)
+    for name, length in (
+        ("calibration.length", recipe.calibration.length),
+        ("report.lengths", max(recipe.report.lengths)),
+        ("report.quality_length", recipe.report.longest),
+    ):
+        if length > context:
+            raise UserError(f"{name}: {length} is more than the model's context of {context}")
+
+
+def _try_forward(model: PreTrainedModel, sequences: Blocks, name: str) -> None:
+    """One tiny forward pass, as an answer's first token, so that a broken base is found before the long work."""
+    size, largest = model.config.vocab_size, max(int(part.max()) for part in sequences.fit + sequences.held_out)
+    if largest >= size:
+        raise UserError(f"{name}: the calibration text has the token {largest}, but the model has {size} embeddings")
+    ids = sequences.fit[0][None, :8].to(model.device)
+    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **asked)  # type: ignore[operator]
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"{name}: the base does not answer with its generation_config.json: {reason(error)}") from None
+    if not torch.isfinite(out.logits[0]).all():
         raise UserError(f"{name}: the base model gives values that are not finite; check its weights and model.dtype")
 
 

@@ -273,6 +273,11 @@ class ReportSection(Section):
     answer_tokens: Positive = 24
     seed: Natural = 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompts that quality is measured on."""
+        return self.quality_length or max(self.lengths)
+
 
 class ExportSection(Section):
     """Where the checkpoint goes. `break_even`: prompts too short for skipping to pay on the machine that makes the

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from . import __version__, fidelity
 from .cost import predicted
+from .errors import UserError
 from .evaluation import agreement, bench, ruler
 from .evaluation.items import Item
 from .evaluation.runner import answers, encode
@@ -21,6 +23,7 @@ from .recipe import ReportSection
 from .tables import size, table
 
 NEEDLE_TOKENS = 32
+TRIED = 2048  # what fits into so many tokens fits into more
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -45,6 +48,38 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _plain(section: ReportSection, tokenizer: Any, prose: str, length: int) -> list[Item]:
+    return agreement.items(tokenizer, prose, length, 1, 1)
+
+
+def _needles(section: ReportSection, tokenizer: Any, prose: str, length: int) -> list[Item]:
+    asked = ruler.Needles(keys=section.keys)
+    return ruler.items("needles", tokenizer, prose, length, section.needles, section.seed, NEEDLE_TOKENS, asked)
+
+
+def _free(section: ReportSection, tokenizer: Any, prose: str, length: int) -> list[Item]:
+    return agreement.items(tokenizer, prose, length, section.answers, section.answer_tokens)
+
+
+def check_prompts(section: ReportSection, tokenizer: Any, prose: str) -> None:
+    """Make the report's prompts, the long ones no longer than it takes to see that they fit.
+
+    Raises:
+        UserError: if one does not fit into its length, or `prose` has nothing to make them of.
+    """
+    asked = [("lengths", _plain, length) for length in section.lengths]
+    asked += [("quality_length", make, section.longest) for make in (_needles, _free)]
+    for name, make, length in asked:
+        if length > TRIED:
+            with suppress(UserError):
+                make(section, tokenizer, prose, TRIED)
+                continue
+        try:
+            make(section, tokenizer, prose, length)
+        except UserError as error:
+            raise UserError(f"report.{name}: {error}") from None
+
+
 def measure_all(
     dense: Any,
     spts: Any,
@@ -59,13 +94,12 @@ def measure_all(
         prose: text that nothing was fitted on.
         keep: `keep(name, make)` returns a finished measurement of that name, or makes and keeps it.
     """
-    schedule = spts.config.schedule()
-    quality = section.quality_length or max(section.lengths)
+    schedule, quality = spts.config.schedule(), section.longest
     steps = len(section.lengths) * (section.pairs + 1) + section.needles + section.answers
     with tqdm(total=steps, desc="measuring", unit="step") as progress:
 
         def speed(length: int) -> dict:
-            [item] = agreement.items(tokenizer, prose, length, 1, 1)
+            [item] = _plain(section, tokenizer, prose, length)
             inputs = encode(tokenizer, [item.text], dense.device)
             ids, models = inputs["input_ids"], {"dense": dense, "spts": spts}
             kept = {name: bench.memory(model, ids)["kv_bytes"] for name, model in models.items()}
@@ -94,7 +128,7 @@ def measure_all(
         def agree(number: int) -> dict:
             inputs = encode(tokenizer, [prompts[number].text], dense.device)
             start = inputs["input_ids"].shape[1]
-            own = dense.generate(**inputs, max_new_tokens=section.answer_tokens, do_sample=False)
+            own = dense.generate(**inputs, **agreement.GREEDY, max_new_tokens=section.answer_tokens)
             logs = [agreement.log_probabilities(m, own[:, :-1], own.shape[1] - start, None) for m in (dense, spts)]
             progress.update()
             return {"prompt_tokens": start, "tokens": own.shape[1] - start, **agreement.agreement(*logs)}
@@ -102,16 +136,15 @@ def measure_all(
         def states() -> dict:
             if schedule.feed_forward not in ("proxy", "relative"):
                 return {}
-            [item] = agreement.items(tokenizer, prose, quality, 1, 1)
+            [item] = _plain(section, tokenizer, prose, quality)
             relative = schedule.feed_forward == "relative"
             found = fidelity.on_skipped_states(spts, encode(tokenizer, [item.text], spts.device), relative)
             return {str(layer): ranking for layer, ranking in found.items()}
 
         rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]
-        needles = ruler.Needles(keys=section.keys)
-        items = ruler.items("needles", tokenizer, prose, quality, section.needles, section.seed, NEEDLE_TOKENS, needles)
+        items = _needles(section, tokenizer, prose, quality)
         found = [keep(f"needle-{i}", partial(needle, i)) for i in range(section.needles)]
-        prompts = agreement.items(tokenizer, prose, quality, section.answers, section.answer_tokens)
+        prompts = _free(section, tokenizer, prose, quality)
         agreed = [keep(f"agreement-{i}", partial(agree, i)) for i in range(section.answers)]
         skipped = keep("skipped-states", states)
     return {

@@ -141,7 +141,7 @@ def run(
         layers = sorted(layers or {skipping[round(i * (len(skipping) - 1) / 3)] for i in range(4)})
         if not set(layers) <= set(range(1, depth)):
             raise UserError(f"--layers: give numbers from 1 to {depth - 1}")
-        found = sequences(recipe, texts, base.tokenizer())
+        found = sequences(recipe, texts, base.tokenizer(recipe.calibration.chat_template))
         sources, own = list(found), tuple(recipe.calibration.source)
         tried = [v for v in variants(recipe.proxy, own, sources) if not vary or v.factor in ("recipe", *vary)]
         text = {name: [s.tolist() for s in b.fit + b.held_out] for name, b in found.items()}

@@ -1,19 +1,14 @@
 """A checkpoint's list of hashes, and the check of a checkpoint against it, its index, its schedule and this release."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from transformers.core_model_loading import revert_weight_conversion
-
-from . import __version__
+from . import __version__, loadable
 from .base import FAMILIES
-from .errors import UserError
+from .errors import UserError, reason
 from .export import auto_map, code_files, model_class
-from .layout import FREE, INDEX, MANIFEST, NOTES, inside, matches
+from .layout import FREE, MANIFEST, NOTES, inside, matches
 from .modeling.configuration_spts import Schedule
 from .store import file_hash, writing
 
@@ -52,8 +47,8 @@ def verify(folder: Path) -> list[str]:
     family = str(config.get("model_type", "")).removeprefix("spts_")
     if family not in FAMILIES:
         faults.append(f"config.json: model_type {config.get('model_type')} is of no family that this release knows")
-        return faults + _schedule(config)
-    return faults + _code(folder, family, config) + (_schedule(config) or _tensors(folder, family, config))
+        return faults
+    return faults + _code(folder, family, config) + _loads(folder, family, config)
 
 
 def _files(folder: Path) -> list[str]:
@@ -112,44 +107,20 @@ def _code(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _schedule(config: dict[str, Any]) -> list[str]:
+def _loads(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
+    """The schedule, and all tensors, against the model that the config describes."""
+    cls = model_class(family)
     try:
-        Schedule.from_dict(config["spts"], config["num_hidden_layers"], config["num_attention_heads"])
+        read = cls.config_class.from_dict(config)
+    except Exception as error:  # whatever the family's own checks raise
+        return [f"config.json: not a usable configuration: {reason(error)}"]
+    return _schedule(config, read) or loadable.faults(folder, cls, read)
+
+
+def _schedule(config: dict[str, Any], read: Any) -> list[str]:
+    """The schedule against the model; what `config` leaves out has the family's defaults in `read`."""
+    try:
+        Schedule.from_dict(config["spts"], read.num_hidden_layers, read.num_attention_heads)
     except (ValueError, KeyError) as error:
         return [f"config.json: {fault}" for fault in error.args]
     return []
-
-
-def _tensors(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
-    """The index and shapes of all tensors against the model that the config describes."""
-    cls = model_class(family)
-    with torch.device("meta"):
-        model = cls(cls.config_class(**{k: v for k, v in config.items() if k != "model_type"}))
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    index, state = _json(folder / INDEX).get("weight_map", {}), model.state_dict()
-    alone = revert_weight_conversion(model, state)  # every expert alone, as most checkpoints have them
-    state = alone if (alone.keys() - state.keys()) & index.keys() else state
-    expected = {name: list(tensor.shape) for name, tensor in state.items()}
-    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ("$^",)))
-    faults, there = [], {}
-    for file in sorted(set(index.values())):
-        if Path(file).name != file:
-            faults.append(f"{INDEX}: {file} points outside the folder")
-            continue
-        try:
-            with safe_open(folder / file, "pt") as opened:
-                for name in list(opened.keys()):
-                    there[name] = file, opened.get_slice(name).get_shape()
-        except (OSError, SafetensorError) as error:
-            faults.append(f"{file}: can't be read: {error}")
-    for name, (file, shape) in there.items():
-        if index.get(name) != file:
-            faults.append(f"{INDEX}: {name} lies in {file}, which the index does not say")
-        elif name not in expected and ignored.search(name):
-            continue  # loading passes over it, too
-        elif name not in expected:
-            faults.append(f"{file}: {name} is no tensor of this model")
-        elif shape != expected[name]:
-            faults.append(f"{file}: {name} has the shape {shape}, the config asks for {expected[name]}")
-    faults += [f"{INDEX}: {name} is missing" for name in expected if name not in there and name not in tied]
-    return faults

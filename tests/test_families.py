@@ -298,8 +298,10 @@ def test_windows_with_flash_attention_and_unknown_layers_and_wrappers_get_a_clea
     for changes, message in faults:
         (base / "config.json").write_text(json.dumps({**config, **changes}))
         assert re.search(message, run("recipe", recipe_for(base, tmp_path), code=2))
+    (base / "model.safetensors").unlink()  # a plan needs none, and these are of another family
+    sizes = {"vocab_size": 300, "max_position_embeddings": 2048}
     for bidirectional in (True, False):
-        tiny_config("gemma3_text", use_bidirectional_attention=bidirectional).save_pretrained(base)
+        tiny_config("gemma3_text", use_bidirectional_attention=bidirectional, **sizes).save_pretrained(base)
         output = run("recipe", recipe_for(base, tmp_path), "--dry-run", code=2 if bidirectional else 0)
         assert ("looks ahead" in output) == bidirectional
 

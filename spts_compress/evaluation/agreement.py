@@ -9,17 +9,22 @@ from typing import Any
 
 import torch
 
-from .items import Item, about, chat, sentences, token_count
+from .items import Item, about, chat, counted, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
 TASK = "free_answer"
+GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": False}  # whatever the generation config says
 REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
 
 
 def items(tokenizer: Any, prose: str, length: int, count: int, answer_tokens: int) -> list[Item]:
     """`count` prompts of at most `length` tokens, answer included, that ask for a free answer about a stretch of
-    `prose`, each from another place."""
+    `prose`, each from another place.
+
+    Raises:
+        UserError: if the question alone does not fit into `length`, or `prose` has no sentence.
+    """
     parts, made = sentences(prose), []
 
     def ask(context: str) -> str:
@@ -28,7 +33,9 @@ def items(tokenizer: Any, prose: str, length: int, count: int, answer_tokens: in
     for index in range(count):
         start = index * len(parts) // count
         text = about(parts, start, tokenizer, length - answer_tokens, ask)
-        made.append(Item(TASK, index, text, [], token_count(tokenizer, text), length, answer_tokens))
+        made.append(
+            Item(TASK, index, text, [], counted(TASK, tokenizer, text, length, answer_tokens), length, answer_tokens)
+        )
     return made
 
 
@@ -64,7 +71,7 @@ def measure(model: Any, tokenizer: Any, item: Item, following: str | None) -> di
     inputs = encode(tokenizer, [item.text], model.device)
     with torch.no_grad():
         free = {
-            name: model.generate(**inputs, do_sample=False, max_new_tokens=item.answer_tokens, **options)[0]
+            name: model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens, **options)[0]
             for name, options in (("dense", {"spts": False}), ("spts", {}))
         }
     start = inputs["input_ids"].shape[1]

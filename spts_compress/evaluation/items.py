@@ -103,6 +103,13 @@ def counted(task: str, tokenizer: Any, text: str, limit: int, room: int) -> int:
 
 
 def sentences(prose: str) -> list[str]:
-    """The sentences of a text, white space folded; headings, tables and code in between are left out."""
+    """The sentences of a text, white space folded; headings, tables and code in between are left out.
+
+    Raises:
+        UserError: if there is none.
+    """
     parts = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", prose))
-    return [s for s in parts if len(s) >= 20 and sum(c.isalpha() or c in " ,." for c in s) >= 0.92 * len(s)]
+    found = [s for s in parts if len(s) >= 20 and sum(c.isalpha() or c in " ,." for c in s) >= 0.92 * len(s)]
+    if not found:
+        raise UserError("the text that prompts are made of has no sentence in plain words; name another text for them")
+    return found

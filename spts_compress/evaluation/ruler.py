@@ -123,7 +123,7 @@ def items(
     needles = needles or NEEDLES.get(task)
     make: Callable[..., Item]
     if needles is not None:
-        haystack = NOISE if needles.haystack == "noise" else sentences(prose)
+        haystack = sentences(prose) if needles.haystack == "prose" else NOISE
         make = partial(_needles, needles, haystack)
     else:
         make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}[task]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation import agreement, diversity, ruler
-from ..evaluation.items import Item, about, chat, sentences, token_count
+from ..evaluation.items import Item, about, chat, counted, sentences
 
 # What is asked, by kind; prompts of a kind take these in turn.
 RETRIEVAL = (
@@ -67,4 +67,6 @@ def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed
         return chat(tokenizer, question.format(context=context, term=term))
 
     text = about(parts, start, tokenizer, length - tokens, ask)
-    return Item(agreement.TASK, index, text, [], token_count(tokenizer, text), length, tokens)
+    return Item(
+        agreement.TASK, index, text, [], counted(agreement.TASK, tokenizer, text, length, tokens), length, tokens
+    )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..base import context_of
 from ..cost import predicted
 from ..errors import UserError
 from ..evaluation.items import Item
@@ -76,7 +78,7 @@ def starts_of(section: SearchSection, config: Any) -> list[int]:
     Raises:
         UserError: for a layer that the model does not have, and for prompts longer than its context.
     """
-    num_layers, context = config.num_hidden_layers, config.max_position_embeddings
+    num_layers, context = config.num_hidden_layers, context_of(config)
     if max(section.lengths) > context:
         raise UserError(f"search.lengths: {max(section.lengths)} is more than the model's context of {context}")
     starts = section.start_layers(num_layers)
@@ -126,6 +128,12 @@ class Asked:
         seed, index, kind, length = self.slots[number]
         tokens = self.section.answer_tokens
         return prompts.one(kind, index, self.tokenizer, self.prose, length, tokens, seed, attempt)
+
+    def another(self, number: int, attempt: int) -> Item:
+        """As `make`; where a later attempt does not fit, which is a matter of a few tokens, the first prompt again."""
+        with suppress(UserError):
+            return self.make(number, attempt)
+        return self.items[number]
 
     def first(self, ranks: Ranks) -> "Asked":
         """With the `items` that are tried first, which all of `ranks` make together."""
@@ -266,7 +274,9 @@ def _answered(
     done: dict[int, shared.Dense] = {}
     items, missing, picky = asked.items, list(range(len(asked.items))), asked.section.dense_right
     for attempt in range(ATTEMPTS if picky else 1):
-        mine = [(number, asked.make(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)]
+        mine = [
+            (number, asked.another(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)
+        ]
         for _, item in tqdm(mine, desc="dense answers", unit="prompt"):
             shared.dense(model, asked.tokenizer, item, layers, store, key)
         for number, item in ranks.all(mine):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluation.agreement import agreement
+from ..evaluation.agreement import GREEDY, agreement
 from ..evaluation.bench import share_buffers
 from ..evaluation.items import Item
 from ..evaluation.recovery import score_rows
@@ -82,7 +82,7 @@ def dense(model: Any, tokenizer: Any, item: Item, layers: list[int], store: Stor
     if kept is None or any(not store.path(f"dense-layer-{n}", key, ".safetensors").exists() for n in layers):
         inputs = encode(tokenizer, [item.text], model.device)
         with _watching(model, layers) as (before, last):
-            out = model.generate(**inputs, do_sample=False, max_new_tokens=item.answer_tokens)
+            out = model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens)
         for layer, states in before.items():
             store.put_tensors(f"dense-layer-{layer}", key, {"states": torch.cat(states, dim=1).cpu()})
         kept = {"answer": out[0, inputs["input_ids"].shape[1] :].cpu(), "final": torch.cat(last).cpu()}
