@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from huggingface_hub import constants
+from transformers import dynamic_module_utils
 
 _context = multiprocessing.get_context("forkserver")
 _families = ("deepseek_v2", "deepseek_v3", "gemma3", "llama", "ministral", "mistral", "mixtral", "olmo2", "phi3")
@@ -36,6 +37,8 @@ def _read_settings_again() -> None:
     before = dict(vars(constants))
     importlib.reload(constants)
     changed = {name: value for name, value in vars(constants).items() if name.isupper() and value != before.get(name)}
+    # What the test itself loaded with trust_remote_code is on the path that this process was given.
+    sys.path[:] = [folder for folder in sys.path if folder != dynamic_module_utils.HF_MODULES_CACHE]
     if cache := os.environ.get("HF_MODULES_CACHE"):
         changed["HF_MODULES_CACHE"] = cache
     for module in list(sys.modules.values()):
