@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from test_evaluation import checkpoint  # noqa: F401
 from tiny import SCHEDULE, stock_twin, tiny_model
 
 from spts_compress import speed
@@ -105,7 +104,7 @@ def test_growth_finds_the_linear_and_the_quadratic_term():
     assert speed.growth(rows[:2]) is None
 
 
-def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):  # noqa: F811
+def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
     options = ["--lengths", "150,400", "--batch", "1,2", "--new-tokens", "3", "--pairs", "2", "--dtype", "float32"]
     shown = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])
     assert shown.exit_code == 0, (shown.output, shown.exception)

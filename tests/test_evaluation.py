@@ -7,24 +7,18 @@ from collections import Counter
 
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import PROSE, run
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TEXT, tiny_base, tiny_model, tiny_tokenizer
+from tiny import TEXT, tiny_model, tiny_tokenizer
 
-from spts_compress import evaluate, export
-from spts_compress.base import resolve
-from spts_compress.cli import main
+from spts_compress import evaluate
 from spts_compress.errors import UserError
 from spts_compress.evaluation import agreement, diversity, longbench, recovery, ruler, runner
 from spts_compress.evaluation.items import Item, token_count
 from spts_compress.evaluation.scorers import score
-from spts_compress.modeling.configuration_spts import Schedule
-from spts_compress.recipe import ModelSection
-from spts_compress.store import Store
 
-PROSE = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(300))
 TOKENIZER = tiny_tokenizer()
 
 
@@ -230,7 +224,7 @@ def test_recovery_and_its_interval():
 def test_intervals_contain_the_ratio_of_means(pairs):
     dense, other = zip(*pairs, strict=True)
     low, high = recovery.interval(list(dense), list(other))
-    assert low - 1e-9 <= sum(other) / sum(dense) * 1.0001 and sum(other) / sum(dense) <= high * 1.0001 + 0.35
+    assert low - 1e-9 <= sum(other) / sum(dense) <= high + 1e-9
 
 
 def test_answers_survive_a_torn_line_and_are_not_made_twice(tmp_path):
@@ -306,36 +300,7 @@ def test_unknown_suites_tasks_and_folders_are_named(tmp_path):
         (["--lengths", "4k"], "--lengths 4k: give whole numbers"),
         ([], "no readable config.json"),
     ):
-        result = CliRunner().invoke(main, ["evaluate", str(tmp_path), "--output", str(tmp_path / "out"), *options])
-        assert result.exit_code == 2 and message in result.output, result.output
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """An exported tiny checkpoint, without the pipeline around it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_base(folder / "base")
-    store = Store(folder / "work")
-    base = resolve(ModelSection(path=str(folder / "base")), store)
-    stages = [{"end": 2, "budget": 100, "prune_to": 120}, {"end": 4, "budget": 80}]
-    block = {"start": 1, "stages": stages, "proxy": {"channels": 1, "rank": 0}, "keep_last": 4}
-    schedule = Schedule.from_dict(block, 5)
-    parameters = {
-        f"model.layers.{n}.proxy.{name}": torch.zeros(shape, dtype=torch.bfloat16)
-        for n in range(1, 5)
-        for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
-    }
-    (folder / "out").mkdir()
-    export.write(base, export.carry(base), schedule, parameters, folder / "out")
-    (folder / "out/README.md").write_text("# A card\n")
-    (folder / "prose.txt").write_text(PROSE)
-    return folder / "out"
-
-
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
+        assert message in run("evaluate", tmp_path, "--output", tmp_path / "out", *options, code=2)
 
 
 def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, monkeypatch):
@@ -343,7 +308,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     common = ["evaluate", folder, "--output", tmp_path / "out", "--haystack", checkpoint.parent / "prose.txt"]
     options = ["--items", 2, "--lengths", "1500", "--task", "niah_single_2", "--task", "counting", "--dtype", "float32"]
     suites = ["--suite", "ruler", "--suite", "diversity", "--suite", "fidelity"]
-    first = invoke(*common, *options, *suites)
+    first = run(*common, *options, *suites)
     tables = (tmp_path / "out/evaluation.md").read_text()
     assert tables in first
     lines = (tmp_path / "out/answers.jsonl").read_text().splitlines()
@@ -354,12 +319,12 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
 
     whole = runner.answers
     monkeypatch.setattr(runner, "answers", None)  # nothing is answered again
-    assert tables in invoke(*common, *options, *suites)
+    assert tables in run(*common, *options, *suites)
     (tmp_path / "out/answers.jsonl").write_text("\n".join(lines[2:]) + "\n")
-    assert "Not finished: 2 answers are missing" in invoke(*common, "--rescore")
-    assert "2 answers are missing; run evaluate" in invoke(*common, "--rescore", "--certify", code=2)
+    assert "Not finished: 2 answers are missing" in run(*common, "--rescore")
+    assert "2 answers are missing; run evaluate" in run(*common, "--rescore", "--certify", code=2)
     monkeypatch.setattr(runner, "answers", whole)
-    assert tables in invoke(*common, *options, *suites)
+    assert tables in run(*common, *options, *suites)
     assert sorted((tmp_path / "out/answers.jsonl").read_text().splitlines()) == sorted(lines)
 
     rows = [json.loads(line) for line in lines]  # scoring anew reads the answers, whoever wrote them
@@ -367,7 +332,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
         if row["task"] == "counting":
             row["answer"] = row["outputs"][0] if row["mode"] == "dense" else "none"
     (tmp_path / "out/answers.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    again = invoke(*common, *options, *suites, "--rescore", "--certify")
+    again = run(*common, *options, *suites, "--rescore", "--certify")
     assert re.search(r"counting +\| 1500 +\| 2 +\| 100\.0 +\| 0\.0", again)
     card = (folder / "README.md").read_text()
     assert str(checkpoint.parent) not in (folder / "spts_evaluation.json").read_text()
@@ -375,31 +340,31 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     told = ModelCard(card).data.eval_results  # what the Hub shows
     counting = {r.metric_name: r.metric_value for r in told if r.dataset_type == "counting"}
     assert counting == {"score with spts=False": 100.0, "score with skipping": 0.0}
-    invoke(*common, *options, *suites, "--rescore", "--certify")
+    run(*common, *options, *suites, "--rescore", "--certify")
     assert (folder / "README.md").read_text() == card
     assert evaluate.stale(folder) is None
     config = json.loads((folder / "config.json").read_text())
     config["spts"]["keep_first"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    assert "was changed since the evaluation" in invoke(*common, "--rescore")
-    assert "these answers are another checkpoint's" in invoke(*common, "--rescore", "--certify", code=2)
+    assert "was changed since the evaluation" in run(*common, "--rescore")
+    assert "these answers are another checkpoint's" in run(*common, "--rescore", "--certify", code=2)
 
 
 def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     bench = bench_folder(tmp_path)
     options = ["--suite", "fidelity", "--longbench", bench, "--lengths", "600", "--items", "1", "--dtype", "float32"]
     haystack = ["--haystack", checkpoint.parent / "prose.txt"]
-    shown = invoke("evaluate", checkpoint, "--output", tmp_path / "out", *options, *haystack)
+    shown = run("evaluate", checkpoint, "--output", tmp_path / "out", *options, *haystack)
     rows = json.loads((tmp_path / "out/evaluation.json").read_text())["fidelity"]
     assert [row["prompts"] for row in rows] == ["haystack", "LongBench"] and "| LongBench " in shown
     assert rows[0]["perplexity"]["dense"] > 1 and rows[1]["perplexity"] is None
-    assert rows[1]["items"] == len(rows[1]["tasks"]) > 0 and 0 <= rows[1]["top1"] <= 1
+    assert rows[1]["items"] == len(rows[1]["tasks"]) > 0 and rows[1]["kl"] > 0
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     options = ["--length", 1500, "--items", 1, "--pairs", 1, "--new-tokens", 2, "--task", "niah_single_2"]
     haystack = ["--haystack", checkpoint.parent / "prose.txt"]
-    shown = invoke("ablate", checkpoint, "--output", tmp_path, *options, *haystack)
+    shown = run("ablate", checkpoint, "--output", tmp_path, *options, *haystack)
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
     assert list(rows) == names and all(name in shown for name in names)

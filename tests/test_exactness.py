@@ -1,58 +1,12 @@
 """Skipping equals the independent reference; skipping off, or with nothing to skip, equals the stock model."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Reference
+from strategies import schedules
 from tiny import FAMILIES, SCHEDULE, stock_twin, tiny_model
-
-
-def scoring_heads(start, layers=5, heads=4):
-    """Which heads score, some in the first skipping layer and any in later ones."""
-    own = st.lists(st.integers(0, heads - 1), min_size=1, unique=True)
-    rest = {str(layer): own for layer in range(start + 1, layers)}
-    return st.fixed_dictionaries({str(start): own}, optional=rest)
-
-
-@st.composite
-def schedules(draw, layers: int = 5):
-    start = draw(st.integers(1, layers - 1))
-    ends = sorted(draw(st.sets(st.integers(start, layers - 1), min_size=1, max_size=3)))
-    budgets = sorted((draw(st.integers(1, 30)) for _ in ends), reverse=True)
-    stages = [{"end": e, "budget": b} for e, b in zip(ends, budgets, strict=True)]
-    for stage, following in itertools.pairwise(stages):
-        if draw(st.booleans()):
-            stage["prune_to"] = following["budget"] + draw(st.integers(0, 10))
-    if draw(st.booleans()):
-        fraction = draw(st.sampled_from([0.5, 0.25]))
-        stages[-1]["budget"] = {"fraction": fraction, "floor": 3, "cap": 20}
-        for stage, following in itertools.pairwise(stages):
-            if "prune_to" in stage:
-                least = 22 if following is stages[-1] else following["budget"]
-                stage["prune_to"] = {"fraction": fraction, "floor": least}
-    if draw(st.booleans()):  # of the feed-forward network alone; at most what pruning leaves
-        stages[-1]["ffn_budget"] = {"fraction": 0.2, "floor": 2, "cap": 8}
-        if len(stages) > 1 and "prune_to" in stages[-2]:
-            stages[-1]["ffn_budget"] = stages[-1]["budget"]
-        stages[0]["ffn_budget"] = draw(st.integers(1, 40))
-    sizes = [{"channels": 12, "rank": 4}, {"channels": 1, "rank": 0}]
-    return dict(
-        start=start,
-        stages=stages,
-        proxy=draw(st.sampled_from([sizes[0], [sizes[i % 2] for i in range(5 - start)]])),
-        probe={
-            "queries": draw(st.sampled_from([1, 1, 2, 5])),
-            "heads": draw(st.sampled_from(["mean", "max"]) | scoring_heads(start)),
-            "carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
-            "pool": draw(st.sampled_from([1, 1, 3, 7])),
-        },
-        keep_first=draw(st.integers(0, 3)),
-        keep_last=draw(st.integers(1, 4)),
-        feed_forward=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
-    )
 
 
 def assert_cache_equals(cache, reference, spare):

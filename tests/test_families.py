@@ -1,52 +1,31 @@
 """Every family through the whole tool, and what makes it different; exactness is in test_exactness.py."""
 
+import copy
 import json
 import re
 
+import helpers
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
+from helpers import run, write_corpus
 from reference import Reference
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, SCHEDULE, TEXT, stock_twin, tiny_base, tiny_config, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, SCHEDULE, stock_twin, tiny_base, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spts_compress.base import ALIASES
 from spts_compress.base import FAMILIES as SUPPORTED
-from spts_compress.cli import main
 from spts_compress.modeling.spts import probe_scores, tables_of
 
 ELSEWHERE = ("llama",)  # goes through test_pipeline.py and test_generate.py
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
 def recipe_for(base, folder, **model):
     """A recipe for the tiny model in `base`, and text for it."""
-    lines = (json.dumps({"text": f"Document {n}. {TEXT * 3}It ends at {n * 37}. "}) for n in range(12))
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    data = {
-        "model": {"path": str(base), **model},
-        "calibration": {"source": "files", "path": str(folder / "text.jsonl"), "tokens": 1200, "length": 128},
-        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 20},
-        "schedule": {
-            "start": 2,
-            "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}],
-            "keep_first": 2,
-            "feed_forward": "relative",
-        },
-        "report": {"lengths": [300], "pairs": 1, "needles": 1, "answers": 1, "answer_tokens": 4, "quality_length": 400},
-        "export": {"path": str(folder / "out")},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(data))
-    return path
+    (folder / "text").mkdir(exist_ok=True)
+    changes = {f"model__{name}": value for name, value in model.items()}
+    return helpers.recipe_for(base, write_corpus(folder / "text"), folder, schedule__feed_forward="relative", **changes)
 
 
 def test_every_supported_family_is_tested():
@@ -81,8 +60,14 @@ def test_from_recipe_to_answers(family, tmp_path):
     active = [layer["active"] for layer in model.skipped(one.past_key_values)]
     assert active[0] > active[2] > active[4]
     more = torch.cat([one.sequences, torch.full((1, 3), 7)], dim=1)  # a second turn on the same cache
-    again = model.generate(more, past_key_values=one.past_key_values, **options)
-    assert again.shape[1] == more.shape[1] + 6
+    again = model.generate(more, past_key_values=copy.deepcopy(one.past_key_values), **options)
+    cache = one.past_key_values
+    with torch.no_grad():
+        while more.shape[1] < again.shape[1]:  # the same token by token
+            logits = model(more[:, cache.get_seq_length() :][:, :1], past_key_values=cache).logits
+            if cache.get_seq_length() == more.shape[1]:
+                more = torch.cat([more, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(again, more)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe"])

@@ -1,12 +1,9 @@
 """Publishing to a Hub and loading from it, with the real client over HTTP."""
 
 import os
-import subprocess
-import sys
 
-import pytest
-from hub_server import Hub
-from test_pipeline import built, corpus, recipe_for  # noqa: F401
+import warm
+from helpers import recipe_for
 
 LOAD = """
 import sys
@@ -22,26 +19,18 @@ print("cached", model.skipped(out.past_key_values)[-1]["active"])
 """
 
 
-@pytest.fixture
-def hub():
-    made = Hub()
-    yield made
-    made.close()
-
-
 def call(hub, tmp_path, *command, token="hf_test"):
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    return warm.run(*command, env=environment)
 
 
 def push(hub, tmp_path, *arguments, **options):
     return call(hub, tmp_path, "-m", "spts_compress", "push", *arguments, **options)
 
 
-@pytest.mark.parametrize("built", ["llama"], indirect=True)
-def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):  # noqa: F811
+def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):
     folder = built[0] / "out"
     done = push(hub, tmp_path, folder, "user/model", "--private")
     assert done.returncode == 0, done.stderr
@@ -58,8 +47,7 @@ def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):  # noqa: F
     assert hub.files("user/model", "later") == hub.files("user/model")
 
 
-@pytest.mark.parametrize("built", ["llama"], indirect=True)
-def test_a_recipe_pushes_what_it_made(built, corpus, hub, tmp_path):  # noqa: F811
+def test_a_recipe_pushes_what_it_made(built, corpus, hub, tmp_path):
     _, base, _, _ = built
     recipe = recipe_for(base, corpus, tmp_path, export__push_to_hub="user/made", export__private=True)
     early = call(hub, tmp_path, "-m", "spts_compress", "recipe", recipe, token=None)
@@ -70,8 +58,7 @@ def test_a_recipe_pushes_what_it_made(built, corpus, hub, tmp_path):  # noqa: F8
     assert hub.files("user/made") == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("built", ["llama"], indirect=True)
-def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_published(built, hub, tmp_path):  # noqa: F811
+def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_published(built, hub, tmp_path):
     folder = built[0] / "out"
     for options, fail, status, message in (
         ({"token": None}, "", 0, "no Hub token"),

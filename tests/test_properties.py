@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_exactness import FAMILIES, schedules
-from tiny import tiny_model
+from strategies import schedules
+from tiny import FAMILIES, tiny_model
 from transformers import DynamicCache
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))

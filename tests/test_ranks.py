@@ -2,15 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
+import warm
 import yaml
+from helpers import contents, recipe_for
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluation import checkpoint  # noqa: F401
-from test_pipeline import built, contents, corpus, recipe_for  # noqa: F401
 from tiny import tiny_base
 
 from spts_compress.ranks import Ranks, _in_order
@@ -53,21 +54,36 @@ dist.destroy_process_group()
 """
 
 
-def start(folder, *arguments, processes=1):
-    """Run spts-compress in one or several processes, each with one thread: sums differ with their number."""
-    command = [sys.executable, "-m", "spts_compress"]
-    if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launch, "-m", "spts_compress"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each process: sums differ with their number
+
+
+def recipe_in(folder, path, processes):
+    """Run a recipe in a process of its own, or in several that torchrun starts."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "spts_compress", "recipe", str(path)]
     done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
-def test_two_processes_make_the_checkpoint_that_one_makes(corpus, tmp_path):  # noqa: F811
+def together(processes, *command, cwd):
+    """Run `python *command` in warm processes with what torchrun tells its own; the output of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        environment = {**os.environ, **ONE_THREAD, **(address | place if processes > 1 else {})}
+        started.append(warm.start(*command, env=environment, cwd=cwd))
+    ended = [process.finish() for process in started]
+    assert not any(done.returncode for done in ended), ended
+    return [done.stdout for done in ended]
+
+
+def test_two_processes_make_the_checkpoint_that_one_makes(corpus, tmp_path):
     base = tiny_base(tmp_path / "base")
     made = {}
     for processes in (1, 2):
@@ -81,8 +97,7 @@ def test_two_processes_make_the_checkpoint_that_one_makes(corpus, tmp_path):  # 
             "candidates": 4, "rounds": 1, "heads_from": 1, "choices": {"heads": [0.9]},
         }  # fmt: skip
         path.write_text(yaml.safe_dump(data))
-        done = start(folder, "recipe", path, processes=processes)
-        assert done.stdout.count("is ready") == 1  # one of them speaks
+        assert recipe_in(folder, path, processes).count("is ready") == 1  # one of them speaks
         found = json.loads((folder / "out.search" / "search.json").read_text())
         del found["seconds"]
         made[processes] = contents(folder / "out"), found
@@ -92,12 +107,12 @@ def test_two_processes_make_the_checkpoint_that_one_makes(corpus, tmp_path):  # 
     assert not list((tmp_path / "2" / "out.work").glob("hidden-*"))
 
 
-def test_two_processes_evaluate_what_one_evaluates(checkpoint, tmp_path):  # noqa: F811
+def test_two_processes_evaluate_what_one_evaluates(checkpoint, tmp_path):
     options = ["--task", "niah_single_1", "--task", "vt", "--lengths", "900", "--items", "3", "--dtype", "float32"]
     results = {}
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        start(tmp_path, "evaluate", checkpoint, *options, "--output", output, processes=processes)
+        together(processes, "-m", "spts_compress", "evaluate", checkpoint, *options, "--output", output, cwd=tmp_path)
         found = json.loads((output / "evaluation.json").read_text())
         assert found["missing"] == 0
         results[processes] = found["tasks"], found["fidelity"]
@@ -107,11 +122,5 @@ def test_two_processes_evaluate_what_one_evaluates(checkpoint, tmp_path):  # noq
 
 
 @pytest.mark.parametrize("built", ["llama", "deepseek_v2"], indirect=True)
-def test_devices_that_share_the_heads_choose_the_same_tokens(built, tmp_path):  # noqa: F811
-    (tmp_path / "parallel.py").write_text(PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "parallel.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(built[0] / "out")], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.count("ALIKE") == 2, done.stdout + done.stderr
+def test_devices_that_share_the_heads_choose_the_same_tokens(built, tmp_path):
+    assert [text.count("ALIKE") for text in together(2, "-c", PARALLEL, built[0] / "out", cwd=tmp_path)] == [1, 1]

@@ -86,12 +86,14 @@ def test_off_is_the_stock_model_and_padded_rows_run_as_alone(models):
 def test_beams_lookup_and_turns(models):
     _, model, tokenizer = models
     prompt = tokenizer(text.python_docs()[1][:3000], return_tensors="pt")
-    plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    looked_up = model.generate(**prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    plain = model.generate(**prompt, max_new_tokens=12, **options)
+    looked_up = model.generate(**prompt, max_new_tokens=12, prompt_lookup_num_tokens=3, **options)
     # bfloat16 rounds differently in chunks of several tokens, so the first tokens are what must agree
     n = prompt["input_ids"].shape[1]
     assert looked_up[0, : n + 3].tolist() == plain[0, : n + 3].tolist()
-    assert model.generate(**prompt, max_new_tokens=4, num_beams=2, do_sample=False).shape[1] <= n + 4
-    first = model.generate(**prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
-    assert again[0, : n + 4].tolist() == first.sequences[0].tolist()
+    one, two = model.generate(**prompt, max_new_tokens=4, num_beams=2, num_return_sequences=2, **options)
+    assert len(one) == n + 4 and not torch.equal(one, two)
+    first = model.generate(**prompt, max_new_tokens=4, return_dict_in_generate=True, **options)
+    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, **options)
+    assert again[0].tolist() == plain[0, : n + 8].tolist()  # on the cache as without a stop in between

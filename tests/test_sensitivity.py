@@ -43,7 +43,7 @@ def test_a_study_writes_table_numbers_and_picture_and_goes_on_where_it_stopped(f
     assert {row["layer"] for row in study["rows"]} == {2, 4}
     for row in study["rows"]:
         assert set(row["ranked"]) == {"python-docs", "python-code", "fox"}
-        assert 0 <= row["ranked"]["fox"]["norm"]["proxy"]["recall"] <= 1
+        assert 0 < row["ranked"]["fox"]["norm"]["proxy"]["recall"] <= 1
     factors = {row["factor"] for row in study["rows"]}
     assert {"size", "rho", "tokens", "objective", "fitted on", "start", "paper's, no step"} <= factors
     assert "(recommended)" in (folder / "out/sweep.md").read_text()
