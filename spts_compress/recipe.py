@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import UserError
 from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule, are_heads
-from .paths import expand
+from .utils.errors import UserError
+from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
 Positive = Annotated[int, Field(ge=1)]
