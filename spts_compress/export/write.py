@@ -33,7 +33,7 @@ REPLACED = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "added_
 def model_class(family: str) -> Any:
     """The family's causal language model class, the same code that is exported."""
     module, prefix = FAMILIES[family]
-    return getattr(importlib.import_module(f".modeling.{module}", __package__), f"{prefix}ForCausalLM")
+    return getattr(importlib.import_module(f"spts_compress.modeling.{module}"), f"{prefix}ForCausalLM")
 
 
 def norms_of(family: str) -> Norms:
@@ -57,7 +57,7 @@ def auto_map(family: str) -> dict[str, str]:
 
 def code_files(family: str) -> list[Path]:
     """The modelling code that a checkpoint of a family carries, in this package."""
-    folder = Path(str(resources.files(f"{__package__}.modeling")))
+    folder = Path(str(resources.files("spts_compress.modeling")))
     return [folder / name for name in (*CODE, f"{FAMILIES[family][0]}.py")]
 
 
