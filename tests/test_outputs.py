@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -218,18 +219,21 @@ def test_a_second_run_into_one_output_stops_at_its_start(tmp_path):
 
 
 def _killed_at(number: int, out: Path) -> bool:
-    """Replace `out` in a process that is killed instead of its rename `number`; whether it came there."""
+    """Replace `out` in a process that is killed instead of its rename or deletion `number`; whether it came there."""
     child = os.fork()
     if child == 0:
-        whole, done = Path.rename, [0]
+        done = [0]
 
-        def rename(self, target):
-            done[0] += 1
-            if done[0] == number:
-                os._exit(9)
-            return whole(self, target)
+        def killed(step):
+            def counted(*arguments, **options):
+                done[0] += 1
+                if done[0] == number:
+                    os._exit(9)
+                return step(*arguments, **options)
 
-        Path.rename = rename
+            return counted
+
+        Path.rename, shutil.rmtree = killed(Path.rename), killed(shutil.rmtree)
         with new_folder(out, True) as made:
             (made / "config.json").write_text("new")
             (made / "spts_files.json").write_text('{"sha256": {"config.json": "0"}}')

@@ -5,14 +5,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..utils.errors import UserError
 from ..utils.store import claimed, full_disk_named
 from .layout import FREE, MANIFEST
-
-NEW, OLD, GONE = "new", "old", "gone"  # being written; renamed away while the new one gets its name; to be deleted
 
 
 def refuse_inside(output: Path, checkpoint: Path) -> None:
@@ -110,46 +108,31 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
     refuse(output, force, inputs)
     place = _place(output)
     hidden = place.with_name(f".{place.name}.spts-compress")
-    new, old, gone = hidden / NEW, hidden / OLD, hidden / GONE
-    try:
-        with claimed(hidden, (NEW, OLD, GONE), f"{output} as its output"):
-            _tidy(place, new, old, gone)
+    new, old = hidden / "new", hidden / "old"  # being written; renamed away while the new one gets its name
+
+    def tidy() -> None:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with claimed(hidden, (new.name, old.name), f"{output} as its output"):
+        tidy()
+        try:
             refuse(output, force, inputs)
+            new.mkdir()
+            with full_disk_named(place):
+                yield new
             try:
-                new.mkdir()
-                with full_disk_named(place):
-                    yield new
-                try:
-                    refuse(output, force, inputs)
-                    _give_name(new, place, old)
-                except UserError as error:
-                    raise UserError(f"{error}{kept}") from None
-            finally:
-                _tidy(place, new, old, gone)
-    finally:
-        with suppress(OSError):  # another run's by now
-            hidden.rmdir()
-
-
-def _tidy(place: Path, new: Path, old: Path, gone: Path) -> None:
-    """Put an old checkpoint back that has lost its name, and delete the rest; all has another name before it is half
-    deleted."""
-    if old.exists() and not place.exists():
-        old.rename(place)
-    for folder in (gone, old, new):
-        if folder.exists():
-            if folder != gone:
-                folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-
-
-def _give_name(new: Path, place: Path, old: Path) -> None:
-    """Rename `new` to `place`, whose checkpoint is renamed to `old` just before."""
-    if place.exists() and any(place.iterdir()):
-        place.rename(old)
-    try:
-        new.rename(place)  # takes the place of nothing but an empty folder
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{place}: something was put there during the run; give another --output") from None
-        raise
+                refuse(output, force, inputs)
+                if place.exists() and any(place.iterdir()):
+                    place.rename(old)
+                new.rename(place)  # takes the place of nothing but an empty folder
+            except UserError as error:
+                raise UserError(f"{error}{kept}") from None
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise UserError(f"{place}: something was put there during the run; give another --output") from None
+                raise
+        finally:
+            tidy()
