@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .modeling.spts import MASKS
+from .modeling.stock_layer import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
 

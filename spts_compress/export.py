@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +16,9 @@ from safetensors.torch import save_file
 
 from .base import FAMILIES, INDEX, Base, as_stock
 from .errors import UserError
+from .modeling import code_files
 from .modeling.configuration_spts import Schedule
-from .modeling.spts import Norms
+from .modeling.stock_layer import Norms
 
 PROXIES = "spts-proxies.safetensors"
 # The base's own files under other names, so that `strip` can give them back.
@@ -85,9 +85,8 @@ def write(base: Base, schedule: Schedule, proxies: dict[str, torch.Tensor], targ
     }
     config["spts"] = schedule.to_dict()
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    code = Path(str(resources.files(f"{__package__}.modeling")))
-    for name in ("configuration_spts.py", "spts.py", f"{module}.py"):
-        shutil.copyfile(code / name, target / name)
+    for file in code_files(module):
+        shutil.copyfile(file, target / file.name)
 
 
 # Run by a fresh interpreter that can't import spts_compress: what a stranger's machine would do.

@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
-from . import __version__
+from . import __version__, schedule
 from .base import FAMILIES, INDEX
 from .errors import UserError
 from .export import model_class
-from .modeling.configuration_spts import Schedule
+from .modeling import code_files
 from .store import file_hash, writing
 
 MANIFEST = "spts_files.json"
@@ -79,17 +78,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _code(folder: Path, family: str) -> list[str]:
     """The modelling code against this release's own."""
-    own = Path(str(resources.files(f"{__package__}.modeling")))
     return [
-        f"{name}: not the code of spts-compress {__version__}"
-        for name in ("configuration_spts.py", "spts.py", f"{FAMILIES[family][0]}.py")
-        if not (folder / name).is_file() or file_hash(folder / name) != file_hash(own / name)
+        f"{own.name}: not the code of spts-compress {__version__}"
+        for own in code_files(FAMILIES[family][0])
+        if not (folder / own.name).is_file() or file_hash(folder / own.name) != file_hash(own)
     ]
 
 
 def _schedule(config: dict[str, Any]) -> list[str]:
     try:
-        Schedule.from_dict(config["spts"], config["num_hidden_layers"], config["num_attention_heads"])
+        schedule.read(config["spts"], config["num_hidden_layers"], config["num_attention_heads"])
     except (ValueError, KeyError) as error:
         return [f"config.json: {fault}" for fault in error.args]
     return []

@@ -318,7 +318,7 @@ def checkpoint(tmp_path_factory):
     store = Store(folder / "work")
     base = resolve(ModelSection(path=str(folder / "base")), store)
     stages = [{"end": 2, "budget": 100, "prune_to": 120}, {"end": 4, "budget": 80}]
-    block = {"start": 1, "stages": stages, "proxy": {"channels": 1, "rank": 0}, "keep_last": 4}
+    block = {"start": 1, "stages": stages, "proxy": {"channels": 1, "rank": 0}, "recent_tokens": 4}
     schedule = Schedule.from_dict(block, 5)
     parameters = {
         f"model.layers.{n}.proxy.{name}": torch.zeros(shape, dtype=torch.bfloat16)
@@ -379,7 +379,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert (folder / "README.md").read_text() == card
     assert evaluate.stale(folder) is None
     config = json.loads((folder / "config.json").read_text())
-    config["spts"]["keep_first"] = 3
+    config["spts"]["sink_tokens"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     assert "was changed since the evaluation" in invoke(*common, "--rescore")
     assert "these answers are another checkpoint's" in invoke(*common, "--rescore", "--certify", code=2)

@@ -44,14 +44,14 @@ def schedules(draw, layers: int = 5):
         stages=stages,
         proxy=draw(st.sampled_from([sizes[0], [sizes[i % 2] for i in range(5 - start)]])),
         probe={
-            "queries": draw(st.sampled_from([1, 1, 2, 5])),
+            "window_size": draw(st.sampled_from([1, 1, 2, 5])),
             "heads": draw(st.sampled_from(["mean", "max"]) | scoring_heads(start)),
-            "carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
-            "pool": draw(st.sampled_from([1, 1, 3, 7])),
+            "score_carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
+            "kernel_size": draw(st.sampled_from([1, 1, 3, 7])),
         },
-        keep_first=draw(st.integers(0, 3)),
-        keep_last=draw(st.integers(1, 4)),
-        feed_forward=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
+        sink_tokens=draw(st.integers(0, 3)),
+        recent_tokens=draw(st.integers(1, 4)),
+        ffn_selection=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
     )
 
 
@@ -89,7 +89,7 @@ def test_skipping_equals_the_reference(family, schedule, length, seed, data):
     with torch.no_grad():
         out = model(tokens, logits_to_keep=1)
         torch.testing.assert_close(out.logits[0, -1], expected, rtol=0, atol=1e-4)
-        spare = max(schedule["keep_last"], schedule["probe"]["queries"])
+        spare = max(schedule["recent_tokens"], schedule["probe"]["window_size"])
         assert_cache_equals(out.past_key_values, reference, spare)
         every = model.model(tokens, spts=True)
         torch.testing.assert_close(every.last_hidden_state[0], torch.stack(reference.states), rtol=0, atol=1e-4)
@@ -125,9 +125,9 @@ def test_skipping_off_is_the_stock_model_bit_for_bit(family, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("queries", [1, 4])
-def test_left_padded_rows_equal_their_own_runs(attention, queries):
-    schedule = {**SCHEDULE, "probe": {"queries": queries, "heads": "max", "pool": 3}, "keep_first": 2}
+@pytest.mark.parametrize("window_size", [1, 4])
+def test_left_padded_rows_equal_their_own_runs(attention, window_size):
+    schedule = {**SCHEDULE, "probe": {"window_size": window_size, "heads": "max", "kernel_size": 3}, "sink_tokens": 2}
     model = tiny_model("llama", schedule)
     model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(2)

@@ -38,11 +38,11 @@ def recipe_for(base, corpus, folder, **changes):
     data = {
         "model": {"path": str(base)},
         "calibration": {"source": "files", "path": str(corpus), "tokens": 1200, "length": 128},
-        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 20},
+        "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 20},
         "schedule": {
             "start": 2,
             "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}],
-            "keep_first": 2,
+            "sink_tokens": 2,
         },
         "report": {"lengths": [300], "pairs": 1, "needles": 1, "answers": 1, "answer_tokens": 4, "quality_length": 400},
         "export": {"path": str(folder / "out")},
@@ -74,7 +74,14 @@ def test_the_checkpoint_is_complete(built):
     folder, _, recipe, output = built
     out = folder / "out"
     names = {p.name for p in out.iterdir()}
-    assert {"config.json", "spts.py", "configuration_spts.py", "README.md", "recipe.yaml", "tokenizer.json"} <= names
+    assert {
+        "config.json",
+        "skipping.py",
+        "configuration_spts.py",
+        "README.md",
+        "recipe.yaml",
+        "tokenizer.json",
+    } <= names
     assert not [p for p in folder.iterdir() if p.name.endswith((".new", ".partial", ".old"))]
     assert (out / "recipe.yaml").read_text() == recipe.read_text()
     assert yaml.safe_load((out / "recipe.resolved.yaml").read_text())["calibration"]["seed"] == 0
@@ -166,7 +173,9 @@ def test_a_checkpoint_is_verified_and_every_change_is_named(built, tmp_path):
         data["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
         path.write_text(json.dumps(data))
 
-    changed("spts.py", lambda p: p.write_text(p.read_text() + "# more\n"), "spts.py: not the code of spts-compress")
+    changed(
+        "skipping.py", lambda p: p.write_text(p.read_text() + "# more\n"), "skipping.py: not the code of spts-compress"
+    )
     changed("spts-proxies.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-3]), "can't be read")
     changed("modeling_extra.py", lambda p: p.write_text("import os"), "modeling_extra.py: not among the exported files")
     changed("tokenizer.json", Path.unlink, "tokenizer.json: missing")
