@@ -31,7 +31,7 @@ from . import loadable
 from .errors import UserError, reason
 from .keys import environment, folder_key
 from .layout import INDEX, LEFT, WEIGHTS, weight_files
-from .modeling.spts import MASKS
+from .modeling.stock_layer import MASKS
 from .recipe import ModelSection
 from .store import Store, file_hash, fingerprint, writing
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .errors import UserError
-from .modeling.spts import MASKS, Norms, layer_kinds, position_tables
+from .modeling.stock_layer import MASKS, Norms, layer_kinds, position_tables
 from .ranks import Ranks
 from .store import Store
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +20,10 @@ from . import fresh
 from .base import FAMILIES, Base, as_stock
 from .errors import UserError
 from .fresh import differences, settings, tokenizer_facts
-from .layout import CODE, INDEX, PROXIES, exported, travelling
+from .layout import INDEX, PROXIES, exported, travelling
+from .modeling import code_files
 from .modeling.configuration_spts import Schedule
-from .modeling.spts import Norms
+from .modeling.stock_layer import Norms
 
 TOKENIZER = "tokenizer_config.json"
 # Paths that may be left in that file and that transformers replaces by what it finds in the folder.
@@ -53,12 +53,6 @@ def auto_map(family: str) -> dict[str, str]:
     module, prefix = FAMILIES[family]
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     return {name: f"{module}.{prefix}{kind}" for name, kind in classes.items()}
-
-
-def code_files(family: str) -> list[Path]:
-    """The modelling code that a checkpoint of a family carries, in this package."""
-    folder = Path(str(resources.files(f"{__package__}.modeling")))
-    return [folder / name for name in (*CODE, f"{FAMILIES[family][0]}.py")]
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, t
     _write_json(target / "config.json", {**_config(base), "spts": schedule.to_dict()})
     if carried.tokenizer_config is not None:
         _write_json(target / TOKENIZER, carried.tokenizer_config)
-    for file in code_files(base.family):
+    for file in code_files(FAMILIES[base.family][0]):
         shutil.copyfile(file, target / file.name)
 
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import __version__, loadable
+from . import __version__, loadable, schedule
 from .base import FAMILIES
 from .errors import UserError, reason
-from .export import auto_map, code_files, model_class
+from .export import auto_map, model_class
 from .layout import FREE, MANIFEST, NOTES, inside, matches
-from .modeling.configuration_spts import Schedule
+from .modeling import code_files
 from .store import file_hash, writing
 
 
@@ -99,7 +99,7 @@ def _code(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
     """The modelling code against this release's own, and that the config asks for no other."""
     faults = [
         f"{own.name}: not the code of spts-compress {__version__}"
-        for own in code_files(family)
+        for own in code_files(FAMILIES[family][0])
         if not (folder / own.name).is_file() or file_hash(folder / own.name) != file_hash(own)
     ]
     if config.get("auto_map") != auto_map(family):
@@ -120,7 +120,7 @@ def _loads(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
 def _schedule(config: dict[str, Any], read: Any) -> list[str]:
     """The schedule against the model; what `config` leaves out has the family's defaults in `read`."""
     try:
-        Schedule.from_dict(config["spts"], read.num_hidden_layers, read.num_attention_heads)
+        schedule.read(config["spts"], read.num_hidden_layers, read.num_attention_heads)
     except (ValueError, KeyError) as error:
         return [f"config.json: {fault}" for fault in error.args]
     return []

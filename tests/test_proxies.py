@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from spts_compress import capture, choose, fidelity, proxies, refine
 from spts_compress.modeling.configuration_spts import Proxy
-from spts_compress.modeling.spts import FeedForwardProxy
+from spts_compress.modeling.selection import FeedForwardProxy
 from spts_compress.ranks import ALONE
 from spts_compress.recipe import ProxySection
 from spts_compress.store import Store
