@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import UserError
-from .paths import expand
+from .utils.errors import UserError
+from .utils.paths import expand
 
 
 class FilePath(click.Path):
@@ -102,8 +102,9 @@ def recipe(
 
     path = find(file)
     read = load(path, edits)
-    from . import hub, pipeline
-    from .report import quality_table, speed_table
+    from . import pipeline
+    from .evaluate.report import quality_table, speed_table
+    from .export import hub
 
     _quiet()
     if dry_run:
@@ -126,9 +127,9 @@ def recipe(
 @click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 def inspect(folder: Path) -> None:
     """Show an exported checkpoint's schedule, sizes, proxy fidelity and measurements."""
-    from . import checkpoint
+    from .evaluate import inspect
 
-    click.echo(checkpoint.inspect(folder))
+    click.echo(inspect.inspect(folder))
 
 
 @main.command()
@@ -195,7 +196,7 @@ def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
 ) -> None:
     """Scores of the dense and the skipping model on the same prompts. A stopped run goes on."""
-    from . import evaluate as work
+    from .evaluate import suites as work
 
     device, dtype = options.pop("device"), options.pop("dtype")
     if suites:
@@ -224,8 +225,8 @@ def evaluate(
 @_request_options
 def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path, **options: Any) -> None:
     """The method's parts one after another: time, KV cache and scores."""
-    from . import ablate as work
-    from . import evaluate as evaluation
+    from .evaluate import ablate as work
+    from .evaluate import suites as evaluation
 
     device, dtype = _device(options.pop("device")), options.pop("dtype")
     options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
@@ -251,7 +252,7 @@ def bench(
     folder: Path, lengths: str, batches: str, new_tokens: int, pairs: int, dtype: str, device: str, output: Path
 ) -> None:
     """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
-    from . import speed
+    from .evaluate import benchmark
 
     _claim(output, ("bench.json", "bench.md", "bench.png"), folder)
     own = _device(device)
@@ -260,15 +261,15 @@ def bench(
         f"--pairs {pairs} --dtype {dtype} --device {device}"
     )
     sizes = _numbers("--lengths", lengths) or [], _numbers("--batch", batches) or []
-    result = speed.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
-    click.echo(speed.save(result, output))
+    result = benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
+    click.echo(benchmark.save(result, output))
 
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
 def verify(folder: Path) -> None:
     """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
-    from .verify import require
+    from .export.verify import require
 
     require(folder)
     click.echo(f"{folder} is whole, and its code is that of spts-compress {__version__}")
@@ -279,7 +280,7 @@ def verify(folder: Path) -> None:
 @click.option("--output", type=FilePath(path_type=Path), required=True, help="New folder for the stock checkpoint.")
 def strip(folder: Path, output: Path) -> None:
     """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
-    from .strip import strip as back
+    from .export.strip import strip as back
 
     click.echo("\n".join(back(folder, output)))
 
@@ -292,7 +293,7 @@ def strip(folder: Path, output: Path) -> None:
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 def push(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> None:
     """Upload an exported checkpoint to the Hub."""
-    from . import hub
+    from .export import hub
 
     click.echo(hub.listing(folder))
     click.echo(hub.push(folder, repo_id, private, revision, create_pr))
@@ -300,8 +301,8 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, create
 
 def _claim(output: Path, names: tuple[str, ...], checkpoint: Path | None = None) -> None:
     """Hold the folder in which this command makes `names`, until it ends."""
-    from .outputs import refuse_inside
-    from .store import claimed
+    from .checkpoint.outputs import refuse_inside
+    from .utils.store import claimed
 
     if checkpoint is not None:
         refuse_inside(output, checkpoint)
@@ -342,7 +343,7 @@ def _named_files(texts: tuple[str, ...]) -> dict[str, Path]:
 @contextmanager
 def _spread(device: str) -> Iterator[Any]:
     """The processes this one was started with (torchrun, accelerate launch), and its own device."""
-    from .ranks import ranks
+    from .utils.distributed import ranks
 
     own = _device(device)
     with ranks() as found:
@@ -351,7 +352,7 @@ def _spread(device: str) -> Iterator[Any]:
 
 def _device(name: str) -> str:
     """The device of this process, which the first of several says."""
-    from . import devices
+    from .utils import devices
 
     device = devices.choose(name)
     if int(os.environ.get("RANK", 0)) == 0:

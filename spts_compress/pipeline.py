@@ -15,27 +15,31 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from . import __version__, capture, card, export, fidelity, plan
-from .base import Base, context_of, resolve, resolve_config
-from .choose import choose
+from . import __version__, plan
+from .calibrate import capture
+from .calibrate.base_model import Base, context_of, resolve, resolve_config
+from .calibrate.data import Blocks, blocks, documents, from_files
+from .checkpoint.keys import environment, tensors_key
+from .checkpoint.outputs import new_folder, refuse
 from .cost import has_experts
-from .errors import UserError, reason
-from .evaluation.bench import stock_twin
-from .evaluation.break_even import break_even
-from .keys import environment, tensors_key
+from .evaluate.report import check_prompts, hardware, measure_all
+from .export import card, write
+from .export.verify import write_manifest
+from .fit import metrics
+from .fit.ltp import FeedForward, Tokens
+from .fit.size import choose
 from .modeling.configuration_spts import Proxy, Schedule
-from .outputs import new_folder, refuse
-from .proxies import FeedForward, Tokens
-from .ranks import ALONE, Ranks
 from .recipe import Recipe, SearchSection
-from .report import check_prompts, hardware, measure_all
-from .search import findings, shared
+from .search import dense_reference
+from .search import report as search_report
 from .search import run as searching
-from .stages import Stages
-from .store import Store, claimed, fingerprint
-from .tables import size
-from .text import Blocks, blocks, documents, from_files
-from .verify import write_manifest
+from .timing.break_even import break_even
+from .timing.pairs import stock_twin
+from .timing.stage_timer import Stages
+from .utils.distributed import ALONE, Ranks
+from .utils.errors import UserError, reason
+from .utils.store import Store, claimed, fingerprint
+from .utils.tables import size
 
 REPORT = "spts_report.json"
 
@@ -77,7 +81,7 @@ class Prepared:
     """
 
     base: Base
-    carried: export.Carried
+    carried: write.Carried
     tokenizer: Any
     sequences: Blocks
     asked: searching.Asked | None
@@ -88,8 +92,8 @@ class Prepared:
 
     def skipping(self, schedule: Schedule | None = None) -> Any:
         """The skipping model on the parameters of the stock one."""
-        return shared.skipping(
-            self.model, export.model_class(self.base.family), schedule or self.schedule, self.parameters
+        return dense_reference.skipping(
+            self.model, write.model_class(self.base.family), schedule or self.schedule, self.parameters
         )
 
 
@@ -111,7 +115,7 @@ def prepare(
         texts, search = documents(recipe.calibration, say), recipe.search
         with ranks.leader_first():  # who may convert or download it
             base = resolve(recipe.model, store)
-        carried = export.carry(base)
+        carried = write.carry(base)
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, say)
         check_prompts(recipe.report, tokenizer, _prose(recipe.report.text) or sequences.unseen)
@@ -170,7 +174,7 @@ def run(
             staging = stack.enter_context(new_folder(output, force, inputs, again))
             stack.enter_context(store.lock())
             if recipe.search is not None:
-                stack.enter_context(claimed(folder, findings.FILES))
+                stack.enter_context(claimed(folder, search_report.FILES))
         stage = Stages(device)
         ready = prepare(recipe, store, device, ranks, stage, say)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
@@ -183,7 +187,7 @@ def run(
             with stage("search"):
                 searched = searching.run(ready.model, ready.skipping(), ready.asked, store, key, say, ranks)
             if ranks.leads:
-                findings.save(searched, folder, config.num_hidden_layers)
+                search_report.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
             fits = [fit for fit in fits if fit["layer"] >= schedule.start]
             parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
@@ -197,12 +201,12 @@ def run(
         gc.collect()
         say("writing the checkpoint")
         with stage("export"):
-            export.write(base, carried, schedule, parameters, staging)
+            write.write(base, carried, schedule, parameters, staging)
         if base.key_now() != base.key:
             raise UserError(f"{base.name}: the base was changed during the run; start it again")
         say("checking it in a fresh process")
         with stage("check"):
-            export.check(staging, base, carried, schedule, recipe.model.dtype)
+            write.check(staging, base, carried, schedule, recipe.model.dtype)
         measured = _report(recipe, base, staging, schedule, tokenizer, text, device, store, parameters)
         for fit in fits:
             if found := measured["skipped_states"].get(str(fit["layer"])):
@@ -240,7 +244,7 @@ def fit_proxies(
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
     missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
-        everything, places = sequences.fit + sequences.held_out, export.norms_of(base.family)
+        everything, places = sequences.fit + sequences.held_out, write.norms_of(base.family)
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
         for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key, ranks, places):
             ffn = FeedForward.of(model.model.layers[layer], base.config, places)
@@ -250,7 +254,7 @@ def fit_proxies(
             )
             proxy, tried = choose(ffn, tokens, check, recipe.proxy, shares[layer], relative)
             proxy.to(getattr(torch, recipe.model.dtype))  # judged as it is exported
-            judged = {f"judged.{name}": value for name, value in fidelity.norms(proxy, ffn, judge).items()}
+            judged = {f"judged.{name}": value for name, value in metrics.norms(proxy, ffn, judge).items()}
             # one unit, so that no kill can part what was tried from what was chosen
             choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
@@ -262,7 +266,7 @@ def fit_proxies(
             raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
         tried = json.loads(bytes(unit.pop("choice").tolist()))
         judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
-        fits.append({"layer": layer, "share": shares[layer], **fidelity.of(judged, shares[layer], relative), **tried})
+        fits.append({"layer": layer, "share": shares[layer], **metrics.of(judged, shares[layer], relative), **tried})
         chosen = tried["candidates"][tried["chosen"]]
         sizes.append(Proxy(max(1, chosen["channels"]), chosen["rank"]))
         for name, value in unit.items():
@@ -282,7 +286,7 @@ def _report(
     parameters: dict[str, torch.Tensor],
 ) -> dict:
     """Measure the checkpoint in `folder` beside its base; each finished measurement is kept."""
-    spts = export.load(folder, base.family, device, recipe.model.dtype)
+    spts = write.load(folder, base.family, device, recipe.model.dtype)
     asked = [schedule.to_dict(), recipe.model.dtype, recipe.report.model_dump(), tensors_key(parameters)]
     key = fingerprint(base.key, asked, hardware(device), prose, environment())
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
-from .errors import UserError
 from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.stock_layer import layer_windows
 from .recipe import SearchSection
-from .tables import size, table
+from .utils.errors import UserError
+from .utils.tables import size, table
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

@@ -10,9 +10,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from . import schedule as schedules
-from .errors import UserError
 from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule
-from .paths import expand
+from .utils.errors import UserError
+from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
 Positive = Annotated[int, Field(ge=1)]

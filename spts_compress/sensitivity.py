@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import capture, fidelity
-from .base import resolve
-from .choose import fit
+from .calibrate import capture
+from .calibrate.base_model import resolve
+from .calibrate.data import Blocks, blocks, documents
+from .checkpoint.keys import environment
 from .cost import has_experts, proxy_share
-from .errors import UserError
-from .export import norms_of
-from .keys import environment
+from .export.write import norms_of
+from .fit import metrics
+from .fit.ltp import FeedForward, Regression, Tokens, regress
+from .fit.size import fit
 from .modeling.configuration_spts import Proxy
-from .proxies import FeedForward, Regression, Tokens, regress
-from .ranks import ALONE
 from .recipe import CalibrationSection, ProxySection, Recipe
-from .store import Store, fingerprint
-from .tables import table
-from .text import Blocks, blocks, documents
+from .utils.distributed import ALONE
+from .utils.errors import UserError
+from .utils.store import Store, fingerprint
+from .utils.tables import table
 
 SHARE = 0.25  # of the tokens, for recall
 FACTORS = ("size", "paper's, no step", "init", "blend", "objective", "rho", "tokens", "fitted on")
@@ -201,8 +202,8 @@ def _judge(
             proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)
         seconds, ranked = perf_counter() - begin, {}
         for name, part in kept.items():
-            norms = fidelity.norms(proxy, ffn, part[len(part) // 2 :])
-            ranked[name] = {kind: fidelity.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
+            norms = metrics.norms(proxy, ffn, part[len(part) // 2 :])
+            ranked[name] = {kind: metrics.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
         return {
             "cost": proxy_share(ffn.gate.shape[1], ffn.width, variant.size),
             "seconds": seconds,

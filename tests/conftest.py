@@ -19,11 +19,11 @@ from helpers import PROSE, recipe_for, run, write_corpus
 from hub_server import Hub
 from tiny import tiny_base
 
-from spts_compress import export, fresh
-from spts_compress.base import resolve
+from spts_compress.calibrate.base_model import resolve
+from spts_compress.export.write import fresh, write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
-from spts_compress.store import Store
+from spts_compress.utils.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def checkpoint(once):
             for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
         }
         (folder / "out").mkdir()
-        export.write(base, export.carry(base), Schedule.from_dict(block, 5), parameters, folder / "out")
+        write.write(base, write.carry(base), Schedule.from_dict(block, 5), parameters, folder / "out")
         (folder / "out/README.md").write_text("# A card\n")
         (folder / "prose.txt").write_text(PROSE)
 

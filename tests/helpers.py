@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from tiny import TEXT
 
 from spts_compress.cli import main
-from spts_compress.store import file_hash
+from spts_compress.utils.store import file_hash
 
 PROSE = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(300))
 

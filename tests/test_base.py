@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEXT, tiny_base, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spts_compress import loadable
-from spts_compress.base import MODEL_FOR_CAUSAL_LM_MAPPING, context_of, resolve_config
+from spts_compress.calibrate.base_model import MODEL_FOR_CAUSAL_LM_MAPPING, context_of, resolve_config
 from spts_compress.cli import main
-from spts_compress.errors import UserError
+from spts_compress.evaluate.inspect import loadable
+from spts_compress.evaluate.report import check_prompts
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig
 from spts_compress.recipe import ModelSection, ReportSection
-from spts_compress.report import check_prompts
+from spts_compress.utils.errors import UserError
 
 UP, INDEX = "model.layers.3.mlp.up_proj.weight", "model.safetensors.index.json"
 

@@ -8,17 +8,17 @@ import torch
 from click.testing import CliRunner
 from tiny import SCHEDULE, stock_twin, tiny_model
 
-from spts_compress import speed
 from spts_compress.cli import main
-from spts_compress.evaluation import bench, parts, prices
-from spts_compress.evaluation.break_even import break_even
+from spts_compress.evaluate import benchmark
 from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.timing import breakdown, latency_table, pairs
+from spts_compress.timing.break_even import break_even
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_twin_is_the_stock_model_on_the_same_tensors(family):
     model = tiny_model(family)
-    twin, ids = bench.stock_twin(model), torch.arange(3, 60)[None]
+    twin, ids = pairs.stock_twin(model), torch.arange(3, 60)[None]
     assert type(twin).__module__.startswith("transformers.models.")
     assert twin.model.layers[2].mlp.up_proj.weight is not None
     there = {tensor.data_ptr() for tensor in model.state_dict().values()}
@@ -33,11 +33,11 @@ def test_rounds_alternate():
     def run(name):
         return lambda: calls.append(name) or {1: float(len(calls)), 8: 3.0 * len(calls)}
 
-    times = bench.in_turn({"dense": run("dense"), "spts": run("spts")}, 2, lambda: None)
+    times = pairs.in_turn({"dense": run("dense"), "spts": run("spts")}, 2, lambda: None)
     assert calls == ["dense", "spts", "dense", "spts"]
     assert times == {"dense": {1: [1.0, 3.0], 8: [3.0, 9.0]}, "spts": {1: [2.0, 4.0], 8: [6.0, 12.0]}}
-    assert bench.ratio(times, "spts", 1) == {"median": (1 / 2 + 3 / 4) / 2, "range": [1 / 2, 3 / 4]}
-    assert bench.ratio(times, "spts", 8, since=1)["range"] == [2 / 4, 6 / 8]
+    assert pairs.ratio(times, "spts", 1) == {"median": (1 / 2 + 3 / 4) / 2, "range": [1 / 2, 3 / 4]}
+    assert pairs.ratio(times, "spts", 8, since=1)["range"] == [2 / 4, 6 / 8]
 
 
 def test_one_generation_tells_the_time_of_each_number_of_tokens():
@@ -46,7 +46,7 @@ def test_one_generation_tells_the_time_of_each_number_of_tokens():
     handle = model.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
     try:
         begin = time.perf_counter()
-        found = bench.seconds(model, ids, (1, 5))
+        found = pairs.seconds(model, ids, (1, 5))
     finally:
         handle.remove()
     assert len(passes) == 5
@@ -65,13 +65,13 @@ def test_the_break_even_is_the_first_length_that_pays(monkeypatch, overhead, con
         skipped.append(spts)
         return {1: overhead + 0.5 * ids.shape[1] if spts else ids.shape[1]}
 
-    monkeypatch.setattr("spts_compress.evaluation.break_even.seconds", seconds)
-    assert break_even(bench.stock_twin(model), model, pairs=3) == expected
+    monkeypatch.setattr("spts_compress.timing.break_even.seconds", seconds)
+    assert break_even(pairs.stock_twin(model), model, pairs=3) == expected
     assert {"min_length": 0} in skipped and skipped[0] is None
 
 
 def test_peak_memory_sees_what_was_freed_again():
-    with bench.peak_memory(torch.device("cpu")) as peak:
+    with pairs.peak_memory(torch.device("cpu")) as peak:
         torch.ones(60_000_000).sum()  # 240 MB
     assert 200e6 < peak() < 400e6
 
@@ -79,7 +79,7 @@ def test_peak_memory_sees_what_was_freed_again():
 def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
     model = tiny_model()
     ids = torch.arange(3, 63)[None]
-    found = parts.parts(model, ids)
+    found = breakdown.parts(model, ids)
     assert {"dense layers", "selecting", "attention", "feed-forward", "probing", "gathers"} <= set(found)
     assert all(value >= 0 for value in found.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -87,8 +87,8 @@ def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
 
 def test_break_even_lies_between_the_lengths_that_lose_and_win():
     rows = [{"batch": 1, "tokens": n, "ttft_ratio": {"median": r}} for n, r in ((4000, 1.5), (1000, 0.8), (2000, 1.2))]
-    assert speed.break_even(rows) == 1500
-    assert speed.break_even(rows[:1]) is None
+    assert benchmark.break_even(rows) == 1500
+    assert benchmark.break_even(rows[:1]) is None
 
 
 def test_growth_finds_the_linear_and_the_quadratic_term():
@@ -96,9 +96,9 @@ def test_growth_finds_the_linear_and_the_quadratic_term():
         {"batch": 1, "tokens": n, "dense": {"ttft": n / 1e3 + 3 * (n / 1e3) ** 2}, "spts": {"ttft": n / 2e3}}
         for n in (1000, 2000, 4000)
     ]
-    found = speed.growth([*rows, {**rows[0], "batch": 4, "dense": {"ttft": 1e9}}])
+    found = benchmark.growth([*rows, {**rows[0], "batch": 4, "dense": {"ttft": 1e9}}])
     assert found["dense"] == pytest.approx([1, 3]) and found["spts"] == pytest.approx([0.5, 0], abs=1e-9)
-    assert speed.growth(rows[:2]) is None
+    assert benchmark.growth(rows[:2]) is None
 
 
 def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
@@ -120,7 +120,7 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
 def test_prices_are_read_between_the_measured_numbers_and_make_a_ratio():
     config = tiny_model().config
     linear = [float(n) for n in (10, 100, 1000)]
-    made = prices.Prices(
+    made = latency_table.Prices(
         [10, 100, 1000], {"full_attention": [n * n for n in linear], "feed_forward": linear, "keys": linear}
     )
     assert made.of("full_attention", 50) == pytest.approx(2500) and made.of("keys", 5) == 5 and made.of("keys", 0) == 0
@@ -129,4 +129,4 @@ def test_prices_are_read_between_the_measured_numbers_and_make_a_ratio():
     probing = 2.0 * 1000 * 4 * 8 / (6 * 1000 * 32 * 48) * 1000  # one query, 4 heads of 8, at the pace of the network
     last = 100**2 + 900 + 1000 + probing
     assert made.speedup(config, schedule, 1000) == pytest.approx(5 * (1e6 + 1e3) / (4 * (1e6 + 1e3) + last))
-    assert prices.grid(1000)[0] == 64 and prices.grid(1000)[-1] == 1000 and prices.grid(40) == [40]
+    assert latency_table.grid(1000)[0] == 64 and latency_table.grid(1000)[-1] == 1000 and latency_table.grid(40) == [40]

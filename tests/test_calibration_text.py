@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import TEXT, tiny_base, tiny_tokenizer
 
+from spts_compress.calibrate.corpus import Conversation, cut, from_files
+from spts_compress.calibrate.data import blocks, documents
 from spts_compress.cli import main
-from spts_compress.corpus import Conversation, cut, from_files
-from spts_compress.errors import UserError
 from spts_compress.recipe import CalibrationSection
-from spts_compress.text import blocks, documents
+from spts_compress.utils.errors import UserError
 
 TURNS = [{"role": "user", "content": "How do owls see?"}, {"role": "assistant", "content": "Well, and at night."}]
 SAID = "How do owls see?\n\nWell, and at night."

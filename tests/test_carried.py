@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_base, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spts_compress import export, fresh
-from spts_compress import strip as stripping
-from spts_compress.base import resolve, resolve_config
-from spts_compress.errors import UserError
-from spts_compress.layout import exported, travelling, weight_files
+from spts_compress.calibrate.base_model import resolve, resolve_config
+from spts_compress.checkpoint.layout import exported, travelling, weight_files
+from spts_compress.export.verify import verify, write_manifest
+from spts_compress.export.write import fresh, write
+from spts_compress.export.write import strip as stripping
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
-from spts_compress.store import Store
-from spts_compress.verify import verify, write_manifest
+from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 SPTS = {"start": 2, "stages": [{"end": 4, "budget": 24}], "proxy": {"channels": 12, "rank": 4}}
 SCHEDULE = Schedule.from_dict(SPTS, 5)
@@ -77,13 +77,13 @@ def found(folder, trusted=False):
 
 def exporting(base, folder):
     """A checkpoint with random proxies in `folder`."""
-    cls = export.model_class(base.family)
+    cls = write.model_class(base.family)
     settings = {key: value for key, value in base.config.to_dict().items() if key != "model_type"}
     model = cls(cls.config_class(**settings, spts=SPTS)).to(torch.bfloat16)
     folder.mkdir()
     proxies = {name: value for name, value in model.state_dict().items() if ".proxy." in name}
-    carried = export.carry(base)
-    export.write(base, carried, SCHEDULE, proxies, folder)
+    carried = write.carry(base)
+    write.write(base, carried, SCHEDULE, proxies, folder)
     write_manifest(folder, carried.names)
     return carried
 
@@ -123,7 +123,7 @@ def test_a_fresh_process_finds_all_that_the_base_had(rich):
     base, carried, out, _ = rich
     (out / "README.md").write_text("the card")
     assert verify(out) == []
-    export.check(out, base, carried, SCHEDULE, "bfloat16")
+    write.check(out, base, carried, SCHEDULE, "bfloat16")
     tokenizers = [AutoTokenizer.from_pretrained(folder, trust_remote_code=True) for folder in (base.folder, out)]
     assert tokenizers[0]("Some text, with <s> in it").input_ids == tokenizers[1]("Some text, with <s> in it").input_ids
     assert tokenizers[1].chat_template == tokenizers[0].chat_template and len(tokenizers[1].chat_template) == 2
@@ -138,7 +138,7 @@ def test_strip_gives_back_what_stood_in_the_way_of_the_exports_own_files(rich, t
 
 def test_whatever_differs_from_the_base_is_named(rich, tmp_path):
     base, carried, out, _ = rich
-    tensors, facts = export.expected(out, base, carried, SCHEDULE, "bfloat16")
+    tensors, facts = write.expected(out, base, carried, SCHEDULE, "bfloat16")
     save_file(tensors, tmp_path / "tensors.safetensors")
 
     def faults(change):
@@ -301,7 +301,7 @@ def test_what_cannot_travel_is_refused_before_any_work(change, message, tmp_path
     folder = tiny_base(tmp_path / "base")
     change(folder)
     with pytest.raises(UserError, match=message):
-        export.carry(found(folder, trusted=True))
+        write.carry(found(folder, trusted=True))
 
 
 def test_a_tokenizers_code_in_another_repository_is_refused(tmp_path, monkeypatch):
@@ -311,13 +311,13 @@ def test_a_tokenizers_code_in_another_repository_is_refused(tmp_path, monkeypatc
     other_repository(folder)
     monkeypatch.setattr(type(base), "tokenizer", lambda self: tokenizer)  # as if it had been downloaded
     with pytest.raises(UserError, match="code is in another repository, org/tokens, so it can't travel"):
-        export.carry(base)
+        write.carry(base)
 
 
 def test_a_vocabulary_that_the_tokenizer_names_travels_whatever_its_name(tmp_path):
     folder = tiny_base(tmp_path / "base")
     own_code(folder, reads="words/vocab.bin")
-    assert export.carry(found(folder, trusted=True)).names["words/vocab.bin"] == "words/vocab.bin"
+    assert write.carry(found(folder, trusted=True)).names["words/vocab.bin"] == "words/vocab.bin"
 
 
 def test_code_that_the_recipe_does_not_trust_is_not_run_by_those_who_trust_the_export(tmp_path):
@@ -375,7 +375,7 @@ def test_the_hub_is_asked_for_what_travels(rich, monkeypatch):
         asked.append((revision, set(filter_repo_objects(there, **patterns))))
         return str(base.folder)
 
-    monkeypatch.setattr("spts_compress.base.snapshot_download", download)
+    monkeypatch.setattr("spts_compress.calibrate.base_model.snapshot_download", download)
     section = ModelSection(path="org/model", revision="v1", trust_remote_code=True)
     resolve_config(section)
     resolve(section, Store(base.folder.parent / "work"))
@@ -386,9 +386,9 @@ def test_the_hub_is_asked_for_what_travels(rich, monkeypatch):
 
 def test_every_family_names_its_code():
     for family in FAMILIES:
-        assert all(path.is_file() for path in export.code_files(family))
-        modules = {path.stem for path in export.code_files(family)}
-        assert {value.split(".")[0] for value in export.auto_map(family).values()} <= modules
+        assert all(path.is_file() for path in write.code_files(family))
+        modules = {path.stem for path in write.code_files(family)}
+        assert {value.split(".")[0] for value in write.auto_map(family).values()} <= modules
 
 
 def test_other_models_data_and_notes_in_the_folder_stay_behind(tmp_path):

@@ -9,10 +9,10 @@ import yaml
 from click.testing import CliRunner
 from tiny import TEXT, tiny_base
 
-from spts_compress import devices
 from spts_compress.cli import main
-from spts_compress.errors import UserError
-from spts_compress.paths import expand
+from spts_compress.utils import devices
+from spts_compress.utils.errors import UserError
+from spts_compress.utils.paths import expand
 
 
 def run(*arguments, code=0):
@@ -104,8 +104,8 @@ def test_a_wrong_command_line_gets_one_line(arguments):
 
 
 def test_a_fault_of_ours_is_said_to_be_one_and_debug_shows_where(monkeypatch, tmp_path):
-    monkeypatch.setattr("spts_compress.hub.push", lambda *_: 1 / 0)
-    monkeypatch.setattr("spts_compress.hub.listing", lambda *_: "")
+    monkeypatch.setattr("spts_compress.export.hub.push", lambda *_: 1 / 0)
+    monkeypatch.setattr("spts_compress.export.hub.listing", lambda *_: "")
     assert run("push", tmp_path, "a/b", code=1).strip() == (
         "error: unexpected ZeroDivisionError: division by zero (spts-compress --debug ... shows where)"
     )

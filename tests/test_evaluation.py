@@ -13,21 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
-from spts_compress import evaluate
-from spts_compress.errors import UserError
-from spts_compress.evaluation import agreement, diversity, longbench, recovery, ruler, runner
-from spts_compress.evaluation.items import Item, token_count
-from spts_compress.evaluation.scorers import score
+from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
+from spts_compress.tasks.example import Item, token_count
+from spts_compress.tasks.scorers import score
+from spts_compress.utils.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
 
 
 def made(task, length=6000, count=2, seed=3):
-    maker = ruler.items if task in ruler.TASKS else diversity.items
+    maker = ruler.items if task in ruler.TASKS else synthetic.items
     return maker(task, TOKENIZER, PROSE, length, count, seed)
 
 
-@pytest.mark.parametrize("task", [*ruler.TASKS, *diversity.TASKS])
+@pytest.mark.parametrize("task", [*ruler.TASKS, *synthetic.TASKS])
 def test_prompts_hit_their_length_and_are_the_same_for_the_same_seed(task):
     length = 9000 if task in ("cwe", "fwe", "repository") else 3000  # almost every letter is a token here
     items = made(task, length)
@@ -108,7 +107,7 @@ def test_word_lists_have_the_published_counts():
         assert abs(counts[0] / counts[1] - 4) < 0.3 and abs(counts[0] / counts[3] - 16) < 2
 
 
-@pytest.mark.parametrize("task", diversity.TASKS)
+@pytest.mark.parametrize("task", synthetic.TASKS)
 def test_answers_of_the_other_tasks_follow_from_their_text(task):
     for item in made(task, count=6):
         text, [answer] = item.text, item.outputs
@@ -342,7 +341,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert counting == {"score with spts=False": 100.0, "score with skipping": 0.0}
     run(*common, *options, *suites, "--rescore", "--certify")
     assert (folder / "README.md").read_text() == card
-    assert evaluate.stale(folder) is None
+    assert suites.stale(folder) is None
     config = json.loads((folder / "config.json").read_text())
     config["spts"]["sink_tokens"] = 3
     (folder / "config.json").write_text(json.dumps(config))

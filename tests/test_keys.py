@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXT
 from tiny_checkpoint import BLOCK, tiny_checkpoint
 
-from spts_compress import evaluate, keys, pipeline
-from spts_compress.base import resolve
+from spts_compress import pipeline
+from spts_compress.calibrate.base_model import resolve
+from spts_compress.checkpoint.keys import environment, folder_key, tensors_key
 from spts_compress.cli import main
-from spts_compress.errors import UserError
-from spts_compress.keys import environment, folder_key, tensors_key
+from spts_compress.evaluate import suites
+from spts_compress.evaluate.inspect import keys
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection, Recipe
-from spts_compress.store import Store
+from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -293,24 +295,24 @@ def test_an_evaluation_that_goes_on_has_the_answers_of_a_new_one(folder, monkeyp
     edit(spts={**block, "recent_tokens": 9})(folder / "out/config.json")
     count, third = answered("results")
     assert count == 5 and third[0] == second[0]  # dense did not change
-    how = evaluate.computed_how(SimpleNamespace(
+    how = suites.computed_how(SimpleNamespace(
         dtype=torch.float32, device=torch.device("cpu"), config=SimpleNamespace(_attn_implementation="sdpa")
     ))  # fmt: skip
-    now = evaluate.mode_keys(folder / "out", how)
+    now = suites.mode_keys(folder / "out", how)
     assert now == json.loads((folder / "results/setting.json").read_text())["keys"]
     for number in range(len(how)):  # each of them counts
-        assert evaluate.mode_keys(folder / "out", [*how[:number], "another", *how[number + 1 :]]) != now
+        assert suites.mode_keys(folder / "out", [*how[:number], "another", *how[number + 1 :]]) != now
 
 
 def test_a_model_that_changes_during_its_evaluation_is_named(folder, monkeypatch):
     (folder / "prose.txt").write_text(TEXT * 80)
-    whole = evaluate.run
+    whole = suites.run
 
     def run(*arguments):
         edit(repetition_penalty=5.0)(folder / "out/generation_config.json")
         return whole(*arguments)
 
-    monkeypatch.setattr(evaluate, "run", run)
+    monkeypatch.setattr(suites, "run", run)
     options = ["--suite", "ruler", "--task", "niah_single_1", "--items", 1, "--lengths", 600]
     options += ["--haystack", folder / "prose.txt", "--output", folder / "results"]
     done = CliRunner().invoke(main, ["evaluate", *map(str, [folder / "out", *options])])

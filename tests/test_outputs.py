@@ -9,11 +9,11 @@ import yaml
 from click.testing import CliRunner
 from tiny_checkpoint import tiny_checkpoint
 
+from spts_compress.checkpoint.outputs import new_folder, refuse
 from spts_compress.cli import main
-from spts_compress.errors import UserError
-from spts_compress.evaluation.runner import Answers
-from spts_compress.outputs import new_folder, refuse
-from spts_compress.store import CLAIM, Store, claimed
+from spts_compress.tasks.runner import Answers
+from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import CLAIM, Store, claimed
 
 
 def made_here(folder: Path, text: str = "old") -> Path:

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
-from spts_compress import store as store_module
 from spts_compress.recipe import load as load_recipe
-from spts_compress.store import Store, file_hash, writing
+from spts_compress.utils import store as store_module
+from spts_compress.utils.store import Store, file_hash, writing
 
 
 def test_the_checkpoint_is_complete(built):
@@ -353,9 +353,9 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
 MAPPED = """
 import sys
 from pathlib import Path
-from spts_compress.base import resolve
+from spts_compress.calibrate.base_model import resolve
 from spts_compress.recipe import ModelSection
-from spts_compress.store import Store
+from spts_compress.utils.store import Store
 base = resolve(ModelSection(path=sys.argv[1]), Store(Path(sys.argv[2])))
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,12 +9,13 @@ from scipy.stats import spearmanr
 from tiny import tiny_base, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from spts_compress import capture, choose, fidelity, proxies, refine
+from spts_compress.calibrate import capture
+from spts_compress.fit import ltp, metrics, refine, size
 from spts_compress.modeling.configuration_spts import Proxy
 from spts_compress.modeling.selection import FeedForwardProxy
-from spts_compress.ranks import ALONE
 from spts_compress.recipe import ProxySection
-from spts_compress.store import Store
+from spts_compress.utils.distributed import ALONE
+from spts_compress.utils.store import Store
 
 
 def network(hidden=16, wide=40, rank=None, seed=0):
@@ -28,7 +29,7 @@ def network(hidden=16, wide=40, rank=None, seed=0):
 
     gate, up, down = matrix(wide, hidden), matrix(wide, hidden), matrix(hidden, wide)
     norm = torch.rand(hidden, generator=generator) + 0.5
-    return proxies.FeedForward(gate * norm, up * norm, down, norm, 1e-6, "silu")
+    return ltp.FeedForward(gate * norm, up * norm, down, norm, 1e-6, "silu")
 
 
 def states(count, seed):
@@ -45,7 +46,7 @@ def inside(ffn, x):
 
 def test_a_layers_network_is_read_with_its_norm():
     layer = tiny_model().model.layers[2]
-    ffn = proxies.FeedForward.of(layer, tiny_config("llama"))
+    ffn = ltp.FeedForward.of(layer, tiny_config("llama"))
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)) * 5
     with torch.no_grad():
         expected = layer.mlp(layer.post_attention_layernorm(x))
@@ -55,14 +56,14 @@ def test_a_layers_network_is_read_with_its_norm():
 
 def test_svd_error_is_the_discarded_singular_values():
     matrix = network().gate
-    left, right = proxies.truncated_svd(matrix, 5)
+    left, right = ltp.truncated_svd(matrix, 5)
     discarded = torch.linalg.svdvals(matrix)[5:]
     torch.testing.assert_close((matrix - left @ right).norm(), discarded.norm())
 
 
 def test_channel_importance_is_the_mean_of_the_top_saliencies():
     ffn, act, unit = network(), torch.nn.SiLU(), states(30, 1)
-    found = proxies.channel_importance(ffn, act, unit, 0.2)
+    found = ltp.channel_importance(ffn, act, unit, 0.2)
     for channel in range(40):
         saliencies = [float(abs(act(x @ ffn.gate[channel]) * (x @ ffn.up[channel]))) for x in unit]
         expected = sum(sorted(saliencies, reverse=True)[:6]) / 6
@@ -71,13 +72,13 @@ def test_channel_importance_is_the_mean_of_the_top_saliencies():
 
 def test_channels_are_the_most_important_ones_whatever_the_chunking(monkeypatch):
     ffn, act, unit = network(), torch.nn.SiLU(), states(50, 2)
-    whole = proxies.channel_importance(ffn, act, unit, 0.2)
-    monkeypatch.setattr(proxies, "CHANNELS_AT_ONCE", 7)
-    torch.testing.assert_close(proxies.channel_importance(ffn, act, unit, 0.2), whole)
+    whole = ltp.channel_importance(ffn, act, unit, 0.2)
+    monkeypatch.setattr(ltp, "CHANNELS_AT_ONCE", 7)
+    torch.testing.assert_close(ltp.channel_importance(ffn, act, unit, 0.2), whole)
 
 
 def tokens_of(ffn, x):
-    return proxies.Tokens.of(ffn, x, (inside(ffn, x) @ ffn.down.T).norm(dim=-1))
+    return ltp.Tokens.of(ffn, x, (inside(ffn, x) @ ffn.down.T).norm(dim=-1))
 
 
 def mean_error(made, true):
@@ -94,11 +95,11 @@ def test_activation_weighting_is_optimal_for_its_norm(seed, rank):
     def error(left, right):
         return float((inputs @ (matrix - left @ right).T).square().sum())
 
-    left, right = proxies.truncated_svd(matrix, rank, inputs)
+    left, right = ltp.truncated_svd(matrix, rank, inputs)
     best = error(left, right)
     discarded = torch.linalg.svdvals(inputs @ matrix.T)[rank:]
     assert abs(best - float(discarded.square().sum())) < 1e-3 * (1 + best)
-    assert best <= error(*proxies.truncated_svd(matrix, rank)) * (1 + 1e-4) + 1e-4
+    assert best <= error(*ltp.truncated_svd(matrix, rank)) * (1 + 1e-4) + 1e-4
     for _ in range(20):
         nudge = [part + 0.1 * torch.randn(part.shape, generator=generator) for part in (left, right)]
         assert best <= error(*nudge) * (1 + 1e-4) + 1e-4
@@ -106,14 +107,14 @@ def test_activation_weighting_is_optimal_for_its_norm(seed, rank):
 
 def test_a_network_of_low_rank_is_recovered():
     ffn, x = network(rank=3), states(64, 2)
-    proxy = proxies.low_rank(ffn, torch.arange(40), 3)
+    proxy = ltp.low_rank(ffn, torch.arange(40), 3)
     torch.testing.assert_close(proxy(x), inside(ffn, x).norm(dim=-1), rtol=1e-3, atol=1e-5)
 
 
 def test_the_regression_is_ridge_regression():
     ffn, x = network(), states(300, 5)
     tokens = tokens_of(ffn, x)
-    linear, square, constant = proxies.Regression(tokens.unit).solve(tokens.log_norm, 0.01)
+    linear, square, constant = ltp.Regression(tokens.unit).solve(tokens.log_norm, 0.01)
     unit = (x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)).double().numpy()
     features = np.concatenate([unit, unit**2], axis=1)
     centred = features - features.mean(0)
@@ -131,14 +132,14 @@ def test_the_regression_copes_with_few_tokens_and_equal_features(count):
     x = states(count, 4)
     x[:, 3], x[:, 5] = 0, x[:, 4]
     unit = network().unit(x)
-    made = proxies.Regression(unit).solve(torch.randn(count, generator=torch.Generator().manual_seed(1)), 1e-4)
+    made = ltp.Regression(unit).solve(torch.randn(count, generator=torch.Generator().manual_seed(1)), 1e-4)
     assert all(torch.isfinite(part).all() for part in made)
 
 
 def test_the_exported_regression_predicts_what_was_solved():
     ffn, x = network(), states(300, 5)
     tokens, check = tokens_of(ffn, x[:200]), tokens_of(ffn, x[200:])
-    proxy = proxies.regress(ffn, proxies.Regression(tokens.unit), tokens, check)
+    proxy = ltp.regress(ffn, ltp.Regression(tokens.unit), tokens, check)
     a, b, c = proxy.down[-1], proxy.square, proxy.constants[0]
     unit = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(proxy(x).log(), unit @ a + unit.square() @ b + c, rtol=1e-3, atol=1e-4)
@@ -149,10 +150,10 @@ def test_the_exported_regression_predicts_what_was_solved():
 def test_a_blend_is_the_geometric_mean():
     ffn, x = network(), states(200, 6)
     tokens = tokens_of(ffn, x)
-    low = proxies.low_rank(ffn, torch.arange(20), 5)
-    regressed = proxies.regress(ffn, proxies.Regression(tokens.unit), tokens, tokens)
+    low = ltp.low_rank(ffn, torch.arange(20), 5)
+    regressed = ltp.regress(ffn, ltp.Regression(tokens.unit), tokens, tokens)
     expected = (low(x) * regressed(x)).sqrt()
-    proxies.blend(low, regressed)
+    ltp.blend(low, regressed)
     torch.testing.assert_close(low(x), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -161,11 +162,11 @@ def test_refinement_helps_and_is_reproducible(objective):
     ffn = network()
     tokens, check = tokens_of(ffn, states(600, 7)), tokens_of(ffn, states(200, 8))
     section = ProxySection(channels=20, rank=6, steps=60, objective=objective, regression=False)
-    made = [choose.fit(ffn, Proxy(20, 6), tokens, check, section, None, 0.25) for _ in range(2)]
+    made = [size.fit(ffn, Proxy(20, 6), tokens, check, section, None, 0.25) for _ in range(2)]
     assert made[0][1]
     torch.testing.assert_close(made[0][0](check.unit), made[1][0](check.unit), rtol=0, atol=0)
     plain = section.model_copy(update={"steps": 0})
-    begun, _ = choose.fit(ffn, Proxy(20, 6), tokens, check, plain, None, 0.25)
+    begun, _ = size.fit(ffn, Proxy(20, 6), tokens, check, plain, None, 0.25)
     true = check.log_norm.exp()
     if objective != "representation":
         assert mean_error(made[0][0](check.unit), true) < mean_error(begun(check.unit), true)
@@ -176,7 +177,7 @@ def test_refinement_helps_and_is_reproducible(objective):
 def test_refinement_never_ends_worse_than_it_began_on_unseen_tokens(seed, rate):
     ffn = network(seed=seed)
     tokens, check = tokens_of(ffn, states(100, seed)), tokens_of(ffn, states(80, seed + 1))
-    proxy = proxies.low_rank(ffn, torch.arange(15), 4)
+    proxy = ltp.low_rank(ffn, torch.arange(15), 4)
     before = mean_error(proxy(check.unit), check.log_norm.exp())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine, "RATE", rate)
@@ -192,11 +193,11 @@ def test_the_cheapest_proxy_that_is_good_enough_is_chosen():
     weight = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 0.1
 
     def easy(x):  # norms that a regression predicts exactly
-        return proxies.Tokens.of(ffn, x, (ffn.unit(x) @ weight).exp())
+        return ltp.Tokens.of(ffn, x, (ffn.unit(x) @ weight).exp())
 
-    proxy, tried = choose.choose(ffn, easy(x), easy(y), section, 0.25, False)
+    proxy, tried = size.choose(ffn, easy(x), easy(y), section, 0.25, False)
     assert tried["chosen"] == 0 and proxy.rank == 0 and tried["candidates"][0]["recall"] > 0.97
-    proxy, tried = choose.choose(ffn, tokens_of(ffn, x), tokens_of(ffn, y), section, 0.25, False)
+    proxy, tried = size.choose(ffn, tokens_of(ffn, x), tokens_of(ffn, y), section, 0.25, False)
     recalls = [row["recall"] for row in tried["candidates"]]
     assert recalls[tried["chosen"]] >= max(recalls) - 0.02
     assert all(recall < max(recalls) - 0.02 for recall in recalls[: tried["chosen"]])
@@ -209,13 +210,13 @@ def test_fidelity_matches_plain_computations():
     proxy = FeedForwardProxy(16, 12, 4, "silu", 1e-6)
     for parameter in proxy.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    unit = fidelity.norms(proxy, ffn, tokens_of(ffn, x))
+    unit = metrics.norms(proxy, ffn, tokens_of(ffn, x))
     true = (inside(ffn, x) @ ffn.down.T).norm(dim=-1)
     torch.testing.assert_close(unit["true"], true)
     rms = torch.sqrt((x * x).mean(-1))
     inputs = (x / rms[:, None] * ffn.norm).norm(dim=-1)
     for relative, scale in ((False, torch.ones_like(rms)), (True, rms)):
-        found = fidelity.of(unit, 0.25, relative)
+        found = metrics.of(unit, 0.25, relative)
         expected = spearmanr((inputs / scale).numpy(), (true / scale).numpy()).statistic
         assert abs(found["input_norm"]["spearman"] - expected) < 1e-3
         top = set((true / scale).argsort(descending=True)[:50].tolist())
@@ -233,7 +234,7 @@ def test_fidelity_on_skipped_states_matches_the_layers_own_computation():
         handle.remove()
         [(x, predicted)] = held
         true = layer.mlp(layer.post_attention_layernorm(x))[0].norm(dim=-1)
-    found = fidelity.on_skipped_states(model, {"input_ids": ids}, relative=False)
+    found = metrics.on_skipped_states(model, {"input_ids": ids}, relative=False)
     assert sorted(found) == [1, 2, 3, 4]
     expected = spearmanr(predicted[0].numpy(), true.numpy()).statistic
     assert abs(found[1]["spearman"] - expected) < 1e-6

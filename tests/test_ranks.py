@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_base
 
-from spts_compress.ranks import Ranks, _in_order
+from spts_compress.utils.distributed import Ranks, _in_order
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5))

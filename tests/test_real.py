@@ -8,9 +8,10 @@ import torch
 from tiny import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spts_compress import text
-from spts_compress.evaluation import bench, ruler, runner
+from spts_compress.calibrate import data
 from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.tasks import ruler, runner
+from spts_compress.timing import pairs
 
 pytestmark = pytest.mark.real
 MODELS = Path(os.environ.get("SPTS_MODELS", "models"))
@@ -51,7 +52,7 @@ def models(request):
 
 def test_needles_are_found_as_by_the_dense_model(models):
     stock, model, tokenizer = models
-    prose = "\n\n".join(text.python_docs())
+    prose = "\n\n".join(data.python_docs())
     dense = kept = 0
     for item in ruler.items("niah_single_2", tokenizer, prose, 3000, 3, seed=5, answer_tokens=32):
         found = [item.outputs[0] in runner.answers(m, tokenizer, [item], None)[0] for m in (stock, model)]
@@ -63,7 +64,7 @@ def test_needles_are_found_as_by_the_dense_model(models):
 
 def test_off_is_the_stock_model_and_padded_rows_run_as_alone(models):
     stock, model, tokenizer = models
-    paragraphs = text.python_docs()[0].split("\n\n")
+    paragraphs = data.python_docs()[0].split("\n\n")
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = ["\n\n".join(paragraphs[:40])[:2400], "\n\n".join(paragraphs[40:80])[:1500]]
@@ -80,12 +81,12 @@ def test_off_is_the_stock_model_and_padded_rows_run_as_alone(models):
     for together, alone in zip(made, double, strict=True):
         assert together[: len(alone)].tolist() == alone.tolist()
         ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
-        assert bench.memory(model, ids)["kv_bytes"] < bench.memory(stock, ids)["kv_bytes"]
+        assert pairs.memory(model, ids)["kv_bytes"] < pairs.memory(stock, ids)["kv_bytes"]
 
 
 def test_beams_lookup_and_turns(models):
     _, model, tokenizer = models
-    prompt = tokenizer(text.python_docs()[1][:3000], return_tensors="pt")
+    prompt = tokenizer(data.python_docs()[1][:3000], return_tensors="pt")
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
     plain = model.generate(**prompt, max_new_tokens=12, **options)
     looked_up = model.generate(**prompt, max_new_tokens=12, prompt_lookup_num_tokens=3, **options)

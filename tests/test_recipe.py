@@ -4,9 +4,9 @@ import pytest
 import yaml
 from tiny import tiny_model
 
-from spts_compress.errors import UserError
 from spts_compress.recipe import Recipe, find, load, shipped_recipes
 from spts_compress.search import run, space
+from spts_compress.utils.errors import UserError
 
 GOOD = """
 model: {path: somewhere}

@@ -8,17 +8,17 @@ import torch
 from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 
 from spts_compress.cost import predicted
-from spts_compress.evaluation import agreement
-from spts_compress.evaluation.items import Item
-from spts_compress.evaluation.prices import grid
-from spts_compress.evaluation.runner import encode
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
-from spts_compress.ranks import ALONE
 from spts_compress.recipe import Kind, SearchSection
 from spts_compress.schedule import faults
-from spts_compress.search import halving, prompts, run, shared, space
-from spts_compress.search.reliability import FINDING, reliability, retrieval_heads
-from spts_compress.store import Store
+from spts_compress.search import dense_reference, halving, prompts, run, space
+from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
+from spts_compress.tasks import agreement
+from spts_compress.tasks.example import Item
+from spts_compress.tasks.runner import encode
+from spts_compress.timing.latency_table import grid
+from spts_compress.utils.distributed import ALONE
+from spts_compress.utils.store import Store
 
 TOKENIZER = tiny_tokenizer()
 KINDS = ("retrieval", "multi-hop", "free")
@@ -44,9 +44,9 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
-    dense = shared.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
+    dense = dense_reference.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
     assert dense.kept_before(start) == kept
-    found = shared.compare(whole, searched, dense)
+    found = dense_reference.compare(whole, searched, dense)
 
     whole.config.spts = searched.to_dict()
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
@@ -56,7 +56,7 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 0
     assert found["top1"] == pytest.approx(expected["top1"]) and found["same"] == (expected["top1"] == 1)
 
-    again = shared.dense(None, TOKENIZER, item, [kept], store, "key")  # kept, so no model is needed
+    again = dense_reference.dense(None, TOKENIZER, item, [kept], store, "key")  # kept, so no model is needed
     assert torch.equal(again.final, dense.final) and torch.equal(again.answer, own[0, ids.shape[1] :].cpu())
 
 
@@ -136,8 +136,10 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     assert [item.limit for item in asked.items] == [5000, 6000] * 8
     never, second = asked.items[3], asked.make(5, 1)
     wrong = {asked.items[5].text, never.text, *(asked.make(3, attempt).text for attempt in range(run.ATTEMPTS))}
-    monkeypatch.setattr(shared, "dense", lambda model, tokenizer, item, *rest: shared.Dense(item, *[None] * 5))
-    monkeypatch.setattr(shared.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
+    monkeypatch.setattr(
+        dense_reference, "dense", lambda model, tokenizer, item, *rest: dense_reference.Dense(item, *[None] * 5)
+    )
+    monkeypatch.setattr(dense_reference.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
     done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, ALONE)
     expected = [*asked.items]
@@ -153,7 +155,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
 def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
     item = Item("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
     answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
-    assert shared.Dense(item, answer, None, None, "key", []).right(TOKENIZER) == right
+    assert dense_reference.Dense(item, answer, None, None, "key", []).right(TOKENIZER) == right
 
 
 def test_every_kind_of_prompt_counts_from_the_first_round_on():
@@ -189,7 +191,7 @@ def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(fa
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
-    dense = shared.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
+    dense = dense_reference.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
     found = reliability(whole, TOKENIZER, dense, Probe())
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
     length = ids.shape[1]
@@ -209,7 +211,9 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
     """Against stock eager attention, head by head and token by token."""
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     stock = stock_twin(whole)
-    dense = shared.dense(stock, TOKENIZER, Item("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key")
+    dense = dense_reference.dense(
+        stock, TOKENIZER, Item("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
+    )
     ids = encode(TOKENIZER, [dense.item.text], whole.device)["input_ids"]
     length = ids.shape[1]
     dense.answer[:] = ids[0, 200:206]  # random weights copy nothing by themselves

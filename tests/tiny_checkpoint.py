@@ -3,12 +3,12 @@
 import torch
 from tiny import tiny_base
 
-from spts_compress import export
-from spts_compress.base import resolve
+from spts_compress.calibrate.base_model import resolve
+from spts_compress.export.verify import write_manifest
+from spts_compress.export.write import write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
-from spts_compress.store import Store
-from spts_compress.verify import write_manifest
+from spts_compress.utils.store import Store
 
 BLOCK = {
     "start": 1,
@@ -28,7 +28,7 @@ def tiny_checkpoint(folder):
         for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
     }
     (folder / "out").mkdir()
-    export.write(base, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
+    write.write(base, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
     (folder / "out/README.md").write_text("# A card\n")
     write_manifest(folder / "out")
     return folder / "out"

@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from spts_compress import pipeline
 from spts_compress.cost import predicted
-from spts_compress.evaluation.recovery import interval
-from spts_compress.evaluation.runner import Answers
+from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.configuration_spts import Amount, Schedule
 from spts_compress.recipe import load
-from spts_compress.report import hardware
-from spts_compress.search import halving, prompts, shared
+from spts_compress.search import dense_reference, halving, prompts
 from spts_compress.search.run import Bench
-from spts_compress.store import Store, fingerprint
-from spts_compress.tables import table
+from spts_compress.tasks.recovery import interval
+from spts_compress.tasks.runner import Answers
+from spts_compress.utils.store import Store, fingerprint
+from spts_compress.utils.tables import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("recipe", type=Path)
@@ -50,12 +50,14 @@ items = [
     for n in lengths
     for item in prompts.make(kinds, tokenizer, ready.sequences.unseen, n, args.prompts, 40, recipe.search.seed + 200)
 ]
-dense = [shared.dense(model, tokenizer, item, [winner.start - 1], store, key) for item in tqdm(items, desc="dense")]
+dense = [
+    dense_reference.dense(model, tokenizer, item, [winner.start - 1], store, key) for item in tqdm(items, desc="dense")
+]
 firsts = [winner.start, *(stage.end + 1 for stage in winner.stages[:-1])]
-tails = shared.tail(whole, winner.start - 1)
+tails = dense_reference.tail(whole, winner.start - 1)
 
 
-def probed(prompt: shared.Dense) -> list[torch.Tensor]:
+def probed(prompt: dense_reference.Dense) -> list[torch.Tensor]:
     """What the probe gives the candidates in the layer that decides each stage's tokens (its first one, or the last
     before it that ranked any), largest first, as shares of the whole."""
     names, seen = type(whole.model.layers[-1])._skip.__globals__, []
@@ -67,7 +69,7 @@ def probed(prompt: shared.Dense) -> list[torch.Tensor]:
 
     names["probe_scores"] = watched
     try:
-        shared.compare(tails, winner, prompt)
+        dense_reference.compare(tails, winner, prompt)
     finally:
         names["probe_scores"] = own
     counts = [winner.counts(layer, len(seen[0][0])) for layer in range(winner.start, layers)]

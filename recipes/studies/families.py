@@ -29,13 +29,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from spts_compress import pipeline, text
-from spts_compress.base import FAMILIES
+from spts_compress import pipeline
+from spts_compress.calibrate import data
+from spts_compress.calibrate.base_model import FAMILIES
 from spts_compress.cost import has_experts
+from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.stock_layer import FULL, SLIDING, layer_kinds
 from spts_compress.recipe import load
-from spts_compress.report import hardware
-from spts_compress.tables import table
+from spts_compress.utils.tables import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("llama", type=Path)
@@ -173,7 +174,7 @@ def rated(weights: str, family: str, config: Any, fits: list[dict]) -> None:
 
 
 tokenizer = AutoTokenizer.from_pretrained(args.llama)
-ids = tokenizer("\n\n".join(text.python_docs())[:12000], return_tensors="pt")["input_ids"][:, :1500]
+ids = tokenizer("\n\n".join(data.python_docs())[:12000], return_tensors="pt")["input_ids"][:, :1500]
 rows: dict[str, dict] = {}
 lines: list[list[str]] = []
 answers, same = {}, []

@@ -12,15 +12,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from spts_compress import pipeline
-from spts_compress.evaluate import Request, free_items
-from spts_compress.evaluation.runner import Answers
+from spts_compress.evaluate.report import hardware
+from spts_compress.evaluate.suites import Request, free_items
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import load
-from spts_compress.report import hardware
-from spts_compress.search import shared
+from spts_compress.search import dense_reference
 from spts_compress.search.run import Bench, quality
-from spts_compress.store import Store, fingerprint
-from spts_compress.tables import table
+from spts_compress.tasks.runner import Answers
+from spts_compress.utils.store import Store, fingerprint
+from spts_compress.utils.tables import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("recipe", type=Path)
@@ -43,7 +43,8 @@ points = [point for path in args.searches for point in json.loads(path.read_text
 winners = [Schedule.from_dict(p["winner"]["schedule"], ready.base.config.num_hidden_layers) for p in points]
 firsts = sorted({winner.start - 1 for winner in winners})
 dense = [
-    shared.dense(ready.model, ready.tokenizer, item, firsts, store, key) for item in tqdm(items, desc="dense answers")
+    dense_reference.dense(ready.model, ready.tokenizer, item, firsts, store, key)
+    for item in tqdm(items, desc="dense answers")
 ]
 rows, lines = [], []
 with tqdm(total=len(dense) * len(winners), desc="evaluating") as bar:

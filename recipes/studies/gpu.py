@@ -21,8 +21,8 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spts_compress.evaluation import bench  # noqa: E402
 from spts_compress.modeling import modeling_spts_llama, modeling_spts_qwen2  # noqa: E402
+from spts_compress.timing import pairs  # noqa: E402
 
 SHAPES = {
     "llama-3.1-8b": (
@@ -75,7 +75,7 @@ def build(name, device, tiny):
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    return model, bench.stock_twin(model)
+    return model, pairs.stock_twin(model)
 
 
 def prompts(model, length, batch=1):
@@ -132,7 +132,7 @@ def profile(model, ids):
         begin = time.perf_counter()
         with torch.profiler.profile(activities=activities) as trace:
             model(ids, logits_to_keep=1)
-            bench.synchronize(ids.device)
+            pairs.synchronize(ids.device)
         wall = time.perf_counter() - begin
     attribute = "self_device_time_total" if ids.is_cuda else "self_cpu_time_total"
     rows = sorted(trace.key_averages(), key=lambda row: -getattr(row, attribute))
@@ -178,7 +178,7 @@ def main():
                 rows = []
                 for length in args.lengths:
                     pairs = args.pairs if length <= 65536 else 1
-                    row = bench.compare(stock, model, prompts(model, length // scale), pairs, 16)
+                    row = pairs.compare(stock, model, prompts(model, length // scale), pairs, 16)
                     rows.append(row)
                     print(
                         name,
@@ -188,14 +188,14 @@ def main():
                     )
                     print("  ", row["dense"], row["spts"], flush=True)
             elif stage == "batch":
-                rows = [bench.compare(stock, model, prompts(model, 16384 // scale, b), 3, 16) for b in (1, 2, 4)]
+                rows = [pairs.compare(stock, model, prompts(model, 16384 // scale, b), 3, 16) for b in (1, 2, 4)]
                 for row in rows:
                     print(name, "batch", row["batch"], row["ttft_ratio"], row["end_to_end_ratio"], flush=True)
             elif stage == "ablation":
                 rows, full = {}, model.config.spts
                 for part, block in variants(model).items():
                     model.config.spts = block
-                    rows[part] = bench.compare(stock, model, prompts(model, 32768 // scale), args.pairs, 16)
+                    rows[part] = pairs.compare(stock, model, prompts(model, 32768 // scale), args.pairs, 16)
                     print(name, part, rows[part]["ttft_ratio"], rows[part]["counted"], flush=True)
                 model.config.spts = full
             elif stage == "profile":

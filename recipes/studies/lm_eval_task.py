@@ -14,8 +14,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from spts_compress import text
-from spts_compress.evaluation import ruler
+from spts_compress.calibrate import data
+from spts_compress.tasks import ruler
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("checkpoint")
@@ -25,7 +25,7 @@ parser.add_argument("--items", type=int, default=8)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
-prose = "\n\n".join(text.python_docs())
+prose = "\n\n".join(data.python_docs())
 items = ruler.items("niah_single_2", tokenizer, prose, args.length, args.items, seed=3, answer_tokens=32)
 args.folder.mkdir(parents=True, exist_ok=True)
 data = args.folder.absolute() / "hidden_number.jsonl"

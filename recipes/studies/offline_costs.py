@@ -18,8 +18,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from spts_compress.report import hardware
-from spts_compress.tables import size, table
+from spts_compress.evaluate.report import hardware
+from spts_compress.utils.tables import size, table
 
 BASE = {"layers": 8, "hidden": 512, "tokens": 16384}
 VARIED = {"layers": (4, 16), "hidden": (256, 1024), "tokens": (8192, 32768)}

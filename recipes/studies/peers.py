@@ -28,15 +28,15 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from spts_compress import text
+from spts_compress.calibrate import data
 from spts_compress.cost import predicted
-from spts_compress.evaluate import load
-from spts_compress.evaluation import ruler
-from spts_compress.evaluation.bench import kv_bytes, stock_twin, synchronize
-from spts_compress.evaluation.runner import encode
-from spts_compress.evaluation.scorers import score
-from spts_compress.report import hardware
-from spts_compress.tables import table
+from spts_compress.evaluate.report import hardware
+from spts_compress.evaluate.suites import load
+from spts_compress.tasks import ruler
+from spts_compress.tasks.runner import encode
+from spts_compress.tasks.scorers import score
+from spts_compress.timing.pairs import kv_bytes, stock_twin, synchronize
+from spts_compress.utils.tables import table
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
 Prefill = Callable[[torch.Tensor], tuple[torch.Tensor, Any, int]]  # ids -> last logits, cache, next position
@@ -187,7 +187,7 @@ if importlib.util.find_spec("kvpress"):
 else:
     print("kvpress is not installed, so its presses are left out", file=sys.stderr)
 
-prose = "\n\n".join(text.from_files(Path(args.haystack)) if args.haystack else text.python_docs())
+prose = "\n\n".join(data.from_files(Path(args.haystack)) if args.haystack else data.python_docs())
 made = {task: ruler.items(task, tokenizer, prose, lengths[0], args.items, seed=7) for task in TASKS}
 rows: dict[str, dict] = {name: {"scores": {task: [] for task in TASKS}, "ttft": {}, "kv": {}} for name in methods}
 with tqdm(total=len(methods) * len(TASKS) * args.items, desc="retrieval") as progress:

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from spts_compress.evaluation.recovery import interval
 from spts_compress.recipe import find, load
+from spts_compress.tasks.recovery import interval
 
 RESULTS = Path(__file__).parent.parent / "results"
 ORANGE, SKY, GREEN, BLUE, RED, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"  # Okabe, Ito

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from spts_compress import pipeline
 from spts_compress.cost import predicted
-from spts_compress.evaluation.runner import Answers
+from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import load
-from spts_compress.report import hardware
-from spts_compress.search import halving, prompts, shared, space
+from spts_compress.search import dense_reference, halving, prompts, space
 from spts_compress.search.run import Bench, quality, starts_of
-from spts_compress.store import Store, fingerprint
+from spts_compress.tasks.runner import Answers
+from spts_compress.utils.store import Store, fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("recipe", type=Path)
@@ -50,7 +50,8 @@ items = [
     for item in prompts.make(section.kinds, tokenizer, prose, n, args.prompts, section.answer_tokens, seed)
 ]
 dense = [
-    shared.dense(model, tokenizer, item, [s - 1 for s in starts], store, key) for item in tqdm(items, desc="dense")
+    dense_reference.dense(model, tokenizer, item, [s - 1 for s in starts], store, key)
+    for item in tqdm(items, desc="dense")
 ]
 goal = point["winner"]["cost"]["speedup"]
 rng, drawn = random.Random(2024), {}

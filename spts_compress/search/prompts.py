@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation import agreement, diversity, ruler
-from ..evaluation.items import Item, about, chat, counted, sentences
+from ..tasks import agreement, ruler, synthetic
+from ..tasks.example import Item, about, chat, counted, sentences
 
 # What is asked, by kind; prompts of a kind take these in turn.
 RETRIEVAL = (
@@ -44,7 +44,7 @@ def one(
     task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
     if task in ruler.TASKS:
         return ruler.items(task, tokenizer, prose, length, 1, seed, tokens)[0]
-    return diversity.items(task, tokenizer, prose, length, 1, seed)[0]
+    return synthetic.items(task, tokenizer, prose, length, 1, seed)[0]
 
 
 def kind_of(item: Item, kinds: Sequence[str]) -> str:

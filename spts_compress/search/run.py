@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..base import context_of
+from ..calibrate.base_model import context_of
 from ..cost import predicted
-from ..errors import UserError
-from ..evaluation.items import Item
-from ..evaluation.prices import Prices, grid, measure
-from ..evaluation.recovery import interval
-from ..evaluation.runner import Answers
+from ..evaluate.report import hardware
 from ..modeling.configuration_spts import Amount, Proxy, Schedule
-from ..ranks import ALONE, Ranks
 from ..recipe import SearchSection
-from ..report import hardware
 from ..schedule import faults
-from ..store import Store, fingerprint
-from . import halving, prompts, shared, space
+from ..tasks.example import Item
+from ..tasks.recovery import interval
+from ..tasks.runner import Answers
+from ..timing.latency_table import Prices, grid, measure
+from ..utils.distributed import ALONE, Ranks
+from ..utils.errors import UserError
+from ..utils.store import Store, fingerprint
+from . import dense_reference, halving, prompts, space
 from .halving import Candidate, Rows
-from .reliability import reliability, retrieval_heads
+from .retrieval_heads import reliability, retrieval_heads
 
 RELIABILITY_PROMPTS = 4
 HEAD_PROMPTS = 8  # to find heads with
@@ -52,7 +52,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.ranks.wait()  # for all to have read what was kept, before anyone adds to it
 
-    def rows(self, schedule: Schedule, tried: list[shared.Dense]) -> Rows:
+    def rows(self, schedule: Schedule, tried: list[dense_reference.Dense]) -> Rows:
         keys = [fingerprint(self.key, schedule.to_dict(), prompt.key) for prompt in tried]
         missing = {key: p for key, p in zip(keys, tried, strict=True) if key not in self.kept.rows}
         made = [self._add(key, schedule, missing[key]) for key in self.ranks.mine(list(missing))]
@@ -60,10 +60,10 @@ class Bench:
         self.evaluated += len(missing)
         return [self.kept.rows[key] for key in keys]
 
-    def _add(self, key: str, schedule: Schedule, prompt: shared.Dense) -> dict[str, Any]:
+    def _add(self, key: str, schedule: Schedule, prompt: dense_reference.Dense) -> dict[str, Any]:
         item = prompt.item
         named = {"key": key, "kind": prompts.kind_of(item, self.kinds), "task": item.task, "length": item.limit}
-        row = {**named, **shared.compare(self.whole, schedule, prompt)}
+        row = {**named, **dense_reference.compare(self.whole, schedule, prompt)}
         self.kept.add(row)
         self.progress.update()
         return row
@@ -232,8 +232,8 @@ def _point(
     scaled: Callable[[space.ScheduleParams], Candidate | None],
     cost: Callable[[Schedule], dict[str, float]],
     bench: Bench,
-    tune: list[shared.Dense],
-    others: list[shared.Dense],
+    tune: list[dense_reference.Dense],
+    others: list[dense_reference.Dense],
     lengths: list[int],
 ) -> dict[str, Any]:
     """The best candidate on prompts that nothing was chosen on, and what each of its values brings."""
@@ -266,18 +266,18 @@ def _answered(
     key: str,
     say: Callable[[str], None],
     ranks: Ranks,
-) -> list[shared.Dense]:
+) -> list[dense_reference.Dense]:
     """The dense work for every prompt; with `require_dense_correct`, others in place of those answered wrongly."""
-    done: dict[int, shared.Dense] = {}
+    done: dict[int, dense_reference.Dense] = {}
     items, missing, picky = asked.items, list(range(len(asked.items))), asked.section.require_dense_correct
     for attempt in range(ATTEMPTS if picky else 1):
         mine = [
             (number, asked.another(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)
         ]
         for _, item in tqdm(mine, desc="dense answers", unit="prompt"):
-            shared.dense(model, asked.tokenizer, item, layers, store, key)
+            dense_reference.dense(model, asked.tokenizer, item, layers, store, key)
         for number, item in ranks.all(mine):
-            done[number] = shared.dense(model, asked.tokenizer, item, layers, store, key)
+            done[number] = dense_reference.dense(model, asked.tokenizer, item, layers, store, key)
         missing = [number for number in missing if picky and not done[number].right(asked.tokenizer)]
         if not missing:
             break
@@ -288,7 +288,12 @@ def _answered(
 
 
 def _mean(
-    name: str, of: list[shared.Dense], make: Callable[[shared.Dense], Any], store: Store, key: str, ranks: Ranks
+    name: str,
+    of: list[dense_reference.Dense],
+    make: Callable[[dense_reference.Dense], Any],
+    store: Store,
+    key: str,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """The mean over prompts of what is made of each, which is kept."""
     mine = tqdm(ranks.mine(of), desc=name, unit="prompt")

@@ -1,0 +1,67 @@
+"""What an answer depends on beside its prompt: a model's folder, and the program that runs it."""
+
+import hashlib
+import json
+import platform
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..utils.store import file_hash, fingerprint
+from .layout import INDEX, LEFT, NOTES, PROXIES, SUBFOLDERS, matches
+
+# About the model, or another form of its weights; any other file of a folder may decide what is answered, since
+# vocabularies and code have names of any kind.
+BESIDE_THE_POINT = (*NOTES, *LEFT, "*.safetensors", "*.yaml", "*.yml", "README*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool = False) -> str:
+    """Fingerprint of all that decides what the model in `folder` answers: weights, configuration, generation settings,
+    tokenizer, chat templates and code, by their bytes.
+
+    Args:
+        weights: names and SHA-256 of the weight files that count; none: every safetensors file.
+        dense: of the model without skipping, so without an `spts` block and proxies.
+    """
+    if weights is None:
+        weights = {p.name: file_hash(p) for p in folder.glob("*.safetensors")}
+    if dense:
+        weights = {name: digest for name, digest in weights.items() if name != PROXIES}
+    found = {}
+    for path in (*folder.iterdir(), *(path for pattern in SUBFOLDERS for path in folder.glob(pattern))):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not matches(name, BESIDE_THE_POINT):
+            found[name] = _without_skipping(path) if dense and name in ("config.json", INDEX) else file_hash(path)
+    return fingerprint(weights, found)
+
+
+def _without_skipping(path: Path) -> Any:
+    """What a config or an index says of the model that does not skip."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if path.name == INDEX:
+        return {name: file for name, file in data["weight_map"].items() if file != PROXIES}
+    return {name: value for name, value in data.items() if name != "spts"}
+
+
+@cache
+def environment() -> str:
+    """The versions that decide what is computed, and this package's own code, by its bytes."""
+    package = Path(__file__).parent.parent
+    sources = [(p.relative_to(package).as_posix(), file_hash(p)) for p in sorted(package.rglob("*.py"))]
+    packages = ("transformers", "tokenizers", "safetensors", "numpy", "scipy")
+    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions += [f"{name} {version(name)}" for name in packages]
+    return ", ".join([*versions, f"spts-compress {__version__} ({fingerprint(sources)})"])
+
+
+def tensors_key(tensors: dict[str, torch.Tensor]) -> str:
+    """Fingerprint of tensors by their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

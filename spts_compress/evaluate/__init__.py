@@ -1,0 +1,1 @@
+"""Measuring a checkpoint: scores, ablation, time, and the report of a run."""

@@ -1,1 +1,0 @@
-"""Measures of a checkpoint against its dense base: retrieval tasks, agreement, time."""

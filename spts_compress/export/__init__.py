@@ -1,0 +1,1 @@
+"""The finished checkpoint: written, described, verified, stripped, published."""

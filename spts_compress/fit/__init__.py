@@ -1,0 +1,1 @@
+"""What is fitted offline, a layer at a time."""

@@ -1,0 +1,101 @@
+"""Refinement of a proxy: gradient steps that lessen the discrepancy between what it predicts and what the feed-forward
+network does, with the base weights frozen (the objective of the paper's Eq. 7, which the paper does not optimise)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..modeling.selection import FeedForwardProxy
+from .ltp import FeedForward, Tokens, log_error
+
+BATCH = 1024  # tokens
+RATE = 0.03  # Adam's step, in units of each parameter's own root mean square
+CHECKS = 8  # times the unseen tokens are looked at
+WARM_UP = 30  # steps
+
+Loss = Callable[[FeedForwardProxy, Tokens], torch.Tensor]
+Error = Callable[[FeedForwardProxy, Tokens], float]
+
+
+def log_norm_loss(proxy: FeedForwardProxy, tokens: Tokens) -> torch.Tensor:
+    """Mean squared error of the log norm."""
+    return (proxy(tokens.unit).log() - tokens.log_norm).square().mean()
+
+
+def ranking_loss(threshold: float, width: float) -> Loss:
+    """Log-norm error plus the cost of tokens on the wrong side of `threshold` (a log norm), `width` being how far from
+    it a token counts as undecided."""
+
+    def loss(proxy: FeedForwardProxy, tokens: Tokens) -> torch.Tensor:
+        predicted = proxy(tokens.unit).log()
+        above = (tokens.log_norm > threshold).float()
+        wrong = torch.nn.functional.binary_cross_entropy_with_logits((predicted - threshold) / width, above)
+        return (predicted - tokens.log_norm).square().mean() + width**2 * wrong
+
+    return loss
+
+
+def representation_loss(ffn: FeedForward, kept: torch.Tensor) -> Loss:
+    """Error of `f(x)` against the activations of the `kept` channels (D_low), relative to their size."""
+    gate, up = ffn.gate[kept], ffn.up[kept]
+
+    def loss(proxy: FeedForwardProxy, tokens: Tokens) -> torch.Tensor:
+        low_gate, low_up = torch.nn.functional.linear(tokens.unit, proxy.down[:-1]).chunk(2, dim=-1)
+        made = proxy.activation(low_gate @ proxy.gate.T) * (low_up @ proxy.up.T)
+        true = proxy.activation(tokens.unit @ gate.T) * (tokens.unit @ up.T)
+        return (made - true).square().sum() / true.square().sum()
+
+    return loss
+
+
+def as_error(loss: Loss) -> Error:
+    """The loss as a plain number, without gradients."""
+
+    @torch.no_grad()
+    def error(proxy: FeedForwardProxy, tokens: Tokens) -> float:
+        return float(loss(proxy, tokens))
+
+    return error
+
+
+def refine(
+    proxy: FeedForwardProxy,
+    loss: Loss,
+    tokens: Tokens,
+    check: Tokens,
+    steps: int,
+    seed: int,
+    error: Error = log_error,
+) -> bool:
+    """Take `steps` of Adam on `loss`, with a cosine schedule; the state that is best on `check` is kept.
+
+    Args:
+        tokens: to fit on. `check`: to stop on; nothing else may be judged by them.
+        error: what is least at the best state.
+
+    Returns:
+        Whether any state was better than the one it began with.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scales = [max(float(p.detach().square().mean().sqrt()), 1e-4) for p in proxy.parameters()]
+    adam = torch.optim.Adam([{"params": [p]} for p in proxy.parameters()], betas=(0.9, 0.98))
+    best, kept, improved = error(proxy, check), _copy(proxy), False
+    for step in range(steps):
+        rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, scale in zip(adam.param_groups, scales, strict=True):
+            group["lr"] = rate * scale
+        batch = torch.randint(len(tokens), (BATCH,), generator=generator).to(tokens.unit.device)
+        adam.zero_grad()
+        loss(proxy, tokens[batch]).backward()
+        adam.step()
+        if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
+            found = error(proxy, check)
+            if found < best:
+                best, kept, improved = found, _copy(proxy), True
+    proxy.load_state_dict(kept)
+    return improved
+
+
+def _copy(proxy: FeedForwardProxy) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in proxy.state_dict().items()}

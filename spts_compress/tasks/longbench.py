@@ -1,0 +1,137 @@
+"""LongBench (arXiv 2308.14508) in its own format, from a folder or a dataset on the Hub."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import UserError
+from .example import Item, chat, token_count
+
+SCORER = {
+    **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"), "f1"),
+    "multifieldqa_zh": "f1_chinese",
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), "rouge"),
+    **dict.fromkeys(("dureader", "vcsum"), "rouge_chinese"),
+    **dict.fromkeys(("trec", "lsht"), "classification"),
+    "passage_count": "count",
+    **dict.fromkeys(("passage_retrieval_en", "passage_retrieval_zh"), "paragraph"),
+    **dict.fromkeys(("lcc", "repobench-p"), "code"),
+}
+TASKS = tuple(SCORER)
+WITHOUT_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # few-shot and code completion
+FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")
+FIELDS = ("input", "context", "answers", "all_classes")
+
+
+class LongBench:
+    """Where the data is: `source` is a folder with `TASK.jsonl` files, or a name for `datasets.load_dataset`. The
+    benchmark's `dataset2prompt.json` and `dataset2maxlen.json` are read from the folder (`prompts`, if the data is not
+    in one).
+
+    Raises:
+        UserError: if something is missing, naming it.
+    """
+
+    def __init__(self, source: str, prompts: Path | None = None):
+        self.source = source
+        self.folder = Path(source) if Path(source).is_dir() else None
+        beside = prompts or self.folder
+        if beside is None:
+            raise UserError(
+                f"{source}: not a folder; for a dataset on the Hub name the folder of dataset2prompt.json too"
+            )
+        self.prompts = _mapping(beside / "dataset2prompt.json")
+        self.lengths = _mapping(beside / "dataset2maxlen.json")
+
+    def tasks(self) -> list[str]:
+        """The tasks that are there."""
+        found = [name for name in TASKS if self.folder is None or (self.folder / f"{name}.jsonl").is_file()]
+        if not found:
+            raise UserError(f"{self.source}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
+        return found
+
+    def items(self, task: str, tokenizer: Any, length: int, count: int) -> list[Item]:
+        """The first `count` items of a task, cut in the middle to at most `length` tokens, answer included."""
+        if task not in self.tasks():
+            raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
+        made = []
+        for index, row in zip(range(count), self._rows(task), strict=False):
+            prompt = self.prompts[task].format(**row)
+            template = task not in WITHOUT_CHAT
+            text = _cut(prompt, tokenizer, length - self.lengths[task], template)
+            tokens = token_count(tokenizer, text)
+            made.append(
+                Item(
+                    task,
+                    index,
+                    text,
+                    row["answers"],
+                    tokens,
+                    length,
+                    self.lengths[task],
+                    scorer=SCORER[task],
+                    classes=row["all_classes"] or [],
+                )
+            )
+        return made
+
+    def _rows(self, task: str) -> Iterator[dict]:
+        if self.folder is None:
+            from datasets import load_dataset
+
+            try:
+                yield from load_dataset(self.source, task, split="test", streaming=True)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self.source}: {str(error).splitlines()[0]}") from None
+            return
+        path = self.folder / f"{task}.jsonl"
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    row = json.loads(line)
+                    missing = [name for name in FIELDS if name not in row]
+                except (ValueError, TypeError):
+                    raise UserError(f"{path}:{number}: not a JSON object") from None
+                if missing:
+                    raise UserError(
+                        f"{path}:{number}: no {', '.join(missing)}; a LongBench line has {', '.join(FIELDS)}"
+                    )
+                yield row
+
+
+def judged_part(task: str, answer: str) -> str:
+    """The part of an answer that counts."""
+    return answer.lstrip("\n").split("\n")[0] if task in FIRST_LINE else answer
+
+
+def _cut(prompt: str, tokenizer: Any, limit: int, template: bool) -> str:
+    """The prompt, its middle left out if it is too long, in the chat template if the task has one."""
+
+    def dressed(text: str) -> str:
+        return chat(tokenizer, text) if template else text
+
+    spare = limit - token_count(tokenizer, dressed(prompt))
+    if spare >= 0:
+        return dressed(prompt)
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    room = len(ids) + spare
+    while room > 1:
+        head, tail = ids[: room // 2], ids[len(ids) - room // 2 :]
+        text = dressed(
+            tokenizer.decode(head, skip_special_tokens=True) + tokenizer.decode(tail, skip_special_tokens=True)
+        )
+        over = token_count(tokenizer, text) - limit
+        if over <= 0:
+            return text
+        room -= over  # a cut inside a word can cost a token more
+    raise UserError(f"a limit of {limit} tokens leaves no room for the prompt")
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path} is missing; it comes with LongBench") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON") from None

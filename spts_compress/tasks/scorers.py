@@ -1,0 +1,145 @@
+"""How answers are judged: RULER's and LongBench's scores (arXiv 2308.14508), each 0 to 1 for one item.
+
+ROUGE, edit similarity and Chinese word segmentation come from libraries (`pip install 'spts-compress[eval]'`).
+"""
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..utils.errors import UserError
+
+Scorer = Callable[[str, list[str], list[str]], float]
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def _library(name: str) -> Any:
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        raise UserError(f"this score needs {name.split('.')[0]}: pip install 'spts-compress[eval]'") from None
+
+
+def contains(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """Share of the references found in the answer, case-insensitive (RULER)."""
+    return sum(output.lower() in answer.lower() for output in outputs) / len(outputs)
+
+
+def number(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """Whether the first number of the answer is the right one."""
+    found = re.search(r"-?\d+(?:,\d{3})*", answer)
+    return float(found is not None and found.group().replace(",", "") == outputs[0])
+
+
+def first_word(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """Whether the first word (letters, digits, - and _) of the answer is the right one."""
+    found = re.search(r"[\w-]+", answer)
+    return float(found is not None and found.group().lower() == outputs[0].lower())
+
+
+def english_words(text: str) -> list[str]:
+    """Lower case, no punctuation, no articles."""
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return ARTICLES.sub(" ", bare).split()
+
+
+def chinese_words(text: str) -> list[str]:
+    """Words as jieba cuts them; no punctuation, no spaces."""
+    words = _library("jieba").cut(text, cut_all=False)
+    bare = ("".join(c for c in word.lower() if unicodedata.category(c)[0] not in "PSZC") for word in words)
+    return [word for word in bare if word]
+
+
+def token_f1(got: list[str], expected: list[str]) -> float:
+    """Harmonic mean of precision and recall of words."""
+    same = sum((Counter(got) & Counter(expected)).values())
+    if not same:
+        return 0.0
+    precision, recall = same / len(got), same / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def f1(answer: str, outputs: list[str], classes: list[str]) -> float:
+    return max(token_f1(english_words(answer), english_words(output)) for output in outputs)
+
+
+def f1_chinese(answer: str, outputs: list[str], classes: list[str]) -> float:
+    return max(token_f1(chinese_words(answer), chinese_words(output)) for output in outputs)
+
+
+def _rouge_l(answer: str, output: str, words: Callable[[str], list[str]]) -> float:
+    """F measure of the longest common subsequence of words."""
+
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return words(text)
+
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=Words())
+    return float(scorer.score(output, answer)["rougeL"].fmeasure)
+
+
+def rouge(answer: str, outputs: list[str], classes: list[str]) -> float:
+    return max(_rouge_l(answer, output, str.split) for output in outputs)
+
+
+def rouge_chinese(answer: str, outputs: list[str], classes: list[str]) -> float:
+    def cut(text: str) -> list[str]:
+        return [word for word in _library("jieba").cut(text, cut_all=False) if not word.isspace()]
+
+    return max(_rouge_l(answer, output, cut) for output in outputs)
+
+
+def classification(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """1 over the number of class names in the answer, if the right one is among them; a name inside the right one does
+    not count."""
+    best = 0.0
+    for output in outputs:
+        named = [name for name in classes if name in answer]
+        named = [name for name in named if not (name in output and name != output)]
+        best = max(best, 1 / len(named) if output in named else 0.0)
+    return best
+
+
+def _share_of_numbers(answer: str, wanted: str) -> float:
+    numbers = re.findall(r"\d+", answer)
+    return sum(found == wanted for found in numbers) / len(numbers) if numbers else 0.0
+
+
+def count(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """Share of the answer's numbers that are the right one."""
+    return max(_share_of_numbers(answer, output) for output in outputs)
+
+
+def paragraph(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """The same for references of the form "Paragraph 12" or 段落12."""
+    return max(_share_of_numbers(answer, re.findall(r"\d+", output)[0]) for output in outputs)
+
+
+def code(answer: str, outputs: list[str], classes: list[str]) -> float:
+    """Edit similarity of the answer's first line that is neither a comment nor a code fence."""
+    lines = answer.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return max(_library("rapidfuzz.fuzz").ratio(line, output) / 100 for output in outputs)
+
+
+SCORERS: dict[str, Scorer] = {
+    "contains": contains,
+    "number": number,
+    "first_word": first_word,
+    "f1": f1,
+    "f1_chinese": f1_chinese,
+    "rouge": rouge,
+    "rouge_chinese": rouge_chinese,
+    "classification": classification,
+    "count": count,
+    "paragraph": paragraph,
+    "code": code,
+}
+
+
+def score(scorer: str, answer: str, outputs: list[str], classes: list[str]) -> float:
+    """The score of an answer, 0 to 1."""
+    return SCORERS[scorer](answer, outputs, classes)

@@ -1,0 +1,1 @@
+"""Wall-clock time: dense and SPTS in turn, and where it goes."""

@@ -1,0 +1,110 @@
+"""What a stock layer's parts cost in seconds on the machine at hand: attention and the feed-forward network do not cost
+the same an operation, nor the same at every number of tokens."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..cost import LayerShape, layer_costs
+from ..modeling.configuration_spts import Schedule
+from ..modeling.stock_layer import MASKS, layer_kinds, position_tables
+from .pairs import synchronize
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds of the parts of one layer at each of the numbers of `tokens` (rising): each kind of attention by its
+    name, "feed_forward" and "keys"."""
+
+    tokens: list[int]
+    seconds: dict[str, list[float]]
+
+    def of(self, part: str, tokens: int) -> float:
+        """Seconds at `tokens`, on a power law between the numbers measured, in proportion below the least."""
+        if tokens <= self.tokens[0]:
+            return self.seconds[part][0] * tokens / self.tokens[0]
+        return float(np.exp(np.interp(np.log(tokens), np.log(self.tokens), np.log(self.seconds[part]))))
+
+    def speedup(self, config: Any, schedule: Schedule, length: int) -> float:
+        """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
+        feed-forward network's price an operation, attention with a window at the stock layer's, though skipping layers
+        run it faster, in pieces."""
+        last, kinds = LayerShape.of(config), layer_kinds(config)
+        pace = self.of("feed_forward", length) / last.feed_forward(length)
+        dense = total = 0.0
+        for layer, cost in enumerate(layer_costs(config, schedule, length)):
+            width = LayerShape.of(config, layer).intermediate / last.intermediate
+            dense += self.of(kinds[layer], length) + width * self.of("feed_forward", length)
+            total += (
+                self.of(kinds[layer], cost.active)
+                + self.of("keys", cost.candidates_in - cost.active)
+                + width * self.of("feed_forward", cost.ffn_tokens)
+                + cost.probing * pace
+            )
+        return dense / total
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> Prices:
+    """Time the parts of the last layer of a `stock` model, and of the last of each kind of attention, on the first so
+    many tokens of `ids` (B, n); medians of `repeats` after a warm-up."""
+    layers, whole, kinds = stock.model.layers, stock.model.embed_tokens(ids), layer_kinds(stock.config)
+    last = dict(zip(kinds, layers, strict=True))
+    shape = LayerShape.of(stock.config)
+    keys = whole.new_ones(shape.key // shape.hidden, shape.hidden)  # time depends on no values
+    counts = sorted(set(tokens))
+    seconds: dict[str, list[float]] = {part: [] for part in (*last, "feed_forward", "keys")}
+    for count in counts:
+        states, positions = whole[:, :count], torch.arange(count, device=ids.device)[None]
+        rotary = position_tables(stock.model.rotary_emb, stock.config, states, positions)
+        for kind in last:
+            mask = MASKS[kind](stock.config, states, None, None)
+            attend = partial(_attention, last[kind], stock.model.norm, states, rotary[kind], mask)
+            seconds[kind].append(_time(attend, ids.device, repeats))
+        seconds["feed_forward"].append(
+            _time(partial(_feed_forward, layers[-1], stock.model.norm, states), ids.device, repeats)
+        )
+        seconds["keys"].append(_time(partial(nn.functional.linear, states, keys), ids.device, repeats))
+    return Prices(counts, seconds)
+
+
+def _attention(layer: Any, norm: Any, states: torch.Tensor, rotary: Any, mask: Any) -> Any:
+    return layer.self_attn(norm(states), position_embeddings=rotary, attention_mask=mask)
+
+
+def _feed_forward(layer: Any, norm: Any, states: torch.Tensor) -> Any:
+    return layer.mlp(norm(states))
+
+
+def _time(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    taken = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - begin)
+    return median(taken[1:])
+
+
+def calibrated(stock: Any, schedule: Schedule, ids: torch.Tensor) -> float:
+    """The TTFT ratio that the machine's own speed allows on prompts `ids` (B, n), with every number of tokens that the
+    schedule has timed."""
+    costs = layer_costs(stock.config, schedule, ids.shape[1])
+    counts = {n for cost in costs for n in (cost.active, cost.candidates_in - cost.active, cost.ffn_tokens)}
+    return measure(stock, ids, (counts | {ids.shape[1]}) - {0}).speedup(stock.config, schedule, ids.shape[1])
+
+
+def grid(length: int, points: int = 10) -> list[int]:
+    """Numbers of tokens up to `length`, each the same factor above the one before, from 64 on."""
+    return sorted({round(n) for n in np.geomspace(min(64, length), length, points)})

@@ -1,0 +1,1 @@
+"""What every room uses: finished work, processes, tables, errors."""
