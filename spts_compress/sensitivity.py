@@ -29,7 +29,7 @@ from .utils.store import Store, fingerprint
 from .utils.tables import table
 
 SHARE = 0.25  # of the tokens, for recall
-FACTORS = ("size", "paper's, no step", "start", "blend", "objective", "rho", "tokens", "fitted on")
+FACTORS = ("size", "paper's, no step", "init", "blend", "objective", "rho", "tokens", "fitted on")
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) ->
         found = size(number)
         made.append(Variant("size", f"{found.channels} channels, rank {found.rank}", found, section, own))
     for start in ("svd", "weighted-svd"):
-        change("paper's, no step", start, start=start, regression=False, steps=0)
-        if start != section.start:
-            change("start", start, start=start)
+        change("paper's, no step", start, init=start, regression=False, steps=0)
+        if start != section.init:
+            change("init", start, init=start)
     change("blend", "no regression", regression=False)
     for objective in ("log-norm", "ranking", "representation"):
         if objective != section.objective:
             change("objective", objective, objective=objective)
     for top in (0.05, 0.2, 1.0):
-        if top != section.top:
+        if top != section.saliency_quantile:
             change("rho", f"{top:g}", top=top)
     for part in (0.25, 0.5):
         made.append(Variant("tokens", f"{part:g} of them", full, section, own, part))
@@ -317,7 +317,7 @@ def save(study: Study, output: Path) -> str:
     parts = [title, as_table(rows, best), "Spearman / recall by source:", by_source(study)]
     relative = medians(study, "relative")
     again = recommended(relative, study.setting["proxy"]["tolerance"])
-    parts += ["The same for norms relative to the state's own (`feed_forward: relative`):", as_table(relative, again)]
+    parts += ["The same for norms relative to the state's own (`ffn_selection: relative`):", as_table(relative, again)]
     text = "\n\n".join(parts)
     draw(rows, best, title, output / "sweep.png")
     (output / "sweep.json").write_text(json.dumps({"setting": study.setting, "rows": study.rows}, indent=1) + "\n")

@@ -141,7 +141,7 @@ def as_tables(result: dict[str, Any]) -> str:
 
 
 PARTS = (
-    "dense layers", "projections", "attention", "feed-forward", "probing", "selecting", "gathers", "norms", "rest",
+    "dense layers", "probing", "selecting", "gathers", "attention", "feed-forward", "rest",
 )  # fmt: skip
 
 

@@ -136,10 +136,10 @@ def measure_all(
             return {"prompt_tokens": start, "tokens": own.shape[1] - start, **agreement.agreement(*logs)}
 
         def states() -> dict:
-            if schedule.feed_forward not in ("proxy", "relative"):
+            if schedule.ffn_selection not in ("proxy", "relative"):
                 return {}
             [item] = _plain(section, tokenizer, prose, quality)
-            relative = schedule.feed_forward == "relative"
+            relative = schedule.ffn_selection == "relative"
             found = metrics.on_skipped_states(spts, encode(tokenizer, [item.text], spts.device), relative)
             return {str(layer): ranking for layer, ranking in found.items()}
 
