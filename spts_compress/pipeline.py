@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from . import __version__, plan
 from .calibrate import capture
-from .calibrate.base_model import Base, context_of, resolve, resolve_config
+from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, documents, from_files
+from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.outputs import new_folder, refuse
 from .cost import has_experts
@@ -93,7 +94,7 @@ class Prepared:
     def skipping(self, schedule: Schedule | None = None) -> Any:
         """The skipping model on the parameters of the stock one."""
         return dense_reference.skipping(
-            self.model, write.model_class(self.base.family), schedule or self.schedule, self.parameters
+            self.model, model_class(self.base.family), schedule or self.schedule, self.parameters
         )
 
 
@@ -244,7 +245,7 @@ def fit_proxies(
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
     missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
-        everything, places = sequences.fit + sequences.held_out, write.norms_of(base.family)
+        everything, places = sequences.fit + sequences.held_out, norms_of(base.family)
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
         for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key, ranks, places):
             ffn = FeedForward.of(model.model.layers[layer], base.config, places)

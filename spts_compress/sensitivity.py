@@ -15,9 +15,9 @@ from tqdm import tqdm
 from .calibrate import capture
 from .calibrate.base_model import resolve
 from .calibrate.data import Blocks, blocks, documents
+from .checkpoint.families import norms_of
 from .checkpoint.keys import environment
 from .cost import has_experts, proxy_share
-from .export.write import norms_of
 from .fit import metrics
 from .fit.ltp import FeedForward, Regression, Tokens, regress
 from .fit.size import fit

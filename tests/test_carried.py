@@ -12,6 +12,7 @@ from tiny import FAMILIES, tiny_base, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spts_compress.calibrate.base_model import resolve, resolve_config
+from spts_compress.checkpoint import families
 from spts_compress.checkpoint.layout import exported, travelling, weight_files
 from spts_compress.export.verify import verify, write_manifest
 from spts_compress.export import fresh, write
@@ -77,7 +78,7 @@ def found(folder, trusted=False):
 
 def exporting(base, folder):
     """A checkpoint with random proxies in `folder`."""
-    cls = write.model_class(base.family)
+    cls = families.model_class(base.family)
     settings = {key: value for key, value in base.config.to_dict().items() if key != "model_type"}
     model = cls(cls.config_class(**settings, spts=SPTS)).to(torch.bfloat16)
     folder.mkdir()
@@ -386,9 +387,10 @@ def test_the_hub_is_asked_for_what_travels(rich, monkeypatch):
 
 def test_every_family_names_its_code():
     for family in FAMILIES:
-        assert all(path.is_file() for path in write.code_files(family))
-        modules = {path.stem for path in write.code_files(family)}
-        assert {value.split(".")[0] for value in write.auto_map(family).values()} <= modules
+        assert all(path.is_file() for path in families.code_files(family))
+        modules = {path.stem for path in families.code_files(family)}
+        named = families.exported_config({"model_type": family})["auto_map"]
+        assert {value.split(".")[0] for value in named.values()} <= modules
 
 
 def test_other_models_data_and_notes_in_the_folder_stay_behind(tmp_path):

@@ -1,21 +1,20 @@
 """The folders that a run makes: what may stand in their place, and how a finished one gets its name."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, some
 from ..utils.store import claimed, full_disk_named
-from .layout import FREE, MANIFEST
+from .layout import CONFIG, FREE, MANIFEST, all_files, read_json
 
 
 def refuse_inside(output: Path, checkpoint: Path) -> None:
     """Raises UserError if `output` is the checkpoint's own folder or lies in it, since it would no longer be whole."""
-    if (checkpoint / "config.json").exists() and _place(output).is_relative_to(checkpoint.resolve()):
+    if (checkpoint / CONFIG).exists() and _place(output).is_relative_to(checkpoint.resolve()):
         beside = checkpoint.resolve().with_name(checkpoint.resolve().name + "-results")
         raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
 
@@ -49,9 +48,8 @@ def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ())
         raise UserError(f"{output} exists; {other}")
     if (listed := _listed(place)) is None:
         raise UserError(f"{output} exists and is no checkpoint made here, so nothing replaces it; {other}")
-    if foreign := sorted(_names(place) - listed):
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise UserError(f"{output} exists and holds files of others: {', '.join(foreign[:3])}{more}; {other}")
+    if foreign := set(all_files(place)) - listed:
+        raise UserError(f"{output} exists and holds files of others: {some(foreign)}; {other}")
     if not force:
         raise UserError(f"{output} exists; {other}, or --force to replace it")
 
@@ -72,22 +70,9 @@ def _real(path: Path) -> list[Path]:
 def _listed(folder: Path) -> set[str] | None:
     """The files that a checkpoint made here may hold; None if it is none."""
     try:
-        return {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"], *FREE}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {*read_json(folder / MANIFEST)["sha256"], *FREE}
+    except (UserError, KeyError, TypeError):
         return None
-
-
-def _names(folder: Path) -> set[str]:
-    """Files and links in a folder and all below it; of folders that can't be read, their own names."""
-    found = set[str]()
-
-    def unread(error: OSError) -> None:
-        found.add(os.path.relpath(error.filename, folder))
-
-    for place, folders, files in os.walk(folder, onerror=unread):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found |= {(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)}
-    return found
 
 
 @contextmanager

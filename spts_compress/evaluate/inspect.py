@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.base_model import FAMILIES
-from ..export.write import model_class
+from ..checkpoint.families import FAMILIES, model_class
 from ..pipeline import REPORT
 from ..plan import describe
 from ..utils.errors import UserError

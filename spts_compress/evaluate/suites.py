@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..calibrate import data
-from ..calibrate.base_model import setting_faults
+from ..calibrate.base_checks import setting_faults
 from ..checkpoint.keys import environment, folder_key
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic

@@ -87,7 +87,8 @@ def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
 
     Args:
         tensors: safetensors file with token ids, and the logits and states that they are to give.
-        facts: `dtype`; `config`, `generation` and `tokenizer`: the base's; `trust`: how the tokenizer is loaded.
+        facts: `dtype`; `weights`: the files of tensors; `config`, `generation` and `tokenizer`: the base's; `trust`:
+            how the tokenizer is loaded.
     """
     import torch
     from safetensors import safe_open
@@ -100,8 +101,7 @@ def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
     model, info = loaded
     faults = [f"{key}: {value}" for key, value in info.items() if value]
     state = model.eval().state_dict()
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    for file in sorted(set(index.values())):
+    for file in facts["weights"]:
         with safe_open(folder / file, "pt") as opened:
             for name in list(opened.keys()):
                 if name in state and not torch.equal(state[name], opened.get_tensor(name).to(state[name].dtype)):

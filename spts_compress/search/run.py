@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..calibrate.base_model import context_of
+from ..checkpoint.families import context_of
 from ..cost import predicted
 from ..evaluate.report import hardware
 from ..modeling.configuration_spts import Amount, Proxy, Schedule
