@@ -114,7 +114,7 @@ def recipe(
     if read.export.push_to_hub:
         hub.need_token()  # now, not after hours
     with _spread(device) as (ranks, own):
-        say = click.echo if ranks.leads else lambda _: None
+        say = click.echo if ranks.is_main else lambda _: None
         report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, say, ranks)
     if report is not None:
         tables = f"{speed_table(report)}\n\n{quality_table(report)}"
@@ -209,7 +209,7 @@ def evaluate(
         with _spread(device) as (ranks, own):
             model, tokenizer = work.load(folder, own, dtype)
             work.collect(model, tokenizer, folder, request, output, ranks)
-        if not ranks.leads:
+        if not ranks.is_main:
             return
     result = work.summarise(output)
     click.echo(work.save(result, output))

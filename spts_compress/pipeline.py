@@ -37,7 +37,7 @@ from .search import run as searching
 from .timing.break_even import break_even
 from .timing.pairs import stock_twin
 from .timing.stage_timer import Stages
-from .utils.distributed import ALONE, Ranks
+from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
 from .utils.store import Store, claimed, fingerprint
 from .utils.tables import size
@@ -55,6 +55,8 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     documents(recipe.calibration, notes.append)
     config = resolve_config(recipe.model, recipe.calibration.chat_template)
     _check_lengths(recipe, config)
+    for path in (recipe.report.text, recipe.search.text if recipe.search else None):
+        _prose(path)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     name = recipe.model.path or str(recipe.model.gguf_file)
@@ -102,7 +104,7 @@ def prepare(
     recipe: Recipe,
     store: Store,
     device: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     stage: Stages | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
@@ -114,7 +116,7 @@ def prepare(
     stage = stage or Stages(device)
     with stage("model and text"):
         texts, search = documents(recipe.calibration, say), recipe.search
-        with ranks.leader_first():  # who may convert or download it
+        with ranks.main_first():  # who may convert or download it
             base = resolve(recipe.model, store)
         carried = write.carry(base)
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
@@ -140,7 +142,7 @@ def run(
     force: bool = False,
     work: Path | None = None,
     say: Callable[[str], None] = print,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any] | None:
     """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
 
@@ -170,7 +172,7 @@ def run(
     store, folder = Store(root), output.with_name(output.name + ".search")
     with ExitStack() as stack:
         staging = Path()
-        if ranks.leads:
+        if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
             staging = stack.enter_context(new_folder(output, force, inputs, again))
             stack.enter_context(store.lock())
@@ -187,13 +189,13 @@ def run(
             )
             with stage("search"):
                 searched = searching.run(ready.model, ready.skipping(), ready.asked, store, key, say, ranks)
-            if ranks.leads:
+            if ranks.is_main:
                 search_report.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
             fits = [fit for fit in fits if fit["layer"] >= schedule.start]
             parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
             ready = replace(ready, parameters=parameters)
-        if not ranks.leads:
+        if not ranks.is_main:
             return None
         if recipe.export.break_even:
             schedule = _from_break_even(ready, schedule, device, store, say)
@@ -243,7 +245,7 @@ def fit_proxies(
         counts = schedule.counts(layer, max(recipe.report.lengths))
         shares[layer] = counts.ffn_tokens / counts.candidates_in
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
-    missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
+    missing = ranks.broadcast([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
         everything, places = sequences.fit + sequences.held_out, norms_of(base.family)
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
@@ -259,7 +261,7 @@ def fit_proxies(
             # one unit, so that no kill can part what was tried from what was chosen
             choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
-    ranks.wait()
+    ranks.barrier()
     parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])

@@ -23,7 +23,7 @@ from .fit.ltp import FeedForward, Regression, Tokens, regress
 from .fit.size import fit
 from .modeling.configuration_spts import Proxy
 from .recipe import CalibrationSection, ProxySection, Recipe
-from .utils.distributed import ALONE
+from .utils.distributed import SINGLE_PROCESS
 from .utils.errors import UserError
 from .utils.store import Store, fingerprint
 from .utils.tables import table
@@ -155,7 +155,9 @@ def run(
         if missing:
             model = base.load(recipe.model.dtype, device)
             everything, places = [s for b in found.values() for s in b.fit + b.held_out], norms_of(base.family)
-            for layer, states, norms in capture.feed_forward(model, everything, missing, store, data, ALONE, places):
+            for layer, states, norms in capture.feed_forward(
+                model, everything, missing, store, data, SINGLE_PROCESS, places
+            ):
                 ffn = FeedForward.of(model.model.layers[layer], base.config, places)
                 fitted, kept = _split(found, ffn, states, norms)
                 for variant in tqdm(tried, desc=f"layer {layer}", unit="fit", leave=False):

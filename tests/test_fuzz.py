@@ -211,6 +211,16 @@ def without(name):
     return lambda base: (base / name).unlink()
 
 
+def index(content):
+    """An index, and no file of the plain name, which would hide it."""
+
+    def change(base):
+        (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+        (base / "model.safetensors.index.json").write_text(content)
+
+    return change
+
+
 def tensors(change):
     """Change the base's tensors by name."""
 
@@ -257,16 +267,15 @@ BASES = {
     "a tensor of whole numbers": tensors(lambda made: {**made, UP: made[UP].int()}),
     "a tensor that is not finite": tensors(lambda made: {**made, NORM: made[NORM] * float("nan")}),
     "no tensors": tensors(lambda made: {NORM: made[NORM]}),
-    "index cut short": put("model.safetensors.index.json", '{"weight_map"'),
-    "index without a map": put("model.safetensors.index.json", "{}"),
-    "index is a list": put("model.safetensors.index.json", "[]"),
-    "index of a file that is gone": put("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'),
-    "index out of the folder": put("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
-    "index of a number": put("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+    "index cut short": index('{"weight_map"'),
+    "index without a map": index("{}"),
+    "index is a list": index("[]"),
+    "index of a file that is gone": index('{"weight_map": {"a": "gone.safetensors"}}'),
+    "index out of the folder": index('{"weight_map": {"a": "../x.safetensors"}}'),
+    "index of a number": index('{"weight_map": {"a": 3}}'),
     "no tokenizer": lambda base: [path.unlink() for path in base.glob("tokenizer*")],
     "tokenizer cut short": put("tokenizer.json", '{"version": "1.0"'),
     "tokenizer is text": put("tokenizer.json", "words"),
-    "tokenizer of no class": edit("tokenizer_config.json", tokenizer_class="NoSuchTokenizer", auto_map=...),
     "tokenizer of code that is gone": edit(
         "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_gone.Gone", None]}, tokenizer_class="Gone"
     ),
