@@ -21,6 +21,7 @@ from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
+from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
 from .checkpoint.outputs import new_folder, refuse
 from .cost import has_experts
 from .evaluate.report import check_prompts, hardware, measure_all
@@ -41,8 +42,6 @@ from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
 from .utils.store import Store, claimed, fingerprint
 from .utils.tables import size
-
-REPORT = "spts_report.json"
 
 
 def describe(recipe: Recipe, device: str = "cpu") -> str:
@@ -216,11 +215,11 @@ def run(
                 fit["skipped"] = found
         report = {"proxies": fits, "search": searched, "stages": stage.found, **measured}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / "README.md").write_text(card.render(base, schedule, fits, report))
-        (staging / "recipe.yaml").write_text(verbatim)
-        (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
-        if searched is not None and (folder / "search.png").exists():
-            shutil.copyfile(folder / "search.png", staging / "search.png")
+        (staging / CARD).write_text(card.render(base, schedule, fits, report))
+        (staging / RECIPE).write_text(verbatim)
+        (staging / RESOLVED_RECIPE).write_text(_resolved(recipe, base, schedule))
+        if searched is not None and (plot := folder / SEARCH_PLOT).exists():
+            shutil.copyfile(plot, staging / SEARCH_PLOT)
         write_manifest(staging, carried.names)
     return report
 

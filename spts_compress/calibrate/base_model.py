@@ -67,11 +67,6 @@ class Base:
         """The key that the files have now."""
         return replace(self, weights={name: file_hash(self.folder / name) for name in self.weights}).key
 
-    @property
-    def size(self) -> int:
-        """Bytes of all weight files."""
-        return sum((self.folder / name).stat().st_size for name in self.weights)
-
     def tokenizer(self, chat: bool = False) -> Any:
         """The tokenizer, see `read_tokenizer`."""
         return read_tokenizer(self.folder, self.config, self.name, self.trusted, chat)

@@ -78,18 +78,6 @@ def from_files(path: Path, columns: Sequence[str] = COLUMNS, skipped: Skipped | 
     return documents(_all_records(path, columns), str(path), columns, skipped)
 
 
-def from_dataset(
-    path: str, config: str | None, split: str, columns: Sequence[str] = COLUMNS, skipped: Skipped | None = None
-) -> Iterator[str]:
-    """Documents of a dataset, lazily; `path`, `config` and `split` are those of `datasets.load_dataset`.
-
-    Raises:
-        UserError: as `from_files`.
-    """
-    name = f"calibration.dataset: {path}"
-    return documents(_dataset_records(name, path, config, split), name, columns, skipped)
-
-
 def documents(
     records: Iterable[Record], name: str, columns: Sequence[str], skipped: Skipped | None = None
 ) -> Iterator[str]:
@@ -217,6 +205,32 @@ def _turn(turn: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise ValueError(f"not text: a turn of the conversation says {_shown(content)}")
     return {**rest, "role": ROLES.get(role, role), "content": content}
+
+
+def dataset_records(
+    name: str, path: str, config: str | None = None, split: str = "train", **options: Any
+) -> Iterator[Record]:
+    """Records of a dataset that is called `name` in errors, in the words of `datasets`; see `datasets.load_dataset`.
+
+    Raises:
+        UserError: for whatever `datasets` can't do with it.
+    """
+    import datasets
+
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs, it raises too
+    number = 0
+    try:
+        if (Path(path) / "state.json").is_file():  # how `save_to_disk` leaves one split, or several
+            rows = datasets.load_from_disk(path)
+        elif (Path(path) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(str(Path(path) / split))
+        else:
+            rows = datasets.load_dataset(path, config, split=split, streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            yield f"{name}, row {number}", row
+    except Exception as error:  # readers of many libraries are behind it, with errors of their own
+        after = f", after row {number}" if number else ""
+        raise UserError(f"{name}{after}: can't be read: {reason(error)}") from None
 
 
 class TextFile:
@@ -360,7 +374,7 @@ def _is_table(file: TextFile) -> bool:
 
 
 def _parquet(file: TextFile) -> Iterator[Record]:
-    return _dataset_records(str(file.path), "parquet", data_files=glob.escape(str(file.path.absolute())))
+    return dataset_records(str(file.path), "parquet", data_files=glob.escape(str(file.path.absolute())))
 
 
 Reader = Callable[[TextFile], Iterator[Record]]
@@ -372,25 +386,3 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[TextFile], bool], Reader], ...] 
     ((), lambda _: True, _plain),
 )
 ENDINGS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-
-
-def _dataset_records(
-    name: str, path: str, config: str | None = None, split: str = "train", **options: Any
-) -> Iterator[Record]:
-    """Records of a dataset that is called `name` in errors, in the words of `datasets`; see `datasets.load_dataset`."""
-    import datasets
-
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs, it raises too
-    number = 0
-    try:
-        if (Path(path) / "state.json").is_file():  # how `save_to_disk` leaves one split, or several
-            rows = datasets.load_from_disk(path)
-        elif (Path(path) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(str(Path(path) / split))
-        else:
-            rows = datasets.load_dataset(path, config, split=split, streaming=True, **options)
-        for number, row in enumerate(rows, 1):
-            yield f"{name}, row {number}", row
-    except Exception as error:  # readers of many libraries are behind it, with errors of their own
-        after = f", after row {number}" if number else ""
-        raise UserError(f"{name}{after}: can't be read: {reason(error)}") from None

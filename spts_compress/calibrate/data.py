@@ -13,7 +13,8 @@ import torch
 
 from ..recipe import CalibrationSection
 from ..utils.errors import UserError, reason
-from .corpus import COLUMNS, Conversation, Skipped, cut, from_dataset, from_files
+from . import corpus
+from .corpus import COLUMNS, Conversation, Skipped, cut, dataset_records, from_files
 
 
 def python_docs() -> list[str]:
@@ -49,12 +50,13 @@ def documents(section: CalibrationSection, log: Callable[[str], None] = lambda _
     columns = (section.column,) if section.column else COLUMNS
     skipped = Skipped()
     options = columns, skipped if section.invalid == "skip" else None
-    dataset = str(section.dataset), section.config, section.split
+    dataset = f"calibration.dataset: {section.dataset}"
+    records = dataset_records(dataset, str(section.dataset), section.config, section.split)
     readers: dict[str, Callable[[], Iterable[str]]] = {
         "python-docs": python_docs,
         "python-code": python_code,
         "files": lambda: _enough(from_files(Path(str(section.path)), *options), section.tokens),
-        "dataset": lambda: _enough(from_dataset(*dataset, *options), section.tokens),
+        "dataset": lambda: _enough(corpus.documents(records, dataset, *options), section.tokens),
     }
     sources = [list(readers[source]()) for source in section.source]
     if skipped.count:

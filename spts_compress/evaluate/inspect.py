@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.families import FAMILIES, model_class
-from ..pipeline import REPORT
+from ..checkpoint.layout import CONFIG, REPORT
 from ..plan import describe
 from ..utils.errors import UserError
 from ..utils.tables import size
@@ -18,7 +18,7 @@ def read_config(folder: Path) -> Any:
     Raises:
         UserError: if the folder holds no checkpoint of this toolkit, or one of a family that this release doesn't know.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
