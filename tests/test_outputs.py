@@ -180,7 +180,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path):
 def test_what_appears_during_a_run_is_not_replaced(force, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"out exists and is no checkpoint.* with --work w"):  # noqa: SIM117
-        with new_folder(out, force, kept=" with --work w") as made:
+        with new_folder(out, force, hint=" with --work w") as made:
             (made / "config.json").touch()
             out.mkdir()
             (out / "weeks of work").touch()

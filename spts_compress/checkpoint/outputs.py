@@ -76,7 +76,7 @@ def _listed(folder: Path) -> set[str] | None:
 
 
 @contextmanager
-def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] = (), kept: str = "") -> Iterator[Path]:
+def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] = (), hint: str = "") -> Iterator[Path]:
     """Yields an empty folder to fill, which takes the name `output` in the end, if nothing that `refuse` protects is
     there. Until then one run alone may make `output`, and an old checkpoint keeps its name.
 
@@ -84,7 +84,7 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
 
     Args:
         force, inputs: see `refuse`.
-        kept: what to say of finished work, if something came to be at `output` meanwhile.
+        hint: what to say of finished work, if something came to be at `output` meanwhile.
 
     Raises:
         UserError: at once or in the end, see `refuse`; or if another run is making `output`, or the disk is full.
@@ -114,7 +114,7 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
                     place.rename(old)
                 new.rename(place)  # takes the place of nothing but an empty folder
             except UserError as error:
-                raise UserError(f"{error}{kept}") from None
+                raise UserError(f"{error}{hint}") from None
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise UserError(f"{place}: something was put there during the run; give another --output") from None

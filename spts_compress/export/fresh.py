@@ -77,9 +77,9 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     )
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
     """Names of the facts that differ."""
-    return sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    return sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
 
 
 def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
@@ -120,8 +120,8 @@ def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
         if not torch.equal(body(ids).last_hidden_state[:, -1], expected["state"]):
             faults.append("AutoModel gives other states")
     for trust in facts["trust"]:
-        found = tokenizer_facts(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
-        faults += [f"tokenizer: {key} not the base's" for key in differences(facts["tokenizer"], found)]
+        actual = tokenizer_facts(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
+        faults += [f"tokenizer: {key} not the base's" for key in differences(facts["tokenizer"], actual)]
     return faults
 
 

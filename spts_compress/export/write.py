@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,17 +101,10 @@ def _check_own_code(base: Base, stated: dict[str, Any], replaced: tuple[str, ...
 
 def _tokenizer_faults(base: Base, carried: Carried) -> str:
     """In what the tokenizer of what travels differs from the base's; empty if in nothing."""
-    plain = exported_config(read_json(base.folder / CONFIG))
-    stated = {key: value for key, value in plain.items() if key not in ("model_type", "auto_map")}
-    config = model_class(base.family).config_class(**stated)
     with TemporaryDirectory() as scratch:
-        for name, new in carried.names.items():
-            if name not in base.weights:
-                (Path(scratch) / new).parent.mkdir(parents=True, exist_ok=True)
-                (Path(scratch) / new).symlink_to((base.folder / name).absolute())
-        _write_json(Path(scratch) / CONFIG, plain)
-        if carried.tokenizer_config is not None:
-            _write_json(Path(scratch) / TOKENIZER, carried.tokenizer_config)
+        stated = _lay_out(base, carried, Path(scratch), os.symlink)
+        del stated["model_type"], stated["auto_map"]
+        config = model_class(base.family).config_class(**stated)
         for trust in carried.trust:
             options = {"config": config} if trust else {}  # not by the config's own code, which needs no trust here
             try:
@@ -120,6 +114,21 @@ def _tokenizer_faults(base: Base, carried: Carried) -> str:
             if names := differences(carried.facts, facts):
                 return f"{', '.join(names)} differ"
     return ""
+
+
+def _lay_out(
+    base: Base, carried: Carried, target: Path, place: Callable[[Path, Path], Any], spts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Give the base's files their names in `target`, by copying or linking, beside the export's configs, of which the
+    model's is returned."""
+    for name, new in carried.names.items():
+        (target / new).parent.mkdir(parents=True, exist_ok=True)
+        place((base.folder / name).absolute(), target / new)
+    config = exported_config(read_json(base.folder / CONFIG)) | ({"spts": spts} if spts else {})
+    _write_json(target / CONFIG, config)
+    if carried.tokenizer_config is not None:
+        _write_json(target / TOKENIZER, carried.tokenizer_config)
+    return config
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -133,9 +142,7 @@ def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, t
         carried: what of the base goes with them, see `carry`.
         proxies: parameters by their name in the model, such as `model.layers.12.proxy.down`.
     """
-    for name, new in carried.names.items():
-        (target / new).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.folder / name, target / new)
+    _lay_out(base, carried, target, shutil.copyfile, schedule.to_dict())
     save_file({name: tensor.contiguous() for name, tensor in proxies.items()}, target / PROXIES, {"format": "pt"})
     (target / PROXIES).chmod(0o644)  # safetensors makes it private
     weight_map, total = {}, 0
@@ -144,10 +151,6 @@ def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, t
             weight_map.update(dict.fromkeys(opened.keys(), new))
         total += (target / new).stat().st_size
     _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    plain = exported_config(read_json(base.folder / CONFIG))
-    _write_json(target / CONFIG, {**plain, "spts": schedule.to_dict()})
-    if carried.tokenizer_config is not None:
-        _write_json(target / TOKENIZER, carried.tokenizer_config)
     for file in code_files(base.family):
         shutil.copyfile(file, target / file.name)
 
@@ -164,8 +167,7 @@ def _generation(base: Base) -> GenerationConfig:
 def expected(folder: Path, base: Base, carried: Carried, schedule: Schedule, dtype: str) -> tuple[dict, dict]:
     """Tensors and facts that `fresh.main` is to find again: what this process gets, and what the base says."""
     model = load(folder, base.family, "cpu", dtype)
-    smallest = min(stage.budget.at(0) for stage in schedule.stages)
-    length = max(96, smallest + 32)
+    length = max(96, 32 + min(stage.budget.at(0) for stage in schedule.stages))
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     tensors = {
         "ids": ids,

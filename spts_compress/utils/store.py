@@ -150,10 +150,8 @@ class Store:
                 return json.loads(path.read_text())
             except ValueError:
                 path.unlink()
-        return self.put_json(name, key, make())
-
-    def put_json(self, name: str, key: str, data: Any) -> Any:
-        with writing(self.path(name, key, ".json")) as partial:
+        data = make()
+        with writing(path) as partial:
             partial.write_text(json.dumps(data))
         return data
 
