@@ -387,8 +387,10 @@ EXPORTS = {
     "other code": edit("config.json", auto_map={"AutoConfig": "other.Config"}),
     "another width": edit("config.json", hidden_size=64),
     "width is text": edit("config.json", hidden_size="wide"),
-    "no weights": without("model.safetensors"),
-    "weights cut short": lambda out: put("model.safetensors", (out / "model.safetensors").read_bytes()[:-9])(out),
+    "no weights": without("base_model.safetensors"),
+    "weights cut short": lambda out: put("base_model.safetensors", (out / "base_model.safetensors").read_bytes()[:-9])(
+        out
+    ),
     "no proxies": without("spts-proxies.safetensors"),
     "proxies are text": put("spts-proxies.safetensors", "no proxies"),
     "no index": without(SPTS_INDEX),

@@ -17,7 +17,7 @@ from spts_compress.calibrate.base_model import resolve
 from spts_compress.checkpoint.keys import environment, folder_key, tensors_key
 from spts_compress.cli import main
 from spts_compress.evaluate import suites
-from spts_compress.evaluate.inspect import keys
+from spts_compress.evaluate.suites import keys
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection, Recipe
 from spts_compress.utils.errors import UserError

@@ -393,4 +393,4 @@ def test_a_model_without_a_cache_is_not_measured(name, folder, tmp_path):
             shown = invoke("evaluate", folder / "out", "--output", folder / "results", code=2)
             assert not (folder / "results").exists()
         path.write_text(before)
-        assert f"{path}: use_cache is false" in shown
+        assert f"{name}: use_cache is false" in shown

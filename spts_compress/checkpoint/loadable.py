@@ -101,13 +101,10 @@ def _tensor_faults(folder: Path, stored: dict[str, Stored], model_class: Any, co
     info, passed = _load(model, stored)
     kinds = {what: {name for name in info.unexpected_keys if kind.search(name)} for kind, what in STRANGE.items()}
     faults = [f"{some(names)}: {what}" for what, names in kinds.items() if names]
+    strange = set(info.unexpected_keys).difference(*kinds.values())
     odd = [f"{name} ({t.dtype})" for name, t in stored.items() if t.dtype not in FLOATS and name not in passed]
     for what, names, advice in (
-        (
-            "tensors that are no tensor of this model, by its config",
-            set(info.unexpected_keys).difference(*kinds.values()),
-            "",
-        ),
+        ("tensors that are no tensor of this model, by its config", strange, ""),
         ("missing tensors", info.missing_keys, ""),
         ("tensors that don't fit together", info.conversion_errors, ""),
         ("weights that are no plain floating-point numbers", odd, f"; {UNQUANTISED}"),
