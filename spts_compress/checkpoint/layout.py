@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent}: no readable {path.name}; give the folder of a checkpoint") from None
+        raise UserError(f"{path}: missing; give the folder of a checkpoint") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     if not isinstance(data, dict):

@@ -7,6 +7,7 @@ from typing import Any
 from ..checkpoint.families import FAMILIES, model_class
 from ..checkpoint.layout import CONFIG, REPORT, read_json
 from ..plan import describe
+from ..search.report import as_text
 from ..utils.errors import UserError, reason
 from ..utils.tables import size
 from .report import fidelity_table, quality_table, speed_table
@@ -19,6 +20,8 @@ def read_config(folder: Path) -> Any:
         UserError: if the folder holds no checkpoint of this toolkit, or one of a family that this release doesn't know.
     """
     path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no readable {CONFIG}; give the folder of an exported checkpoint")
     data = read_json(path)
     if not isinstance(data.get("spts"), dict):
         raise UserError(f"{path}: no spts block, so this is not a checkpoint made by spts-compress")
@@ -47,5 +50,5 @@ def inspect(folder: Path) -> str:
     if report:
         parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
         if report.get("search"):
-            parts.append(report.as_text(report["search"]))
+            parts.append(as_text(report["search"]))
     return "\n\n".join(parts)
