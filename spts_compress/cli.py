@@ -271,6 +271,7 @@ def verify(folder: Path) -> None:
     """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
     from .export.verify import require
 
+    _quiet()
     require(folder)
     click.echo(f"{folder} is whole, and its code is that of spts-compress {__version__}")
 
@@ -282,6 +283,7 @@ def strip(folder: Path, output: Path) -> None:
     """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
     from .export.strip import strip as back
 
+    _quiet()
     click.echo("\n".join(back(folder, output)))
 
 
@@ -295,6 +297,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, create
     """Upload an exported checkpoint to the Hub."""
     from .export import hub
 
+    _quiet()
     click.echo(hub.listing(folder))
     click.echo(hub.push(folder, repo_id, private, revision, create_pr))
 
