@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from . import __version__, plan
 from .calibrate import capture
+from .calibrate.base_checks import tell_of_own_code
 from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
-from .checkpoint.outputs import new_folder, refuse
+from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import has_experts
 from .evaluate.report import check_prompts, hardware, measure_all
 from .export import card, write
@@ -59,6 +60,7 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     name = recipe.model.path or str(recipe.model.gguf_file)
+    tell_of_own_code(config, name, notes.append)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
     return "\n".join([plan.describe(name, config, schedule, *rest), *notes])
 
@@ -117,6 +119,7 @@ def prepare(
         texts, search = documents(recipe.calibration, say), recipe.search
         with ranks.main_first():  # who may convert or download it
             base = resolve(recipe.model, store)
+        tell_of_own_code(base.config, base.name, say)
         carried = write.carry(base)
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, say)
@@ -162,6 +165,7 @@ def run(
     root = work or output.with_name(output.name + ".work")
     if root.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--work {root} is in the output {output}, which is made anew; give another --work")
+    refuse_among_inputs(output, root, Path(recipe.model.path or ""), inputs[bool(recipe.model.path) :])
     prose = _prose(recipe.report.text)
     config = resolve_config(recipe.model, recipe.calibration.chat_template)
     _check_lengths(recipe, config)
