@@ -13,7 +13,7 @@ from spts_compress.recipe import Kind, SearchSection
 from spts_compress.search import dense_reference, halving, prompts, run, space
 from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
 from spts_compress.tasks import agreement
-from spts_compress.tasks.example import Item
+from spts_compress.tasks.example import Example
 from spts_compress.tasks.runner import encode
 from spts_compress.timing.latency_table import grid
 from spts_compress.utils.distributed import ALONE
@@ -41,7 +41,7 @@ def schedule(start, **changes):
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads, tmp_path):
     searched = schedule(start, probe={"queries": 4, "heads": heads, "carry": 1.0, "pool": 3})
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
-    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
     dense = dense_reference.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
     assert dense.kept_before(start) == kept
@@ -144,7 +144,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     ("said", "outputs", "right"), [("the 12 and 7", ["12", "7"], True), ("12", ["12", "7"], False), ("so", [], True)]
 )
 def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
-    item = Item("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
+    item = Example("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
     answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
     assert dense_reference.Dense(item, answer, None, None, "key", []).right(TOKENIZER) == right
 
@@ -180,7 +180,7 @@ def test_single_tasks_are_kinds_of_their_own():
 def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(family, tmp_path):
     """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
-    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
     dense = dense_reference.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
     found = reliability(whole, TOKENIZER, dense, Probe())
@@ -203,7 +203,7 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     stock = stock_twin(whole)
     dense = dense_reference.dense(
-        stock, TOKENIZER, Item("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
+        stock, TOKENIZER, Example("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
     )
     ids = encode(TOKENIZER, [dense.item.text], whole.device)["input_ids"]
     length = ids.shape[1]

@@ -6,10 +6,11 @@ import pytest
 from click.testing import CliRunner
 from tiny import TEXT, tiny_base
 
-from spts_compress import sensitivity
 from spts_compress.cli import main
 from spts_compress.modeling.configuration_spts import Proxy
-from spts_compress.recipe import ProxySection
+from spts_compress.recipe import ProxySection, load_study
+
+sensitivity = load_study("proxy_sensitivity")
 
 RECIPE = """
 model: {path: BASE}

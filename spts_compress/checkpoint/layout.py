@@ -11,10 +11,10 @@ from ..utils.errors import UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROXIES = "spts-proxies.safetensors"
 MANIFEST = "spts_files.json"
+CARD, REPORT, CERTIFICATE = "README.md", "spts_report.json", "spts_evaluation.json"
 CODE = ("configuration_spts.py", "spts.py")  # and the family's own file
 FREE = (  # what tells of a checkpoint and decides nothing
-    "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json", "spts_evaluation.json", "search.png",
-    MANIFEST,
+    CARD, "recipe.yaml", "recipe.resolved.yaml", REPORT, CERTIFICATE, "search.png", MANIFEST,
 )  # fmt: skip
 # Names that the export needs for itself: a base's file of such a name travels under another one. A plain
 # model.safetensors is among them, since it would hide the index.

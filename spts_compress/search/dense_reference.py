@@ -11,7 +11,7 @@ from torch import nn
 
 from ..modeling.configuration_spts import Schedule
 from ..tasks.agreement import GREEDY, agreement
-from ..tasks.example import Item
+from ..tasks.example import Example
 from ..tasks.recovery import score_rows
 from ..tasks.runner import encode
 from ..timing.pairs import share_buffers
@@ -26,7 +26,7 @@ class Dense:
     (1, n + a - 1, D) in front of the `layers` are kept.
     """
 
-    item: Item
+    item: Example
     answer: torch.Tensor
     final: torch.Tensor
     store: Store
@@ -36,7 +36,7 @@ class Dense:
     def right(self, tokenizer: Any) -> bool:
         """Whether the answer is the known one, if one is known."""
         said = tokenizer.decode(self.answer, skip_special_tokens=True)
-        return not self.item.outputs or score_rows([{**self.item.plain(), "answer": said}])[0]["score"] == 1
+        return not self.item.outputs or score_rows([{**self.item.to_row(), "answer": said}])[0]["score"] == 1
 
     def kept_before(self, layer: int) -> int:
         """The last layer before `layer` that the states in front of are kept."""
@@ -71,7 +71,7 @@ def _watching(model: Any, layers: list[int]) -> Iterator[tuple[dict[int, list], 
 
 
 @torch.no_grad()
-def dense(model: Any, tokenizer: Any, item: Item, layers: list[int], store: Store, key: str) -> Dense:
+def dense(model: Any, tokenizer: Any, item: Example, layers: list[int], store: Store, key: str) -> Dense:
     """Answer `item` with the stock `model`, and keep the states in front of `layers`; what is kept is not run again.
 
     Args:
