@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .modeling.configuration_spts import Proxy, Schedule
-from .modeling.spts import layer_windows
+from .modeling.stock_layer import layer_windows
 
 
 def has_experts(config: Any, layer: int | None = None) -> bool:
@@ -101,10 +101,10 @@ class LayerCost:
     """One layer of one prefill: tokens (see `Counts`; `cached` of the active ones) and operations by part. Where there
     is a window, active tokens are counted as if all inside one were neighbours: the most operations there can be."""
 
-    entering: int
+    candidates_in: int
     active: int
-    changed: int
-    leaving: int
+    ffn_tokens: int
+    candidates_out: int
     cached: int
     probing: float
     attention: float
@@ -120,19 +120,19 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
     costs = []
     for layer, window in enumerate(layer_windows(config)):
         shape = LayerShape.of(config, layer)
-        entering, active, changed, leaving = schedule.counts(layer, length)
+        candidates_in, active, ffn_tokens, candidates_out = schedule.counts(layer, length)
         probing = 0.0
         carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
-        if schedule.probe.heads_of(layer) and (min(active, changed, leaving) < entering or carries):
-            probing += 2.0 * schedule.probe.queries * entering * shape.probed
-        if changed < entering and schedule.feed_forward in ("proxy", "relative"):
-            probing += entering * shape.proxy(schedule.proxy_of(layer))
-        projections = 2.0 * (entering * shape.key + active * (shape.value + shape.query + shape.output))
+        if schedule.probe.heads_of(layer) and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
+            probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed
+        if ffn_tokens < candidates_in and schedule.ffn_selection in ("proxy", "relative"):
+            probing += candidates_in * shape.proxy(schedule.proxy_of(layer))
+        projections = 2.0 * (candidates_in * shape.key + active * (shape.value + shape.query + shape.output))
         attention = projections + shape.attention(active, window)
         spare = schedule.always_last if layer >= schedule.start and schedule.skips(length) else 0
         cached = active if window is None else min(active, window - 1 + spare)
-        tokens = entering, active, changed, leaving, cached
-        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(changed)))
+        tokens = candidates_in, active, ffn_tokens, candidates_out, cached
+        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(ffn_tokens)))
     return costs
 
 

@@ -240,11 +240,11 @@ def fit_proxies(
     text = [s.tolist() for s in sequences.fit + sequences.held_out]
     data_key = fingerprint(base.key, recipe.model.dtype, model.device.type, text, environment())
     layers = range(schedule.start, base.config.num_hidden_layers)
-    relative = schedule.feed_forward == "relative"
+    relative = schedule.ffn_selection == "relative"
     shares = {}
     for layer in layers:
         counts = schedule.counts(layer, max(recipe.report.lengths))
-        shares[layer] = counts.changed / counts.entering
+        shares[layer] = counts.ffn_tokens / counts.candidates_in
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
     missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
@@ -324,14 +324,14 @@ def _found(found: dict[str, Any], section: SearchSection, folder: Path, num_laye
         UserError: if none does, or none was asked for, with what was found.
     """
     number = found["chosen"]
-    if number is None and found["points"] and section.if_missed == "export":
+    if number is None and found["points"] and section.on_failure == "export":
         number = max(range(len(found["points"])), key=lambda i: found["points"][i]["quality"])
     if number is None:
         nearest = "; ".join(f"{p['cost']['speedup']:.2f}x has {p['quality']:.3f}" for p in found["points"]) or "none"
         wanted = "no schedule meets the target" if section.decides else "search has no target, so nothing is exported"
         raise UserError(
             f"{wanted} (agreement with dense by speed-up: {nearest}; see {folder}): set search.speedup, or lower "
-            "search.quality, or search.if_missed: export"
+            "search.quality, or search.on_failure: export"
         )
     return Schedule.from_dict(found["points"][number]["winner"]["schedule"], num_layers)
 

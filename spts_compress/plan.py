@@ -4,7 +4,7 @@ from typing import Any
 
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
 from .modeling.configuration_spts import Proxy, Schedule
-from .modeling.spts import layer_windows
+from .modeling.stock_layer import layer_windows
 from .recipe import SearchSection
 from .utils.errors import UserError
 from .utils.tables import size, table
@@ -33,7 +33,9 @@ def _counts(tokens: tuple[int, int, int]) -> str:
 def schedule_table(config: Any, schedule: Schedule, lengths: list[int]) -> str:
     """Candidates and active tokens per layer (those of the FFN where they differ); equal layers share a row."""
     columns = [layer_costs(config, schedule, length) for length in lengths]
-    counts = list(zip(*[[(c.entering, c.active, c.changed) for c in column] for column in columns], strict=True))
+    counts = list(
+        zip(*[[(c.candidates_in, c.active, c.ffn_tokens) for c in column] for column in columns], strict=True)
+    )
     rows, first = [], 0
     for layer in range(1, len(counts) + 1):
         if layer == len(counts) or counts[layer] != counts[first]:
@@ -81,11 +83,12 @@ def check_share(config: Any, section: Any, start: int) -> None:
         return
     width = LayerShape.of(config, plain[0]).intermediate
     share = proxy_share(config.hidden_size, width, Proxy(section.channels, section.rank))
-    if share > section.share:
-        fits = int(section.rank * section.share / share)
+    if share > section.max_flop_fraction:
+        fits = int(section.rank * section.max_flop_fraction / share)
         raise UserError(
             f"proxy: {section.channels} channels and rank {section.rank} cost {share:.1%} of the dense feed-forward "
-            f"network, proxy.share allows {section.share:.1%}: take a rank of at most {fits}, or raise proxy.share"
+            f"network, proxy.max_flop_fraction allows {section.max_flop_fraction:.1%}: "
+            f"take a rank of at most {fits}, or raise proxy.max_flop_fraction"
         )
 
 
@@ -95,7 +98,7 @@ def blind_ends(config: Any, schedule: Schedule) -> list[int]:
     ends, windows = [stage.end for stage in schedule.stages if stage.prune_to is not None], layer_windows(config)
     scoring = [n for n in range(schedule.start, config.num_hidden_layers) if schedule.probe.heads_of(n)]
     sources = {end: [n for n in scoring if n <= end] for end in ends}
-    if not schedule.probe.carry:
+    if not schedule.probe.score_carry:
         sources = {end: own[-1:] for end, own in sources.items()}
     return [end for end, own in sources.items() if None not in [windows[n] for n in own]]
 
@@ -104,7 +107,7 @@ def skips_from(schedule: Schedule, length: int) -> int:
     """The first layer that skips tokens of a prompt of `length` tokens; before it there may be some that only score."""
     layers = range(schedule.start, schedule.stages[-1].end + 1)
     counts = {layer: schedule.counts(layer, length) for layer in layers}
-    return next((n for n, c in counts.items() if min(c.active, c.changed) < length), schedule.start)
+    return next((n for n, c in counts.items() if min(c.active, c.ffn_tokens) < length), schedule.start)
 
 
 def probe_words(schedule: Schedule) -> str:
@@ -112,8 +115,9 @@ def probe_words(schedule: Schedule) -> str:
     probe, heads = schedule.probe, schedule.probe.heads
     how = f"{heads} over heads" if isinstance(heads, str) else f"{len(heads)} heads of {len(dict(heads))} layers"
     return (
-        f"probe: last {probe.queries} queries, {how}, carrying {probe.carry:g}, pooled over {probe.pool}; "
-        f"first {schedule.keep_first} and last {schedule.always_last} tokens always active"
+        f"probe: last {probe.window_size} queries, {how}, carrying {probe.score_carry:g}, "
+        f"pooled over {probe.kernel_size}; "
+        f"first {schedule.sink_tokens} and last {schedule.always_last} tokens always active"
     )
 
 
@@ -158,7 +162,7 @@ def describe(
     if blind := blind_ends(config, schedule):
         head.append(
             f"careful   stages end at layers with a window ({', '.join(map(str, blind))}), where pruning drops all "
-            "that is before it: end them at layers without one, or set probe.carry after such a layer"
+            "that is before it: end them at layers without one, or set probe.score_carry after such a layer"
         )
     return "\n".join(
         [

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule, are_heads
+from . import schedule as schedules
+from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule
 from .utils.errors import UserError
 from .utils.paths import expand
 
@@ -34,7 +35,7 @@ def _margin(value: float) -> float:
 
 
 def _heads(value: Any) -> Any:
-    if value not in HEAD_REDUCTIONS and not are_heads(value):
+    if value not in HEAD_REDUCTIONS and not schedules.are_heads(value):
         raise ValueError("must be mean, max, or lists of heads by layer, as {3: [5], 7: [0, 8]}")
     return value
 
@@ -114,17 +115,17 @@ class CalibrationSection(Section):
 
 class ProxySection(Section):
     """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper), which may cost at most
-    `share` of the dense feed-forward network's operations; a layer gets a smaller one if its recall of the tokens that
-    count is at most `tolerance` worse. `top`: the share of most salient tokens that rates a channel. `start`: plain or
-    activation-weighted SVD; `regression`: whether a regression mends it; `steps` of refinement (0: none) lessen
-    `objective`. The paper's own proxies: `regression: false`, `steps: 0`."""
+    `max_flop_fraction` of the dense feed-forward network's operations; a layer gets a smaller one if its recall of the
+    tokens that count is at most `tolerance` worse. `saliency_quantile`: the share of most salient tokens that rates a
+    channel. `init`: plain or activation-weighted SVD; `regression`: whether a regression mends it; `steps` of
+    refinement (0: none) lessen `objective`. The paper's own proxies: `regression: false`, `steps: 0`."""
 
     channels: Positive
     rank: Positive
-    share: Annotated[float, Field(gt=0, le=1)] = 0.03
+    max_flop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
-    top: Annotated[float, Field(gt=0, le=1)] = 0.2
-    start: Literal["svd", "weighted-svd"] = "weighted-svd"
+    saliency_quantile: Annotated[float, Field(gt=0, le=1)] = 0.2
+    init: Literal["svd", "weighted-svd"] = "weighted-svd"
     regression: bool = True
     steps: Natural = 200
     objective: Literal["log-norm", "ranking", "representation"] = "log-norm"
@@ -153,19 +154,19 @@ class StageSection(Section):
 
 
 class ProbeSection(Section):
-    queries: Positive = 1
+    window_size: Positive = 1
     heads: Annotated[Any, AfterValidator(_heads)] = "mean"
-    carry: Annotated[float, Field(ge=0, le=1)] = 0.0
-    pool: Positive = 1
+    score_carry: Annotated[float, Field(ge=0, le=1)] = 0.0
+    kernel_size: Positive = 1
 
 
 class ScheduleSection(Section):
     start: Positive
     stages: Annotated[list[StageSection], Field(min_length=1)]
     probe: ProbeSection = ProbeSection()
-    keep_first: Natural = 0
-    keep_last: Positive = 1
-    feed_forward: Literal["proxy", "relative", "attention", "all"] = "proxy"
+    sink_tokens: Natural = 0
+    recent_tokens: Positive = 1
+    ffn_selection: Literal["proxy", "relative", "attention", "all"] = "proxy"
     min_length: Natural = 0
 
 
@@ -177,8 +178,8 @@ Kind = Literal[
 
 
 class ChoicesSection(Section):
-    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.Shape`. A number
-    among `heads` lets only those score that find at least this share of what the best head finds."""
+    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.ScheduleParams`. A
+    number among `heads` lets only those score that find at least this share of what the best head finds."""
 
     stages: Some[Positive] | None = None
     bend: Some[Annotated[float, Field(gt=0)]] | None = None
@@ -186,13 +187,13 @@ class ChoicesSection(Section):
     margin: Some[Annotated[float, Field(ge=0), AfterValidator(_margin)]] | None = None
     ffn: Some[Annotated[float, Field(gt=0)]] | None = None
     floor: Some[Natural] | None = None
-    feed_forward: Some[Literal["proxy", "relative", "attention"]] | None = None
-    queries: Some[Positive] | None = None
+    ffn_selection: Some[Literal["proxy", "relative", "attention"]] | None = None
+    window_size: Some[Positive] | None = None
     heads: Some[Annotated[str | float, AfterValidator(_reduction)]] | None = None
-    carry: Some[Annotated[float, Field(ge=0, le=1)]] | None = None
-    pool: Some[Odd] | None = None
-    keep_first: Some[Natural] | None = None
-    keep_last: Some[Positive] | None = None
+    score_carry: Some[Annotated[float, Field(ge=0, le=1)]] | None = None
+    kernel_size: Some[Odd] | None = None
+    sink_tokens: Some[Natural] | None = None
+    recent_tokens: Some[Positive] | None = None
 
     def given(self) -> dict[str, tuple]:
         return {name: tuple(values) for name, values in self.model_dump(exclude_none=True).items()}
@@ -210,9 +211,9 @@ class SearchSection(Section):
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
     `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and the winner on as many
     others; their text is `text` (a file or folder, as `calibration.path`), by default the calibration documents that
-    nothing was fitted on. `choices` narrows what candidates are drawn from. `dense_right`: whether prompts with a
-    known answer are replaced until the dense model answers them rightly, since fidelity to a wrong answer is of no use.
-    `if_missed`: whether the nearest schedule is exported if the quality is not reached."""
+    nothing was fitted on. `choices` narrows what candidates are drawn from. `require_dense_correct`: whether prompts
+    with a known answer are replaced until the dense model answers them rightly, since fidelity to a wrong answer is of
+    no use. `on_failure`: whether the nearest schedule is exported if the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -228,9 +229,9 @@ class SearchSection(Section):
     candidates: Annotated[int, Field(ge=4)] = 32
     rounds: Natural = 2
     text: Place | None = None
-    if_missed: Literal["stop", "export"] = "stop"
+    on_failure: Literal["stop", "export"] = "stop"
     choices: ChoicesSection = ChoicesSection()
-    dense_right: bool = False
+    require_dense_correct: bool = False
     seed: Natural = 11
 
     @model_validator(mode="after")
@@ -321,7 +322,7 @@ class Recipe(Section):
         proxy = {"channels": self.proxy.channels, "rank": self.proxy.rank}
         try:
             block = {**self.schedule.model_dump(exclude_none=True), "proxy": proxy}
-            return Schedule.from_dict(block, num_layers, num_heads)
+            return schedules.read(block, num_layers, num_heads)
         except ValueError as error:
             raise UserError("\n".join(f"schedule: {fault}" for fault in error.args)) from None
 

@@ -85,7 +85,7 @@ def checkpoint(once):
         tiny_base(folder / "base")
         base = resolve(ModelSection(path=str(folder / "base")), Store(folder / "work"))
         stages = [{"end": 2, "budget": 100, "prune_to": 120}, {"end": 4, "budget": 80}]
-        block = {"start": 1, "stages": stages, "proxy": {"channels": 1, "rank": 0}, "keep_last": 4}
+        block = {"start": 1, "stages": stages, "proxy": {"channels": 1, "rank": 0}, "recent_tokens": 4}
         parameters = {
             f"model.layers.{n}.proxy.{name}": torch.zeros(shape, dtype=torch.bfloat16)
             for n in range(1, 5)

@@ -35,11 +35,11 @@ def recipe_for(base, corpus, folder, **changes):
     data = {
         "model": {"path": str(base)},
         "calibration": {"source": "files", "path": str(corpus), "tokens": 1200, "length": 128},
-        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 20},
+        "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 20},
         "schedule": {
             "start": 2,
             "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}],
-            "keep_first": 2,
+            "sink_tokens": 2,
         },
         "report": {"lengths": [300], "pairs": 1, "needles": 1, "answers": 1, "answer_tokens": 4, "quality_length": 400},
         "export": {"path": str(folder / "out")},

@@ -212,16 +212,16 @@ class Reference:
         else:
             tokens = max(round(amount.get("fraction", 0) * n), amount.get("floor", 0))
             tokens = tokens if amount.get("cap") is None else min(tokens, amount["cap"])
-        always = self.s.get("keep_first", 0) + max(
-            self.s.get("keep_last", 1), self.s.get("probe", {}).get("queries", 1)
+        always = self.s.get("sink_tokens", 0) + max(
+            self.s.get("recent_tokens", 1), self.s.get("probe", {}).get("window_size", 1)
         )
         return min(n, max(tokens, always))
 
     def top(self, score, raw, count):
         """Places of the `count` best candidates: always active ones, then by score, raw score, later place."""
         n = len(score)
-        first = self.s.get("keep_first", 0)
-        last = max(self.s.get("keep_last", 1), self.s.get("probe", {}).get("queries", 1))
+        first = self.s.get("sink_tokens", 0)
+        last = max(self.s.get("recent_tokens", 1), self.s.get("probe", {}).get("window_size", 1))
 
         def rank(i):
             return (i < first or i >= n - last, score[i], raw[i], i)
@@ -238,7 +238,7 @@ class Reference:
 
     def probe(self, x, keys, positions, layer, carried):
         probe = self.s.get("probe", {})
-        w = min(probe.get("queries", 1), len(x))
+        w = min(probe.get("window_size", 1), len(x))
         n = len(x)
         per_head = []
         for h in range(self.c.num_attention_heads):
@@ -262,11 +262,11 @@ class Reference:
         else:
             raw = [max(col) for col in zip(*per_head, strict=True)]
         if carried is not None:
-            raw = [s + probe.get("carry", 0) * carried[p] for s, p in zip(raw, positions, strict=True)]
+            raw = [s + probe.get("score_carry", 0) * carried[p] for s, p in zip(raw, positions, strict=True)]
         return self.pooled(raw), raw
 
     def pooled(self, raw):
-        reach = self.s.get("probe", {}).get("pool", 1) // 2
+        reach = self.s.get("probe", {}).get("kernel_size", 1) // 2
         return [max(raw[max(0, i - reach) : i + reach + 1]) for i in range(len(raw))]
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ class Reference:
                 out = self.attend(q, [seen[j] for j in before])
                 x[i] = x[i] + self.attended(out, layer)
             places = range(len(x))
-            choice = self.s.get("feed_forward", "proxy")
+            choice = self.s.get("ffn_selection", "proxy")
             ffn_budget = len(x)
             if skipping and choice != "all":
                 ffn_budget = min(len(x), self.amount(stage.get("ffn_budget") or stage["budget"], n))

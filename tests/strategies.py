@@ -39,12 +39,12 @@ def schedules(draw, layers: int = 5):
         stages=stages,
         proxy=draw(st.sampled_from([sizes[0], [sizes[i % 2] for i in range(5 - start)]])),
         probe={
-            "queries": draw(st.sampled_from([1, 1, 2, 5])),
+            "window_size": draw(st.sampled_from([1, 1, 2, 5])),
             "heads": draw(st.sampled_from(["mean", "max"]) | scoring_heads(start)),
-            "carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
-            "pool": draw(st.sampled_from([1, 1, 3, 7])),
+            "score_carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
+            "kernel_size": draw(st.sampled_from([1, 1, 3, 7])),
         },
-        keep_first=draw(st.integers(0, 3)),
-        keep_last=draw(st.integers(1, 4)),
-        feed_forward=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
+        sink_tokens=draw(st.integers(0, 3)),
+        recent_tokens=draw(st.integers(1, 4)),
+        ffn_selection=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
     )

@@ -262,7 +262,7 @@ def recipe_for(base, folder, **sections):
     data = {
         "model": {"path": str(base)},
         "calibration": {"source": "files", "path": str(folder / "documents.jsonl"), "tokens": 1200, "length": 128},
-        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 5},
+        "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 5},
         "schedule": {"start": 2, "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}]},
         "report": {"lengths": [300], "pairs": 1, "needles": 1, "answers": 0, "quality_length": 400},
         "export": {"path": str(folder / "out")},

@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
     data = {
         "model": {"path": "~/linked/"},
         "calibration": {"source": "files", "path": "~/text.jsonl", "tokens": 1200, "length": 128},
-        "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 5},
+        "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 5},
         "schedule": {"start": 2, "stages": [{"end": 4, "budget": 24}]},
         "report": {"lengths": [300], "pairs": 1, "needles": 0, "answers": 0, "text": "~/text.jsonl"},
         "export": {"path": "~/never made/"},

@@ -344,7 +344,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert (folder / "README.md").read_text() == card
     assert suites.stale(folder) is None
     config = json.loads((folder / "config.json").read_text())
-    config["spts"]["keep_first"] = 3
+    config["spts"]["sink_tokens"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     assert "was changed since the evaluation" in run(*common, "--rescore")
     assert "these answers are another checkpoint's" in run(*common, "--rescore", "--certify", code=2)

@@ -43,7 +43,7 @@ def test_skipping_equals_the_reference(family, schedule, length, seed, data):
     with torch.no_grad():
         out = model(tokens, logits_to_keep=1)
         torch.testing.assert_close(out.logits[0, -1], expected, rtol=0, atol=1e-4)
-        spare = max(schedule["keep_last"], schedule["probe"]["queries"])
+        spare = max(schedule["recent_tokens"], schedule["probe"]["window_size"])
         assert_cache_equals(out.past_key_values, reference, spare)
         every = model.model(tokens, spts=True)
         torch.testing.assert_close(every.last_hidden_state[0], torch.stack(reference.states), rtol=0, atol=1e-4)
@@ -79,9 +79,9 @@ def test_skipping_off_is_the_stock_model_bit_for_bit(family, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("queries", [1, 4])
-def test_left_padded_rows_equal_their_own_runs(attention, queries):
-    schedule = {**SCHEDULE, "probe": {"queries": queries, "heads": "max", "pool": 3}, "keep_first": 2}
+@pytest.mark.parametrize("window_size", [1, 4])
+def test_left_padded_rows_equal_their_own_runs(attention, window_size):
+    schedule = {**SCHEDULE, "probe": {"window_size": window_size, "heads": "max", "kernel_size": 3}, "sink_tokens": 2}
     model = tiny_model("llama", schedule)
     model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(2)

@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spts_compress.calibrate.base_model import ALIASES
 from spts_compress.calibrate.base_model import FAMILIES as SUPPORTED
-from spts_compress.modeling.spts import probe_scores, tables_of
+from spts_compress.modeling.selection import probe_scores
+from spts_compress.modeling.stock_layer import cos_sin_of
 
 ELSEWHERE = ("llama",)  # goes through test_pipeline.py and test_generate.py
 
@@ -25,7 +26,9 @@ def recipe_for(base, folder, **model):
     """A recipe for the tiny model in `base`, and text for it."""
     (folder / "text").mkdir(exist_ok=True)
     changes = {f"model__{name}": value for name, value in model.items()}
-    return helpers.recipe_for(base, write_corpus(folder / "text"), folder, schedule__feed_forward="relative", **changes)
+    return helpers.recipe_for(
+        base, write_corpus(folder / "text"), folder, schedule__ffn_selection="relative", **changes
+    )
 
 
 def test_every_supported_family_is_tested():
@@ -160,7 +163,7 @@ def test_latents_are_probed_as_the_keys_made_of_them_would_be(family, hooked):
     tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         paid = model(tokens, output_attentions=True).attentions[1][:, :, -3:].mean(2)
-        normed, tables = given[0]["hidden_states"], tables_of(given[0]["position_embeddings"])
+        normed, tables = given[0]["hidden_states"], cos_sin_of(given[0]["position_embeddings"])
         calls = []
         if hooked:
             layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: calls.append(args))
@@ -195,7 +198,7 @@ def test_windows_in_padded_batches_and_several_turns_equal_the_reference(family)
     changes = {"sliding_window": 7} if family != "qwen2" else {}
     if family == "qwen2":
         changes = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
-    schedule = {**SCHEDULE, "probe": {"queries": 3, "carry": 0.5}, "keep_first": 2}
+    schedule = {**SCHEDULE, "probe": {"window_size": 3, "score_carry": 0.5}, "sink_tokens": 2}
     model = tiny_model(family, schedule, **changes).double()
     rows = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 22, 5)]
     tokens = torch.stack([torch.cat([torch.zeros(40 - len(r), dtype=torch.long), r]) for r in rows])
@@ -216,7 +219,7 @@ def test_windows_in_padded_batches_and_several_turns_equal_the_reference(family)
 @pytest.mark.parametrize("family", ["gemma3_text", "ministral", "mistral"])
 def test_windows_after_a_crop_into_the_prompt(family):
     """The cut tokens, run again, give the same answers, wherever the layers' last kept tokens came from."""
-    model = tiny_model(family, {**SCHEDULE, "keep_last": 3}, sliding_window=7).double()
+    model = tiny_model(family, {**SCHEDULE, "recent_tokens": 3}, sliding_window=7).double()
     for seed in range(5):
         tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(seed))
         plain, recording = DynamicCache(), DynamicCache(config=model.config)
@@ -255,7 +258,7 @@ def test_a_layer_with_a_window_holds_no_more_than_that():
 def test_pruning_where_a_window_hides_the_rest_is_warned_of(tmp_path):
     recipe = recipe_for(tiny_base(tmp_path / "base", "gemma3_text"), tmp_path)
     assert "stages end at layers with a window (3)" in run("recipe", recipe, "--dry-run")
-    carried = ("--set", "schedule.probe.carry=1.0", "--dry-run")
+    carried = ("--set", "schedule.probe.score_carry=1.0", "--dry-run")
     assert "stages end at" in run("recipe", recipe, *carried)  # from layer 2, which has a window too
     stages = [{"end": 4, "budget": 40}]
     assert "stages end at" not in run("recipe", recipe, *carried, "--set", f"schedule.stages={json.dumps(stages)}")

@@ -17,14 +17,14 @@ from spts_compress.cli import main
 RECIPE = {
     "model": {"path": "base", "dtype": "bfloat16"},
     "calibration": {"source": "files", "path": "text.jsonl", "tokens": 1200, "length": 128, "held_out": 0.2},
-    "proxy": {"channels": 12, "rank": 4, "share": 1.0, "steps": 5, "top": 0.2},
+    "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 5, "saliency_quantile": 0.2},
     "schedule": {
         "start": 2,
         "stages": [{"end": 3, "budget": {"fraction": 0.5, "floor": 20}, "prune_to": 48}, {"end": 4, "budget": 24}],
-        "probe": {"queries": 2, "heads": {2: [0, 1]}, "carry": 0.5, "pool": 3},
-        "keep_first": 1,
-        "keep_last": 2,
-        "feed_forward": "relative",
+        "probe": {"window_size": 2, "heads": {2: [0, 1]}, "score_carry": 0.5, "kernel_size": 3},
+        "sink_tokens": 1,
+        "recent_tokens": 2,
+        "ffn_selection": "relative",
     },
     "report": {"lengths": [300], "pairs": 1, "needles": 0, "answers": 0},
     "export": {"path": "out", "break_even": False},
@@ -36,7 +36,7 @@ SEARCH = {
     "prompts": 1,
     "starts": [2],
     "candidates": 4,
-    "choices": {"queries": [2], "heads": ["mean"], "pool": [3]},
+    "choices": {"window_size": [2], "heads": ["mean"], "kernel_size": [3]},
 }
 BAD = [
     None,
@@ -179,7 +179,7 @@ EDITS = [
     "x", "=", "a=", ".=1", "model.=1", "model..path=x", "schedule.stages.7.end=1", "schedule.stages.x=1",
     "schedule.stages.²=1", "model.path.x=1", "schedule={", "schedule=null", "search={}", "export=",
     "schedule.stages.0.budget=-3", "schedule.start=99", "schedule.start=0", "schedule.probe.heads={9: [0]}",
-    "schedule.probe.heads={2: [99]}", "schedule.probe.pool=2", "model.dtype=float8", "proxy.rank=4000",
+    "schedule.probe.heads={2: [99]}", "schedule.probe.kernel_size=2", "model.dtype=float8", "proxy.rank=4000",
     "calibration.path=nowhere", "calibration.source=dataset", "calibration.dataset=a/b", "model.gguf_file=x.gguf",
     "model.package=no_such_package", "report.lengths=[99999999]", "export.push_to_hub=x", "model.revision={}",
     "report.text=nowhere", "calibration.path=base",

@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from spts_compress.modeling.spts import layer_kinds, layer_windows
+from spts_compress.modeling.stock_layer import layer_kinds, layer_windows
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 FAMILIES = ["llama", "qwen2", "gemma3_text"]  # the last one has windows
@@ -467,12 +467,12 @@ def test_a_compiled_model_answers_alike(model):
 
 def test_a_call_can_change_the_schedule(model):
     tokens = prompt()
-    changed = {**SCHEDULE, "stages": [{"end": 4, "budget": 20}], "keep_first": 3}
+    changed = {**SCHEDULE, "stages": [{"end": 4, "budget": 20}], "sink_tokens": 3}
     other = tiny_model(model.config.model_type.removeprefix("spts_"), changed)
     expected = new_tokens(other, tokens)
-    assert torch.equal(new_tokens(model, tokens, spts={"stages": changed["stages"], "keep_first": 3}), expected)
+    assert torch.equal(new_tokens(model, tokens, spts={"stages": changed["stages"], "sink_tokens": 3}), expected)
     assert model.config.spts == SCHEDULE
-    for bad, error in (({"start": 2}, "can't be changed"), ({"stagse": []}, "stagse is unknown")):
+    for bad, error in (({"start": 2}, "can't be changed"), ({"stagse": []}, "stagse")):
         with pytest.raises(ValueError, match=error):
             new_tokens(model, tokens, spts=bad)
     with pytest.raises(TypeError, match="spts must be"):
@@ -502,7 +502,7 @@ def test_the_cache_says_what_was_skipped(model):
 
 def test_threads_with_different_settings_get_their_own_answers(model):
     tokens = prompt()
-    settings = [None, False, {"stages": [{"end": 4, "budget": 20}]}, {"keep_first": 5}]
+    settings = [None, False, {"stages": [{"end": 4, "budget": 20}]}, {"sink_tokens": 5}]
     expected = [new_tokens(model, tokens, spts=s).tolist() for s in settings]
     found: dict[int, list] = {}
 
@@ -522,12 +522,12 @@ def test_an_untested_transformers_is_refused(monkeypatch):
 
     import transformers
 
-    from spts_compress.modeling import spts
+    from spts_compress.modeling import families
 
     for version in ("5.16.4", "5.24.0", "4.57.1"):
         monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(ImportError, match="tested with transformers"):
-            importlib.reload(spts)
+            importlib.reload(families)
 
 
 @pytest.mark.parametrize(

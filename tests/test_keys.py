@@ -122,7 +122,7 @@ def test_dense_answers_depend_on_nothing_of_the_skipping(folder):
     block = json.loads((out / "config.json").read_text())["spts"]
     found = {before[0]}
     for name, change in (
-        ("config.json", edit(spts={**block, "keep_last": 9})),
+        ("config.json", edit(spts={**block, "recent_tokens": 9})),
         ("spts-proxies.safetensors", weights),
         ("model.safetensors.index.json", index),
     ):
@@ -177,7 +177,7 @@ def recipe_of(folder, **changes):
     data = {
         "model": {"path": str(folder / "base")},
         "calibration": {"source": "files", "path": str(folder / "text.jsonl"), "tokens": 600, "length": 64},
-        "proxy": {"channels": 4, "rank": 1, "share": 1.0, "steps": 1},
+        "proxy": {"channels": 4, "rank": 1, "max_flop_fraction": 1.0, "steps": 1},
         "schedule": {"start": 4, "stages": [{"end": 4, "budget": 24}]},
         "report": {"lengths": [300], "needles": 1, "answers": 1},
         "export": {"path": str(folder / "new")},
@@ -230,7 +230,7 @@ def test_measurements_of_the_report_and_the_break_even_are_made_anew(folder, mon
     first = key()
     more(folder / "base/README.md")
     assert key() == first
-    found = [first, key("float32"), key(block={**BLOCK, "keep_last": 3})]
+    found = [first, key("float32"), key(block={**BLOCK, "recent_tokens": 3})]
     edit(repetition_penalty=5.0)(folder / "base/generation_config.json")
     found.append(key())
     more(folder / "base/chat_template.jinja")
@@ -292,7 +292,7 @@ def test_an_evaluation_that_goes_on_has_the_answers_of_a_new_one(folder, monkeyp
     count, second = answered("results")
     assert count == 4 and first != second == answered("fresh")[1]
     block = json.loads((folder / "out/config.json").read_text())["spts"]
-    edit(spts={**block, "keep_last": 9})(folder / "out/config.json")
+    edit(spts={**block, "recent_tokens": 9})(folder / "out/config.json")
     count, third = answered("results")
     assert count == 5 and third[0] == second[0]  # dense did not change
     how = suites.computed_how(SimpleNamespace(

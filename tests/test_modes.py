@@ -58,7 +58,7 @@ def test_guidance_runs_both_prompts_dense_or_skips_in_both(model):
 def passes(model):
     """Notes of every prefill from now on whether it skipped."""
     seen = []
-    for skips, name in ((True, "_prefill"), (False, "forward")):
+    for skips, name in ((True, "_prompt"), (False, "forward")):
         function = getattr(model.model, name)
 
         def noted(*args, function=function, skips=skips, **kwargs):

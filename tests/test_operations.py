@@ -19,8 +19,8 @@ SCHEDULE = dict(
         {"end": 4, "budget": {"fraction": 0.25}, "ffn_budget": {"fraction": 0.125}},
     ],
     proxy={"channels": 12, "rank": 4},
-    probe={"queries": 8, "pool": 3},
-    keep_last=8,
+    probe={"window_size": 8, "kernel_size": 3},
+    recent_tokens=8,
 )
 FREE = ("view", "_unsafe_view", "transpose", "unsqueeze", "slice", "select", "expand", "t", "detach", "permute")
 COPIES = ("index", "gather", "index_select", "take_along_dim", "cat", "clone", "scatter", "index_put_", "copy_")
@@ -57,7 +57,7 @@ def counted(model, length, **options):
 HEADS = {**SCHEDULE["probe"], "heads": {"1": [0], "3": [1, 2]}}
 SCHEDULES = {
     "proxy": SCHEDULE,
-    "attention": {**SCHEDULE, "feed_forward": "attention"},
+    "attention": {**SCHEDULE, "ffn_selection": "attention"},
     "heads": {**SCHEDULE, "probe": HEADS},  # layers 2 and 4 do not probe
 }
 
@@ -72,7 +72,7 @@ def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
     config, plan = model.config, model.config.schedule()
     expected = 2.0 * config.hidden_size * config.vocab_size  # the head, at the last position
     for layer, cost in enumerate(layer_costs(config, plan, LENGTH)):
-        shape, routed = LayerShape.of(config, layer), LENGTH if options else cost.changed
+        shape, routed = LayerShape.of(config, layer), LENGTH if options else cost.ffn_tokens
         if has_experts(config, layer):  # by a router, which is not counted
             expected += 2.0 * routed * model.model.layers[layer].mlp.gate.weight.numel()
         # eager attention computes the half that causality hides, and torch counts products only
@@ -80,15 +80,15 @@ def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
             expected += shape.dense(LENGTH) + shape.attention(LENGTH)
             continue
         expected += cost.total + shape.attention(cost.active)
-        if cost.changed < cost.entering and plan.feed_forward == "proxy":
-            expected -= 5.0 * config.hidden_size * cost.entering
+        if cost.ffn_tokens < cost.candidates_in and plan.ffn_selection == "proxy":
+            expected -= 5.0 * config.hidden_size * cost.candidates_in
         if (
             plan.probe.heads_of(layer) and cost.probing
         ):  # the window's queries are projected for the probe, and again among the active
-            expected += 2.0 * plan.probe.queries * shape.query
+            expected += 2.0 * plan.probe.window_size * shape.query
             if family.startswith("deepseek"):  # and by the matrix that makes keys of latents
                 heads, size = config.num_attention_heads, config.qk_nope_head_dim
-                expected += 2.0 * plan.probe.queries * heads * size * config.kv_lora_rank
+                expected += 2.0 * plan.probe.window_size * heads * size * config.kv_lora_rank
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
     assert predicted(config, plan, LENGTH)["speedup"] > 1.2  # so that the two cases differ
 
@@ -116,7 +116,7 @@ def test_copies_grow_with_the_tokens_at_work():
     assert two.copied < 2.1 * one.copied  # nothing quadratic
     dense = counted(model, LENGTH, spts=False).copied
     hidden = sum(
-        cost.entering + cost.active + cost.changed + cost.leaving
+        cost.candidates_in + cost.active + cost.ffn_tokens + cost.candidates_out
         for cost in layer_costs(model.config, model.config.schedule(), LENGTH)[SCHEDULE["start"] :]
     )
     assert two.copied < dense + 6 * hidden * SIZES["hidden_size"]

@@ -28,7 +28,14 @@ def test_the_checkpoint_is_complete(built):
     folder, _, recipe, output = built
     out = folder / "out"
     names = {p.name for p in out.iterdir()}
-    assert {"config.json", "spts.py", "configuration_spts.py", "README.md", "recipe.yaml", "tokenizer.json"} <= names
+    assert {
+        "config.json",
+        "skipping.py",
+        "configuration_spts.py",
+        "README.md",
+        "recipe.yaml",
+        "tokenizer.json",
+    } <= names
     assert not [p for p in folder.iterdir() if p.name.endswith((".new", ".partial", ".old"))]
     assert (out / "recipe.yaml").read_text() == recipe.read_text()
     assert yaml.safe_load((out / "recipe.resolved.yaml").read_text())["calibration"]["seed"] == 0
@@ -121,7 +128,9 @@ def test_a_checkpoint_is_verified_and_every_change_is_named(built, tmp_path):
         data["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
         path.write_text(json.dumps(data))
 
-    changed("spts.py", lambda p: p.write_text(p.read_text() + "# more\n"), "spts.py: not the code of spts-compress")
+    changed(
+        "skipping.py", lambda p: p.write_text(p.read_text() + "# more\n"), "skipping.py: not the code of spts-compress"
+    )
     changed("spts-proxies.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-3]), "can't be read")
     changed("modeling_extra.py", lambda p: p.write_text("import os"), "modeling_extra.py: not among the exported files")
     changed("tokenizer.json", Path.unlink, "tokenizer.json: missing")

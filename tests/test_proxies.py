@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from spts_compress.calibrate import capture
 from spts_compress.fit import ltp, metrics, refine, size
 from spts_compress.modeling.configuration_spts import Proxy
-from spts_compress.modeling.spts import FeedForwardProxy
+from spts_compress.modeling.selection import FeedForwardProxy
 from spts_compress.recipe import ProxySection
 from spts_compress.utils.distributed import ALONE
 from spts_compress.utils.store import Store

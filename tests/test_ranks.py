@@ -40,8 +40,8 @@ assert getattr(layer.self_attn, layer.by_heads).weight.placements
 ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
 first = split.config.spts["start"]
 some = {first: [0], first + 1: [1, 3]}  # a layer's from one device alone, and from both
-plain, windowed = {"heads": "mean"}, {"heads": "max", "queries": 4, "carry": 1.0, "pool": 3}
-for probe in (plain, windowed, {"heads": some, "carry": 0.5}):
+plain, windowed = {"heads": "mean"}, {"heads": "max", "window_size": 4, "score_carry": 1.0, "kernel_size": 3}
+for probe in (plain, windowed, {"heads": some, "score_carry": 0.5}):
     made = []
     for model in (split.eval(), whole.eval()):
         with torch.no_grad():

@@ -23,10 +23,10 @@ def lab_schedule(layers, start, channels, rank):
     stages = [{"end": e, "budget": {"fraction": f}} for e, f in zip(ends, (0.28, 0.22, 0.125, 0.06), strict=True)]
     for stage, fraction in zip(stages, (0.35, 0.27, 0.16), strict=False):
         stage["prune_to"] = {"fraction": fraction}
-    probe = {"queries": 32, "heads": "max", "pool": 7}
+    probe = {"window_size": 32, "heads": "max", "kernel_size": 7}
     proxy = {"channels": channels, "rank": rank}
     return dict(
-        start=start, stages=stages, probe=probe, proxy=proxy, keep_first=4, keep_last=64, feed_forward="attention"
+        start=start, stages=stages, probe=probe, proxy=proxy, sink_tokens=4, recent_tokens=64, ffn_selection="attention"
     )
 
 

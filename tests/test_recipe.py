@@ -54,8 +54,8 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
 
 def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     text = "model: {path: somewhere}\nproxy: {channels: 8, rank: 4}\nsearch: {speedup: 2.0}\nexport: {path: out}\n"
-    recipe = load(write(tmp_path, text), ("search.choices={queries: [32], margin: [0, 1.2]}",))
-    assert recipe.search.choices.given() == {"queries": (32,), "margin": (0, 1.2)}
+    recipe = load(write(tmp_path, text), ("search.choices={window_size: [32], margin: [0, 1.2]}",))
+    assert recipe.search.choices.given() == {"window_size": (32,), "margin": (0, 1.2)}
     assert set(type(recipe.search.choices).model_fields) == set(space.CHOICES)
     recipe = load(write(tmp_path, text), ("search.heads_from=3", "search.starts=[2]", "search.lengths=[512]"))
     [line] = faults(tmp_path, text, ("search.heads_from=3", "search.choices.heads=[mean]"))
@@ -63,10 +63,10 @@ def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     with pytest.raises(UserError, match="3 is behind the first start"):
         run.widest(recipe.search, tiny_model(max_position_embeddings=2048).config)
     for wrong, expected in (
-        ("{querys: [8]}", "search.choices.querys is unknown (did you mean queries?)"),
-        ("{pool: [4]}", "search.choices.pool.0 must be odd"),
+        ("{window_sizes: [8]}", "search.choices.window_sizes is unknown (did you mean window_size?)"),
+        ("{kernel_size: [4]}", "search.choices.kernel_size.0 must be odd"),
         ("{margin: [0.5]}", "search.choices.margin.0 must be 0 or at least 1"),
-        ("{carry: []}", "search.choices.carry is []"),
+        ("{score_carry: []}", "search.choices.score_carry is []"),
         ("{heads: [0.9, median]}", "search.choices.heads.1 must be mean, max, or above 0"),
     ):
         assert expected in faults(tmp_path, text, (f"search.choices={wrong}",))[0]

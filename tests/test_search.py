@@ -10,6 +10,7 @@ from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
 from spts_compress.recipe import Kind, SearchSection
+from spts_compress.schedule import faults
 from spts_compress.search import dense_reference, halving, prompts, run, space
 from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
 from spts_compress.tasks import agreement
@@ -31,7 +32,7 @@ def schedule(start, **changes):
             {"end": 4, "budget": {"fraction": 0.4}},
         ],
         "proxy": {"channels": 12, "rank": 4},
-        "probe": {"queries": 4, "heads": "max", "carry": 1.0, "pool": 3},
+        "probe": {"window_size": 4, "heads": "max", "score_carry": 1.0, "kernel_size": 3},
     }
     return Schedule.from_dict({**block, **changes}, 5)
 
@@ -39,13 +40,13 @@ def schedule(start, **changes):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v2"])
 @pytest.mark.parametrize(("start", "kept", "heads"), [(1, 0, "max"), (3, 2, "max"), (3, 1, {"3": [1, 2]})])
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads, tmp_path):
-    searched = schedule(start, probe={"queries": 4, "heads": heads, "carry": 1.0, "pool": 3})
+    searched = schedule(start, probe={"window_size": 4, "heads": heads, "score_carry": 1.0, "kernel_size": 3})
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
     dense = dense_reference.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
     assert dense.kept_before(start) == kept
-    found = dense_reference.compare(dense_reference.tail(whole, kept), searched, dense)
+    found = dense_reference.compare(whole, searched, dense)
 
     whole.config.spts = searched.to_dict()
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
@@ -69,11 +70,17 @@ def test_a_shape_at_a_cost_costs_that_and_no_more():
         made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.3, 5, proxies)
         if made is not None:
             found += 1
-            assert made.faults(5) == []
+            assert faults(made, 5) == []
             assert 1.3 <= predicted(config, made, 1000)["speedup"] < 1.4
-            assert (made.start, made.probe.pool, made.feed_forward) == (shape.start, shape.pool, shape.feed_forward)
+            assert (made.start, made.probe.kernel_size, made.ffn_selection) == (
+                shape.start,
+                shape.kernel_size,
+                shape.ffn_selection,
+            )
     assert found > 20
-    assert space.at_cost(space.Shape(4), lambda s: predicted(config, s, 1000)["speedup"], 3.0, 5, proxies) is None
+    assert (
+        space.at_cost(space.ScheduleParams(4), lambda s: predicted(config, s, 1000)["speedup"], 3.0, 5, proxies) is None
+    )
 
 
 def test_halving_finds_the_best_shape_and_repeats_itself():
@@ -87,13 +94,13 @@ def test_halving_finds_the_best_shape_and_repeats_itself():
 
     def evaluate(schedule, count):
         calls.append(count)
-        loss = abs(schedule.start - 3) + abs(schedule.probe.pool - 15) / 15 + (schedule.probe.heads == "mean")
+        loss = abs(schedule.start - 3) + abs(schedule.probe.kernel_size - 15) / 15 + (schedule.probe.heads == "mean")
         return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
 
     runs = [halving.search(scaled, evaluate, 8, 2, choices, [], 24, 3, seed=5) for _ in range(2)]
     assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
     best = runs[0][0]
-    assert (best.shape.start, best.shape.heads, best.shape.pool) == (3, "max", 15) and len(best.rows) == 8
+    assert (best.shape.start, best.shape.heads, best.shape.kernel_size) == (3, "max", 15) and len(best.rows) == 8
     assert calls.count(2) > 2 * calls.count(8)  # long evaluations are for good candidates
     assert len({c.schedule for c in runs[0]}) == len(runs[0])
 
@@ -102,7 +109,9 @@ def test_candidates_that_do_the_same_count_once():
     """Twenty candidates alike and better than four others: one of them goes on, and others beside it."""
 
     def candidate(number, kl):
-        return halving.Candidate(space.Shape(1, floor=number), schedule(1, keep_last=number + 1), {"kl": kl}, [])
+        return halving.Candidate(
+            space.ScheduleParams(1, floor=number), schedule(1, recent_tokens=number + 1), {"kl": kl}, []
+        )
 
     alike = [candidate(number, 1.0) for number in range(20)]
     others = [candidate(20 + number, 2.0 + number) for number in range(4)]
@@ -120,7 +129,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     """With a made-up judgement; the order of kinds and lengths stays, and what is never right is kept and named."""
     prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
     section = SearchSection(
-        lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, dense_right=True
+        lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, require_dense_correct=True
     )
     asked = run.Asked(section, TOKENIZER, prose).first(ALONE)
     assert len(asked.items) == 16 and len({item.text for item in asked.items}) == 16
@@ -218,10 +227,10 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
         for end in range(length, whole_ids.shape[1]):
             if whole_ids[0, place] == whole_ids[0, end]:
                 copied[place] += attentions[:, :, end - 1, place].mean()
-    middle, reach = slice(4, length - FINDING.queries), FINDING.pool // 2
+    middle, reach = slice(4, length - FINDING.window_size), FINDING.kernel_size // 2
     for layer, row in enumerate(found):
         for head, worth in enumerate(row):
-            raw = attentions[layer, head, length - FINDING.queries : length].mean(0)
+            raw = attentions[layer, head, length - FINDING.window_size : length].mean(0)
             score = [float(raw[max(0, i - reach) : i + reach + 1].max()) for i in range(length)]
             order = sorted(range(*middle.indices(length)), key=lambda i: (score[i], float(raw[i]), i), reverse=True)
             top = order[: round(len(order) / 10)]
@@ -234,18 +243,18 @@ def test_shapes_choose_heads_by_what_they_find():
     heads = {(1, 0): 0.5, (1, 3): 0.3, (2, 1): 0.2, (3, 2): 1.0, (4, 0): 0.8, (4, 1): 0.1}
 
     def at(**shape):
-        shape = space.Shape(**{"carry": 1.0, "stages": 1, **shape})
+        shape = space.ScheduleParams(**{"score_carry": 1.0, "stages": 1, **shape})
         return space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.1, 5, proxies, heads)
 
     early = at(start=3, heads=0.5)  # a stage in front that keeps all, in which the first head scores
-    assert early.faults(5, 4) == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1
+    assert faults(early, 5, 4) == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1
     assert [early.counts(layer, 1000).active for layer in (1, 2)] == [1000, 1000]
     assert early.counts(3, 1000).active < 1000 and len(early.proxy) == 4
     own = at(start=3, heads=1.0)
     assert own.probe.heads == ((3, 2),) and own.start == 3
     lacking = at(start=2, heads=0.8)  # none so good up to the start: the best of those that are there
     assert lacking.probe.heads == ((1, 0), (3, 2), (4, 0)) and lacking.start == 1
-    alone = at(start=3, heads=0.5, carry=0.0)  # nothing is carried, so that layer 1 would score in vain
+    alone = at(start=3, heads=0.5, score_carry=0.0)  # nothing is carried, so that layer 1 would score in vain
     assert alone.probe.heads == ((3, 2), (4, 0)) and alone.start == 3
 
 
@@ -263,7 +272,7 @@ def test_a_measured_cost_takes_the_place_of_the_counted_one():
 
 
 def test_one_stage_at_a_time_gets_fewer_and_more_tokens():
-    best = halving.Candidate(space.Shape(1), schedule(1), {}, [])
+    best = halving.Candidate(space.ScheduleParams(1), schedule(1), {}, [])
     found = run._varied(best, run._cost(tiny_model(vocab_size=300).config, 1000, None))
     assert [(row["stage"], row["factor"]) for row, _ in found] == [(0, 0.7), (0, 1.4), (1, 0.7), (1, 1.4)]
     for row, changed in found:

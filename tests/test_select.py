@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spts_compress.modeling.spts import WINDOW_PIECE, pool_scores, probe_scores, reduce_heads, select, windowed
+from spts_compress.modeling.selection import pool_scores, probe_scores, reduce_heads, select
+from spts_compress.modeling.windows import WINDOW_PIECE, windowed
 
 levels = st.sampled_from([0.0, 1e-30, 0.25, 0.5, 0.5000001, 1.0, float("inf")])
 

@@ -15,7 +15,7 @@ sensitivity = load_study("proxy_sensitivity")
 RECIPE = """
 model: {path: BASE}
 calibration: {source: python-docs, tokens: 2000, length: 256}
-proxy: {channels: 12, rank: 4, share: 1.0, steps: 6}
+proxy: {channels: 12, rank: 4, max_flop_fraction: 1.0, steps: 6}
 schedule: {start: 2, stages: [{end: 4, budget: 100}]}
 report: {lengths: [128]}
 export: {path: out}
@@ -46,7 +46,7 @@ def test_a_study_writes_table_numbers_and_picture_and_goes_on_where_it_stopped(f
         assert set(row["ranked"]) == {"python-docs", "python-code", "fox"}
         assert 0 < row["ranked"]["fox"]["norm"]["proxy"]["recall"] <= 1
     factors = {row["factor"] for row in study["rows"]}
-    assert {"size", "rho", "tokens", "objective", "fitted on", "start", "paper's, no step"} <= factors
+    assert {"size", "rho", "tokens", "objective", "fitted on", "init", "paper's, no step"} <= factors
     assert "(recommended)" in (folder / "out/sweep.md").read_text()
     assert (folder / "out/sweep.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -79,7 +79,7 @@ def test_one_thing_is_changed_at_a_time():
         changed = {k for k, v in variant.section.model_dump().items() if v != getattr(section, k)}
         others = (variant.size != Proxy(64, 16)) + (variant.sources != ("a",)) + (variant.part != 1)
         if variant.factor == "paper's, no step":
-            assert changed - {"start"} == {"regression", "steps"}
+            assert changed - {"init"} == {"regression", "steps"}
         else:
             assert len(changed) + others == (0 if variant.factor == "recipe" else 1), variant
     mixes = {variant.sources for variant in made if variant.factor == "fitted on"}

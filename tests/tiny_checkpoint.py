@@ -14,7 +14,7 @@ BLOCK = {
     "start": 1,
     "stages": [{"end": 2, "budget": 100, "prune_to": 120}, {"end": 4, "budget": 80}],
     "proxy": {"channels": 1, "rank": 0},
-    "keep_last": 4,
+    "recent_tokens": 4,
 }
 
 

@@ -73,7 +73,7 @@ def probed(prompt: dense_reference.Dense) -> list[torch.Tensor]:
     finally:
         names["probe_scores"] = own
     counts = [winner.counts(layer, len(seen[0][0])) for layer in range(winner.start, layers)]
-    ranking = [min(c) < c.entering or winner.probe.carry > 0 for c in counts]
+    ranking = [min(c) < c.candidates_in or winner.probe.score_carry > 0 for c in counts]
     ranked = [sum(ranking[: first - winner.start + 1]) - 1 for first in firsts]
     return [scores.cumsum(0) / scores.sum() for scores in (seen[i][0].sort(descending=True).values for i in ranked)]
 

@@ -33,7 +33,7 @@ from spts_compress import pipeline
 from spts_compress.calibrate import data
 from spts_compress.calibrate.base_model import FAMILIES
 from spts_compress.cost import has_experts
-from spts_compress.modeling.spts import FULL, SLIDING, layer_kinds
+from spts_compress.modeling.stock_layer import FULL, SLIDING, layer_kinds
 from spts_compress.recipe import load
 from spts_compress.utils.devices import hardware
 from spts_compress.utils.tables import table
@@ -57,10 +57,10 @@ RECIPE = {
             {"end": (start + layers) // 2, "budget": {"fraction": 0.5}, "prune_to": {"fraction": 0.6}},
             {"end": layers - 1, "budget": {"fraction": 0.35}},
         ],
-        "probe": {"queries": 32, "heads": "max", "carry": 1.0, "pool": 31},
-        "keep_first": 4,
-        "keep_last": 32,
-        "feed_forward": "relative",
+        "probe": {"window_size": 32, "heads": "max", "score_carry": 1.0, "kernel_size": 31},
+        "sink_tokens": 4,
+        "recent_tokens": 32,
+        "ffn_selection": "relative",
     },
     "report": {"lengths": [1024], "pairs": 1, "needles": 2, "answers": 2, "quality_length": 2048},
 }
@@ -127,7 +127,7 @@ MORE = {
     "deepseek_v2": {**ROUTED, **LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**ROUTED, **LATENT},
 }
-SMALL_RECIPE = {**RECIPE, "proxy": {"channels": 32, "rank": 8, "share": 1.0}}
+SMALL_RECIPE = {**RECIPE, "proxy": {"channels": 32, "rank": 8, "max_flop_fraction": 1.0}}
 SMALL_RECIPE["schedule"] = {
     **RECIPE["schedule"],
     "start": 2,

@@ -89,7 +89,7 @@ def variants(model):
     stages = full["stages"]
     unpruned = [{k: v for k, v in stage.items() if k != "prune_to"} for stage in stages]
     return {
-        "+PAP": {**full, "stages": unpruned, "feed_forward": "all"},
+        "+PAP": {**full, "stages": unpruned, "ffn_selection": "all"},
         "+LTP": {**full, "stages": unpruned},
         "+MSDP": full,
     }

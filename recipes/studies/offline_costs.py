@@ -47,7 +47,7 @@ def run(source: Path, layers: int, hidden: int, tokens: int) -> dict[str, dict[s
         recipe = {
             "model": {"path": str(folder / "base")},
             "calibration": {"source": ["python-docs"], "tokens": tokens, "length": 2048},
-            "proxy": {"channels": hidden // 2, "rank": hidden // 16, "share": 1.0},
+            "proxy": {"channels": hidden // 2, "rank": hidden // 16, "max_flop_fraction": 1.0},
             "search": {
                 "speedup": 1.3, "lengths": [1024], "kinds": ["free"], "prompts": 2, "candidates": 8, "rounds": 0,
                 "starts": [layers // 2],

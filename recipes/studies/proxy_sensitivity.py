@@ -31,7 +31,7 @@ from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import PALETTE, Show, columns_table, has_matplotlib
 
 SHARE = 0.25  # of the tokens, for recall
-FACTORS = ("size", "paper's, no step", "start", "blend", "objective", "rho", "tokens", "fitted on")
+FACTORS = ("size", "paper's, no step", "init", "blend", "objective", "rho", "tokens", "fitted on")
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) ->
     for number in (0.125, 0.25, 0.5, 2.0):
         size = Proxy(max(1, round(full.channels * number)), max(1, round(full.rank * number)))
         tried.append(Variant("size", f"{size.channels} channels, rank {size.rank}", size, section, own))
-    for start in ("svd", "weighted-svd"):
-        change("paper's, no step", start, start=start, regression=False, steps=0)
-        if start != section.start:
-            change("start", start, start=start)
+    for init in ("svd", "weighted-svd"):
+        change("paper's, no step", init, init=init, regression=False, steps=0)
+        if init != section.init:
+            change("init", init, init=init)
     change("blend", "no regression", regression=False)
     for objective in ("log-norm", "ranking", "representation"):
         if objective != section.objective:
             change("objective", objective, objective=objective)
     for top in (0.05, 0.2, 1.0):
-        if top != section.top:
-            change("rho", f"{top:g}", top=top)
+        if top != section.saliency_quantile:
+            change("rho", f"{top:g}", saliency_quantile=top)
     for part in (0.25, 0.5):
         tried.append(Variant("tokens", f"{part:g} of them", full, section, own, part))
     mixes = [(name,) for name in sources] + [tuple(sources)] if len(sources) > 1 else []
@@ -316,7 +316,7 @@ def save(study: Study, output: Path) -> str:
     rows, relative = medians(study), medians(study, "relative")
     best = recommended(rows, tolerance)
     parts = [title, as_table(rows, best), "Spearman / recall by source:", by_source(study)]
-    parts += ["The same for norms relative to the state's own (`feed_forward: relative`):"]
+    parts += ["The same for norms relative to the state's own (`ffn_selection: relative`):"]
     parts += [as_table(relative, recommended(relative, tolerance))]
     result = {"setting": study.setting, "rows": study.rows}
     return tables.save(result, "\n\n".join(parts), output, "sweep", lambda figure: draw(rows, best, title, figure))

@@ -61,7 +61,7 @@ while len(drawn) < args.count:
     if made is not None:
         drawn[f"random {len(drawn) + 1}"] = shape, made
 third = max(1, layers // 3)
-scaled = space.Shape(max(third, starts[0]), **space.PAPER)
+scaled = space.ScheduleParams(max(third, starts[0]), **space.PAPER)
 made = space.at_cost(scaled, lambda s: predicted(base.config, s, longest)["speedup"], goal, layers, sizes)
 if made is not None:
     drawn["the paper's settings, scaled"] = scaled, made

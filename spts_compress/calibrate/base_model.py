@@ -30,7 +30,7 @@ from transformers import (
 from ..checkpoint import loadable
 from ..checkpoint.keys import environment, folder_key
 from ..checkpoint.layout import INDEX, LEFT, WEIGHTS, weight_files
-from ..modeling.spts import MASKS
+from ..modeling.stock_layer import MASKS
 from ..recipe import ModelSection
 from ..utils.errors import UserError, reason
 from ..utils.store import Store, file_hash, fingerprint, writing

@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling.spts import MASKS, Norms, layer_kinds, position_tables
+from ..modeling.stock_layer import MASKS, Norms, layer_kinds, position_tables
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 from ..utils.store import Store

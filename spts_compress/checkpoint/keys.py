@@ -50,7 +50,7 @@ def _without_skipping(path: Path) -> Any:
 @cache
 def environment() -> str:
     """The versions that decide what is computed, and this package's own code, by its bytes."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     sources = [(p.relative_to(package).as_posix(), file_hash(p)) for p in sorted(package.rglob("*.py"))]
     packages = ("transformers", "tokenizers", "safetensors", "numpy", "scipy")
     versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from ..utils.errors import UserError
@@ -12,13 +13,15 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROXIES = "spts-proxies.safetensors"
 MANIFEST = "spts_files.json"
 CARD, REPORT, CERTIFICATE = "README.md", "spts_report.json", "spts_evaluation.json"
-CODE = ("configuration_spts.py", "spts.py")  # and the family's own file
+CODE = tuple(
+    sorted(path.name for path in resources.files("spts_compress.modeling").iterdir() if path.name.endswith(".py"))
+)
 FREE = (  # what tells of a checkpoint and decides nothing
     CARD, "recipe.yaml", "recipe.resolved.yaml", REPORT, CERTIFICATE, "search.png", MANIFEST,
 )  # fmt: skip
 # Names that the export needs for itself: a base's file of such a name travels under another one. A plain
 # model.safetensors is among them, since it would hide the index.
-OWN = ("config.json", WEIGHTS, INDEX, PROXIES, *CODE, "modeling_spts_*.py", *FREE)
+OWN = ("config.json", WEIGHTS, INDEX, PROXIES, *CODE, *FREE)
 # Where `*` also matches a slash, as in the Hub's client. What no loader reads:
 BESIDE = (
     ".*", "*/.*", "*.pyc", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4", "*.mp3", "*.wav",

@@ -27,10 +27,10 @@ def variants(schedule: Schedule, num_layers: int, length: int) -> dict[str, Sche
     active = [schedule.counts(layer, length)[1] for layer in range(schedule.start, num_layers)]
     even = (Stage(num_layers - 1, Amount(floor=round(sum(active) / len(active)))),)
     return {
-        "+PAP": replace(schedule, stages=unpruned, feed_forward="all"),
+        "+PAP": replace(schedule, stages=unpruned, ffn_selection="all"),
         "+PAP+LTP": replace(schedule, stages=unpruned),
         "+PAP+LTP+MSDP": schedule,
-        "attention chooses FFN tokens": replace(schedule, feed_forward="attention"),
+        "attention chooses FFN tokens": replace(schedule, ffn_selection="attention"),
         "uniform budgets": replace(schedule, stages=even),
     }
 

@@ -97,9 +97,9 @@ def measure_all(
             return {**example.to_row(), **row}
 
         def skipped_states() -> dict:
-            if schedule.feed_forward not in ("proxy", "relative"):
+            if schedule.ffn_selection not in ("proxy", "relative"):
                 return {}
-            rankings = metrics.on_skipped_states(spts, any_ids(longest), schedule.feed_forward == "relative")
+            rankings = metrics.on_skipped_states(spts, any_ids(longest), schedule.ffn_selection == "relative")
             return {str(layer): ranking for layer, ranking in rankings.items()}
 
         rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]

@@ -129,8 +129,8 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 ## Proxies
 
 Ranking of calibration tokens that nothing was fitted or chosen on, by the predicted norm of the feed-forward output
-{"over the state's own " if schedule.feed_forward == "relative" else ""}(`feed_forward: {schedule.feed_forward}`), and
-by the free baseline, the norm of its input: Spearman correlation, and recall of the true top tokens at the layer's
+{"over the state's own " if schedule.ffn_selection == "relative" else ""}(`ffn_selection: {schedule.ffn_selection}`),
+and by the free baseline, the norm of its input: Spearman correlation, and recall of the true top tokens at the layer's
 budget; then the same on the states that skipping leaves in one long prompt.
 
 {proxies}

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, schedule
 from ..calibrate.base_model import FAMILIES
 from ..checkpoint import loadable
 from ..checkpoint.layout import FREE, MANIFEST, NOTES, inside, matches
-from ..modeling.configuration_spts import Schedule
+from ..modeling import code_files
 from ..utils.errors import UserError, reason
 from ..utils.store import file_hash, writing
-from .write import auto_map, code_files, model_class
+from .write import auto_map, model_class
 
 
 def write_manifest(folder: Path, names: dict[str, str]) -> None:
@@ -100,7 +100,7 @@ def _code(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
     """The modelling code against this release's own, and that the config asks for no other."""
     faults = [
         f"{own.name}: not the code of spts-compress {__version__}"
-        for own in code_files(family)
+        for own in code_files(FAMILIES[family][0])
         if not (folder / own.name).is_file() or file_hash(folder / own.name) != file_hash(own)
     ]
     if config.get("auto_map") != auto_map(family):
@@ -121,7 +121,7 @@ def _loads(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
 def _schedule(config: dict[str, Any], read: Any) -> list[str]:
     """The schedule against the model; what `config` leaves out has the family's defaults in `read`."""
     try:
-        Schedule.from_dict(config["spts"], read.num_hidden_layers, read.num_attention_heads)
+        schedule.read(config["spts"], read.num_hidden_layers, read.num_attention_heads)
     except (ValueError, KeyError) as error:
         return [f"config.json: {fault}" for fault in error.args]
     return []

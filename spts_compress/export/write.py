@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +17,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..calibrate.base_model import FAMILIES, Base, as_stock
-from ..checkpoint.layout import CODE, INDEX, PROXIES, exported, travelling
+from ..checkpoint.layout import INDEX, PROXIES, exported, travelling
+from ..modeling import code_files
 from ..modeling.configuration_spts import Schedule
-from ..modeling.spts import Norms
+from ..modeling.stock_layer import Norms
 from ..utils.errors import UserError
 from . import fresh
 from .fresh import differences, settings, tokenizer_facts
@@ -33,7 +33,7 @@ REPLACED = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "added_
 def model_class(family: str) -> Any:
     """The family's causal language model class, the same code that is exported."""
     module, prefix = FAMILIES[family]
-    return getattr(importlib.import_module(f".modeling.{module}", __package__), f"{prefix}ForCausalLM")
+    return getattr(importlib.import_module(f"spts_compress.modeling.{module}"), f"{prefix}ForCausalLM")
 
 
 def norms_of(family: str) -> Norms:
@@ -53,12 +53,6 @@ def auto_map(family: str) -> dict[str, str]:
     module, prefix = FAMILIES[family]
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     return {name: f"{module}.{prefix}{kind}" for name, kind in classes.items()}
-
-
-def code_files(family: str) -> list[Path]:
-    """The modelling code that a checkpoint of a family carries, in this package."""
-    folder = Path(str(resources.files(f"{__package__}.modeling")))
-    return [folder / name for name in (*CODE, f"{FAMILIES[family][0]}.py")]
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, t
     _write_json(target / "config.json", {**_config(base), "spts": schedule.to_dict()})
     if carried.tokenizer_config is not None:
         _write_json(target / TOKENIZER, carried.tokenizer_config)
-    for file in code_files(base.family):
+    for file in code_files(FAMILIES[base.family][0]):
         shutil.copyfile(file, target / file.name)
 
 

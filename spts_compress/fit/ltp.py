@@ -11,7 +11,8 @@ from torch import nn
 
 from ..cost import LayerShape
 from ..modeling.configuration_spts import Proxy
-from ..modeling.spts import FeedForwardProxy, Norms, activation_of
+from ..modeling.selection import FeedForwardProxy
+from ..modeling.stock_layer import Norms, activation_of
 
 CHANNELS_AT_ONCE = 1024  # bounds the saliencies held at a time to N x 1024 numbers
 RATING_TOKENS = 4096  # channels are rated on that many tokens, evenly spread

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from ..modeling.spts import FeedForwardProxy
+from ..modeling.selection import FeedForwardProxy
 from .ltp import FeedForward, Tokens, predict
 
 

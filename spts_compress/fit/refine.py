@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..modeling.spts import FeedForwardProxy
+from ..modeling.selection import FeedForwardProxy
 from .ltp import FeedForward, Tokens, log_error
 
 BATCH = 1024  # tokens

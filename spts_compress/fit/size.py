@@ -6,7 +6,7 @@ import torch
 
 from ..cost import proxy_share
 from ..modeling.configuration_spts import Proxy
-from ..modeling.spts import FeedForwardProxy
+from ..modeling.selection import FeedForwardProxy
 from ..recipe import ProxySection
 from . import metrics, refine
 from .ltp import FeedForward, Regression, Tokens, blend, centre, log_error, low_rank, most_important, regress
@@ -34,8 +34,8 @@ def fit(
     share: float,
 ) -> tuple[FeedForwardProxy, bool]:
     """A low-rank candidate: SVD, refined, blended with the regression. And whether refinement helped on `check`."""
-    kept = most_important(ffn, tokens, size.channels, section.top)
-    proxy = low_rank(ffn, kept, size.rank, tokens.unit if section.start == "weighted-svd" else None)
+    kept = most_important(ffn, tokens, size.channels, section.saliency_quantile)
+    proxy = low_rank(ffn, kept, size.rank, tokens.unit if section.init == "weighted-svd" else None)
     centre(proxy, tokens)
     improved = False
     if section.steps:

@@ -1,5 +1,5 @@
 """DeepSeek V2 and V3 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the families' part; the method is in
-spts.py.
+skipping.py.
 
 Their attention is multi-head latent attention: of a token the stock layers cache one latent of R numbers, out of which
 `kv_b_proj` makes keys and values of all heads, and one key of r rotated numbers that all heads share.
@@ -9,20 +9,12 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
-from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
-from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
-from .configuration_spts import SptsConfigMixin
-from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel, is_plain, normalise, split_heads
-
-# Published checkpoints hold every expert's weights alone; transformers joins them, told so for each type of model.
-for stock in ("deepseek_v2", "deepseek_v3"):
-    joined = get_checkpoint_conversion_mapping(stock)
-    register_checkpoint_conversion_mapping(f"spts_{stock}", joined, overwrite=True)
+from .families import skipping_classes
+from .skipping import SkippingDecoderLayer, SkippingModel
+from .stock_layer import is_plain, rms_norm, split_heads
 
 
 class LatentDecoderLayer(SkippingDecoderLayer):
@@ -31,30 +23,30 @@ class LatentDecoderLayer(SkippingDecoderLayer):
     by_heads = "kv_b_proj"
     self_attn: Any
 
-    def keys(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    def keys(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
         """Latents and rotated keys, as one key head: (B, 1, T, R + r)."""
         attention = self.self_attn
         made = attention.kv_a_proj_with_mqa(normed)
         latent, key = made.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1)
-        latent = normalise(attention.kv_a_layernorm, latent)
-        return torch.cat([latent.unsqueeze(1), self.rotate(key.unsqueeze(1), *tables)], dim=-1)
+        latent = rms_norm(attention.kv_a_layernorm, latent)
+        return torch.cat([latent.unsqueeze(1), self.rotate(key.unsqueeze(1), *cos_sin)], dim=-1)
 
-    def queries(self, normed: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Parts of the queries without positions, (B, H, T, d - r), and with them, (B, H, T, r)."""
         attention = self.self_attn
         if attention.q_lora_rank is None:
             made = attention.q_proj(normed)
         else:
-            made = attention.q_b_proj(normalise(attention.q_a_layernorm, attention.q_a_proj(normed)))
+            made = attention.q_b_proj(rms_norm(attention.q_a_layernorm, attention.q_a_proj(normed)))
         heads = split_heads(made, attention.qk_head_dim)
         still, turning = heads.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
-        return still, self.rotate(turning, *tables)
+        return still, self.rotate(turning, *cos_sin)
 
-    def probes(self, normed: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    def probes(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
         """Queries (B, H, w, R + r) for the latents themselves: the matrix that would make a head's keys of them is
         applied to its few queries instead, which gives the same products. In float32, as all of scoring."""
         attention = self.self_attn
-        still, turned = self.queries(normed, *tables)
+        still, turned = self.queries(normed, *cos_sin)
         if is_plain(attention.kv_b_proj):
             weight = attention.kv_b_proj.weight
         else:  # the matrix is what the module makes of the unit vectors, whatever it is
@@ -65,70 +57,34 @@ class LatentDecoderLayer(SkippingDecoderLayer):
             moved = torch.matmul(still.float(), heads[:, : attention.qk_nope_head_dim].float())
         return torch.cat([moved, turned.float()], dim=-1)
 
-    def attended(
-        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *tables: torch.Tensor
+    def qkv(
+        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *cos_sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys (B, H, M, d) and values (B, H, M, v); latents and rotated keys are cached, as by stock."""
         attention = self.self_attn
         latent, turned = key.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1)
         if cache is not None:
             cache.update(latent, turned, attention.layer_idx)
-        return torch.cat(self.queries(normed, *tables), dim=-1), *attention.expand_kv(latent, turned)
+        return torch.cat(self.queries(normed, *cos_sin), dim=-1), *attention.expand_kv(latent, turned)
 
 
-class SptsDeepseekV2Config(SptsConfigMixin, DeepseekV2Config):
-    model_type = "spts_deepseek_v2"
-    spts: dict | None = None
-
-
-class SptsDeepseekV2DecoderLayer(LatentDecoderLayer, modeling_deepseek_v2.DeepseekV2DecoderLayer):
-    eager_attention = staticmethod(modeling_deepseek_v2.eager_attention_forward)
-
-    def rotate(self, states: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+class V2DecoderLayer(LatentDecoderLayer):
+    def rotate(self, states: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
         """Neighbouring numbers are one complex number, which the table's (B or 1, T, r / 2) turns."""
         pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * tables[0].unsqueeze(1)).flatten(-2).type_as(states)
+        return torch.view_as_real(pairs * cos_sin[0].unsqueeze(1)).flatten(-2).type_as(states)
 
 
-class SptsDeepseekV2Model(SkippingModel, modeling_deepseek_v2.DeepseekV2Model):
-    config: SptsDeepseekV2Config
-    config_class = SptsDeepseekV2Config
-    layer_class = SptsDeepseekV2DecoderLayer
-    output_class = MoeModelOutputWithPast
-    _no_split_modules = ["DeepseekV2DecoderLayer", "SptsDeepseekV2DecoderLayer"]
-
-
-class SptsDeepseekV2ForCausalLM(SkippingForCausalLM, modeling_deepseek_v2.DeepseekV2ForCausalLM):
-    config: SptsDeepseekV2Config
-    config_class = SptsDeepseekV2Config
-    model_class = SptsDeepseekV2Model
-    _no_split_modules = ["DeepseekV2DecoderLayer", "SptsDeepseekV2DecoderLayer"]
-
-
-class SptsDeepseekV3Config(SptsConfigMixin, DeepseekV3Config):
-    model_type = "spts_deepseek_v3"
-    spts: dict | None = None
-
-
-class SptsDeepseekV3DecoderLayer(LatentDecoderLayer, modeling_deepseek_v3.DeepseekV3DecoderLayer):
-    rotate_half = staticmethod(modeling_deepseek_v3.rotate_half)
-    eager_attention = staticmethod(modeling_deepseek_v3.eager_attention_forward)
-
-    def rotate(self, states: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+class V3DecoderLayer(LatentDecoderLayer):
+    def rotate(self, states: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
         """Where neighbouring numbers turn together, all first ones are put in front of all second ones before."""
         if self.self_attn.config.rope_interleave:
             states = states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return super().rotate(states, *tables)
+        return super().rotate(states, *cos_sin)
 
 
-class SptsDeepseekV3Model(SkippingModel, modeling_deepseek_v3.DeepseekV3Model):
-    config: SptsDeepseekV3Config
-    config_class = SptsDeepseekV3Config
-    layer_class = SptsDeepseekV3DecoderLayer
-    output_class = MoeModelOutputWithPast
-    _no_split_modules = ["DeepseekV3DecoderLayer", "SptsDeepseekV3DecoderLayer"]
-
-    def __init__(self, config: SptsDeepseekV3Config):
+class V3Model(SkippingModel):
+    def __init__(self, config: Any):
         super().__init__(config)
         # Layers that predict further tokens: in published checkpoints, and in no stock model.
         extra = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -136,8 +92,9 @@ class SptsDeepseekV3Model(SkippingModel, modeling_deepseek_v3.DeepseekV3Model):
         ignored.update(rf"layers\.{number}\." for number in extra)
 
 
-class SptsDeepseekV3ForCausalLM(SkippingForCausalLM, modeling_deepseek_v3.DeepseekV3ForCausalLM):
-    config: SptsDeepseekV3Config
-    config_class = SptsDeepseekV3Config
-    model_class = SptsDeepseekV3Model
-    _no_split_modules = ["DeepseekV3DecoderLayer", "SptsDeepseekV3DecoderLayer"]
+SptsDeepseekV2Config, SptsDeepseekV2DecoderLayer, SptsDeepseekV2Model, SptsDeepseekV2ForCausalLM = skipping_classes(
+    __name__, "DeepseekV2", modeling_deepseek_v2, layer=V2DecoderLayer, experts=True
+)
+SptsDeepseekV3Config, SptsDeepseekV3DecoderLayer, SptsDeepseekV3Model, SptsDeepseekV3ForCausalLM = skipping_classes(
+    __name__, "DeepseekV3", modeling_deepseek_v3, layer=V3DecoderLayer, model=V3Model, experts=True
+)

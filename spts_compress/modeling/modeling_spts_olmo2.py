@@ -1,21 +1,14 @@
-"""OLMo 2 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the family's part; the method is in spts.py."""
+"""OLMo 2 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155); the method is in skipping.py."""
 
 import torch
 from transformers.models.olmo2 import modeling_olmo2
-from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 
-from .configuration_spts import SptsConfigMixin
-from .spts import Norms, SkippingDecoderLayer, SkippingForCausalLM, SkippingModel, split_heads
-
-
-class SptsOlmo2Config(SptsConfigMixin, Olmo2Config):
-    model_type = "spts_olmo2"
-    spts: dict | None = None
+from .families import skipping_classes
+from .skipping import SkippingDecoderLayer
+from .stock_layer import Norms, split_heads
 
 
-class SptsOlmo2DecoderLayer(SkippingDecoderLayer, modeling_olmo2.Olmo2DecoderLayer):
-    rotate_half = staticmethod(modeling_olmo2.rotate_half)
-    eager_attention = staticmethod(modeling_olmo2.eager_attention_forward)
+class Olmo2DecoderLayer(SkippingDecoderLayer):
     norms = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
@@ -26,15 +19,6 @@ class SptsOlmo2DecoderLayer(SkippingDecoderLayer, modeling_olmo2.Olmo2DecoderLay
         return split_heads(projected, self.self_attn.head_dim)
 
 
-class SptsOlmo2Model(SkippingModel, modeling_olmo2.Olmo2Model):
-    config: SptsOlmo2Config
-    config_class = SptsOlmo2Config
-    layer_class = SptsOlmo2DecoderLayer
-    _no_split_modules = ["Olmo2DecoderLayer", "SptsOlmo2DecoderLayer"]
-
-
-class SptsOlmo2ForCausalLM(SkippingForCausalLM, modeling_olmo2.Olmo2ForCausalLM):
-    config: SptsOlmo2Config
-    config_class = SptsOlmo2Config
-    model_class = SptsOlmo2Model
-    _no_split_modules = ["Olmo2DecoderLayer", "SptsOlmo2DecoderLayer"]
+SptsOlmo2Config, SptsOlmo2DecoderLayer, SptsOlmo2Model, SptsOlmo2ForCausalLM = skipping_classes(
+    __name__, "Olmo2", modeling_olmo2, layer=Olmo2DecoderLayer
+)

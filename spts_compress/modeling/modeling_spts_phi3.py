@@ -1,22 +1,24 @@
-"""Phi3 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the family's part; the method is in spts.py."""
+"""Phi3 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155); the method is in skipping.py."""
+
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.phi3 import modeling_phi3
-from transformers.models.phi3.configuration_phi3 import Phi3Config
 
-from .configuration_spts import SptsConfigMixin
-from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel, linear_rows, split_heads
-
-
-class SptsPhi3Config(SptsConfigMixin, Phi3Config):
-    model_type = "spts_phi3"
-    spts: dict | None = None
+from .families import skipping_classes
+from .stock_layer import is_plain, split_heads
+from .windows import WindowedDecoderLayer, WindowedModel
 
 
-class SptsPhi3DecoderLayer(SkippingDecoderLayer, modeling_phi3.Phi3DecoderLayer):
-    rotate_half = staticmethod(modeling_phi3.rotate_half)
-    eager_attention = staticmethod(modeling_phi3.eager_attention_forward)
+def linear_rows(module: Any, states: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some `rows` of what a linear module makes of states (B, T, D), without the others where the module is plain."""
+    if not is_plain(module):
+        return module(states)[..., rows]
+    return nn.functional.linear(states, module.weight[rows], None if module.bias is None else module.bias[rows])
 
+
+class Phi3DecoderLayer(WindowedDecoderLayer):
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values come from one matrix, of which only the rows asked for are used."""
         attention = self.self_attn
@@ -26,15 +28,6 @@ class SptsPhi3DecoderLayer(SkippingDecoderLayer, modeling_phi3.Phi3DecoderLayer)
         return split_heads(linear_rows(attention.qkv_proj, states, rows), attention.head_dim)
 
 
-class SptsPhi3Model(SkippingModel, modeling_phi3.Phi3Model):
-    config: SptsPhi3Config
-    config_class = SptsPhi3Config
-    layer_class = SptsPhi3DecoderLayer
-    _no_split_modules = ["Phi3DecoderLayer", "SptsPhi3DecoderLayer"]
-
-
-class SptsPhi3ForCausalLM(SkippingForCausalLM, modeling_phi3.Phi3ForCausalLM):
-    config: SptsPhi3Config
-    config_class = SptsPhi3Config
-    model_class = SptsPhi3Model
-    _no_split_modules = ["Phi3DecoderLayer", "SptsPhi3DecoderLayer"]
+SptsPhi3Config, SptsPhi3DecoderLayer, SptsPhi3Model, SptsPhi3ForCausalLM = skipping_classes(
+    __name__, "Phi3", modeling_phi3, layer=Phi3DecoderLayer, model=WindowedModel
+)

@@ -1,31 +1,10 @@
-"""Qwen2 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155): the family's part; the method is in spts.py."""
+"""Qwen2 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155); the method is in skipping.py."""
 
 from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
-from .configuration_spts import SptsConfigMixin
-from .spts import SkippingDecoderLayer, SkippingForCausalLM, SkippingModel
+from .families import skipping_classes
+from .windows import WindowedDecoderLayer, WindowedModel
 
-
-class SptsQwen2Config(SptsConfigMixin, Qwen2Config):
-    model_type = "spts_qwen2"
-    spts: dict | None = None
-
-
-class SptsQwen2DecoderLayer(SkippingDecoderLayer, modeling_qwen2.Qwen2DecoderLayer):
-    rotate_half = staticmethod(modeling_qwen2.rotate_half)
-    eager_attention = staticmethod(modeling_qwen2.eager_attention_forward)
-
-
-class SptsQwen2Model(SkippingModel, modeling_qwen2.Qwen2Model):
-    config: SptsQwen2Config
-    config_class = SptsQwen2Config
-    layer_class = SptsQwen2DecoderLayer
-    _no_split_modules = ["Qwen2DecoderLayer", "SptsQwen2DecoderLayer"]
-
-
-class SptsQwen2ForCausalLM(SkippingForCausalLM, modeling_qwen2.Qwen2ForCausalLM):
-    config: SptsQwen2Config
-    config_class = SptsQwen2Config
-    model_class = SptsQwen2Model
-    _no_split_modules = ["Qwen2DecoderLayer", "SptsQwen2DecoderLayer"]
+SptsQwen2Config, SptsQwen2DecoderLayer, SptsQwen2Model, SptsQwen2ForCausalLM = skipping_classes(
+    __name__, "Qwen2", modeling_qwen2, layer=WindowedDecoderLayer, model=WindowedModel
+)

@@ -1,14 +1,13 @@
 """Work that every candidate shares: the dense pass over each prompt, kept at the layers where skipping may begin."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from ..modeling.calls import SkipRequest
 from ..modeling.configuration_spts import Schedule
 from ..tasks.agreement import GREEDY, agreement
 from ..tasks.example import Example
@@ -104,60 +103,26 @@ def skipping(model: Any, model_class: Any, schedule: Schedule, proxies: dict[str
     return made.eval()
 
 
-def tail(model: Any, layer: int) -> Any:
-    """`model` without the layers in front of `layer`, on the same parameters: it takes that layer's inputs as
-    `inputs_embeds`, and its layers are numbered from 0."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers -= layer
-    config.spts = None
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[layer:]
-    with torch.device("meta"):
-        made = type(model)(config)
-    made.lm_head, body = model.lm_head, made.model
-    body.embed_tokens, body.norm, body.rotary_emb = (
-        getattr(model.model, name) for name in ("embed_tokens", "norm", "rotary_emb")
-    )
-    body.layers = nn.ModuleList(_renumbered(part, i) for i, part in enumerate(model.model.layers[layer:]))
-    return made.eval()
-
-
-def _renumbered(layer: nn.Module, index: int) -> nn.Module:
-    """A decoder layer that shares everything with `layer` but the number its cache goes by."""
-    made = copy.copy(layer)
-    made._modules = dict(layer._modules)
-    made.self_attn = attention = copy.copy(layer.self_attn)
-    attention.layer_idx = index  # type: ignore[assignment, union-attr]
-    return made
-
-
-def shifted(schedule: Schedule, layer: int) -> dict[str, Any]:
-    """The `spts` block of `schedule` for a `tail` from `layer` on."""
-    stages, heads = tuple(replace(stage, end=stage.end - layer) for stage in schedule.stages), schedule.probe.heads
-    if not isinstance(heads, str):
-        heads = tuple((place - layer, head) for place, head in heads)
-    probe = replace(schedule.probe, heads=heads)
-    return replace(schedule, start=schedule.start - layer, stages=stages, probe=probe).to_dict()
-
-
 @torch.no_grad()
-def compare(tails: Any, schedule: Schedule, prompt: Dense) -> dict[str, Any]:
+def compare(whole: Any, schedule: Schedule, prompt: Dense) -> dict[str, Any]:
     """How far SPTS is from dense along the dense model's own answer, teacher-forced after a prefill by `schedule`.
 
     Args:
-        tails: `tail(model, prompt.kept_before(schedule.start))`, whose skipping layers have proxies.
+        whole: the skipping model, with proxies in all layers from the schedule's start on.
 
     Returns:
         `kl`: mean KL(dense || SPTS) of the next token, nats; `top1`: share of tokens on which both agree; `same`:
         whether they agree on all, so that the greedy answer is the dense one.
     """
-    first = prompt.kept_before(schedule.start)
-    tails.config.spts = shifted(schedule, first)
-    device = tails.lm_head.weight.device
+    first, count = prompt.kept_before(schedule.start), len(prompt.answer)
+    device = whole.lm_head.weight.device
+    request = SkipRequest(schedule, last=count, suffix_length=count - 1)
     states = prompt.states(first).to(device)
-    logits = tails(inputs_embeds=states, use_cache=True, logits_to_keep=len(prompt.answer)).logits[0]
-    own = tails.lm_head(prompt.final.to(device))
-    if cap := getattr(tails.config, "final_logit_softcapping", None):
+    logits = whole(inputs_embeds=states, first_layer=first, spts=request, use_cache=True, logits_to_keep=count).logits[
+        0
+    ]
+    own = whole.lm_head(prompt.final.to(device))
+    if cap := getattr(whole.config, "final_logit_softcapping", None):
         own = torch.tanh(own / cap) * cap
     found = agreement(torch.log_softmax(own.float(), dim=-1), torch.log_softmax(logits.float(), dim=-1))
     return {**found, "same": found["top1"] == 1}

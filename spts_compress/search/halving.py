@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..modeling.configuration_spts import Schedule
-from .space import Shape, draw, vary
+from .space import ScheduleParams, draw, vary
 
 KEEP = 3  # one candidate in so many goes on
 ELITE = 4  # and these at least
@@ -20,7 +20,7 @@ Evaluate = Callable[[Schedule, int], Rows]  # rows of the first so many prompts
 class Candidate:
     """A shape scaled to the wanted cost, what it costs, and its rows on the prompts it was tried on."""
 
-    shape: Shape
+    shape: ScheduleParams
     schedule: Schedule
     cost: dict[str, float]
     rows: Rows
@@ -84,17 +84,17 @@ def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evalua
     return candidates + out
 
 
-def _child(rng: random.Random, parents: list[Shape], choices: dict[str, tuple]) -> Shape:
+def _child(rng: random.Random, parents: list[ScheduleParams], choices: dict[str, tuple]) -> ScheduleParams:
     return vary(rng, rng.choice(parents), choices, rng.choice(parents))
 
 
 def search(
-    scaled: Callable[[Shape], Candidate | None],
+    scaled: Callable[[ScheduleParams], Candidate | None],
     evaluate: Evaluate,
     prompts: int,
     turn: int,
     choices: dict[str, tuple],
-    seeds: list[Shape],
+    seeds: list[ScheduleParams],
     count: int,
     rounds: int,
     seed: int,
@@ -111,14 +111,14 @@ def search(
     rng = random.Random(seed)
     seen: dict[Schedule, Candidate] = {}
 
-    def new(shape: Shape) -> Candidate | None:
+    def new(shape: ScheduleParams) -> Candidate | None:
         made = scaled(shape)
         if made is None or made.schedule in seen:
             return None
         seen[made.schedule] = made
         return made
 
-    def drawn(wanted: int, make: Callable[[], Shape]) -> list[Candidate]:
+    def drawn(wanted: int, make: Callable[[], ScheduleParams]) -> list[Candidate]:
         found: list[Candidate] = []
         for _ in range(50 * wanted):
             if len(found) < wanted and (made := new(make())) is not None:

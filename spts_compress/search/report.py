@@ -21,13 +21,14 @@ def front_table(found: dict[str, Any]) -> str:
                 f"{cost['speedup']:.2f}x" + (" *" if number == found["chosen"] else ""),
                 f"{cost['kv_share']:.0%}",
                 point["winner"]["shape"]["start"],
-                f"{probe['queries']} / {_heads(probe['heads'])} / {probe['carry']:g} / {probe['pool']}",
+                f"{probe['window_size']} / {_heads(probe['heads'])} / "
+                f"{probe['score_carry']:g} / {probe['kernel_size']}",
                 f"{point['quality']:.3f} ({point['interval'][0]:.3f}-{point['interval'][1]:.3f})",
                 f"{point['held_out']['loss']:.3f}",
                 ", ".join(f"{kind} {row['same']:.0%}" for kind, row in kinds.items()),
             ]
         )
-    names = ["counted", "KV kept", "start", "queries / heads / carry / pool", "next token as dense (95% interval)"]
+    names = ["counted", "KV kept", "start", "window / heads / carry / kernel", "next token as dense (95% interval)"]
     return table([*names, "loss, nats", "same answer"], rows)
 
 

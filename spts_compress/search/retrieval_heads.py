@@ -1,6 +1,5 @@
 """Which layers and heads rank tokens well, told from a dense pass over a prompt and the dense model's own answer."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +8,15 @@ from typing import Any
 import torch
 
 from ..modeling.configuration_spts import Probe
-from ..modeling.spts import layer_windows, outside, pool_scores, probe_scores, reduce_heads, select, tables_of
+from ..modeling.selection import pool_scores, probe_scores, reduce_heads, select
+from ..modeling.stock_layer import cos_sin_of, layer_windows
+from ..modeling.windows import outside
 from ..tasks.runner import encode
 from .dense_reference import Dense
 
 SHARE = 0.25  # of the prompt's tokens that a layer ranks highest
 HEAD_SHARE = 0.1  # that a head does
-FINDING = Probe(queries=64, pool=95)  # what heads are judged with
+FINDING = Probe(window_size=64, kernel_size=95)  # what heads are judged with
 EDGE = 4  # first tokens, which take attention whatever they say
 
 
@@ -32,24 +33,23 @@ class Attention:
     def scores(self, first: int, last: int) -> torch.Tensor:
         """Mean attention (H, T') that each head's tokens from `first` to `last` pay to all T' up to the last one."""
         places = torch.arange(last, device=self.key.device)[None]
-        unseen = outside(places, last - first, self.window)
-        return probe_scores(self.queries(first, last), self.key[:, :, :last], self.scaling, unseen=unseen)[0]
+        hidden = outside(places, last - first, self.window)
+        return probe_scores(self.queries(first, last), self.key[:, :, :last], self.scaling, hidden=hidden)[0]
 
 
 @torch.no_grad()
 def each_layer(whole: Any, ids: torch.Tensor, note: Callable[[int, Attention], None]) -> None:
     """Run `ids` (1, T) through the dense model, and have every layer noted by its number."""
-    skipping, windows = whole.model.layers[-1], layer_windows(whole.config)  # the first layers are stock ones
+    windows = layer_windows(whole.config)
 
     def watch(number: int, attention: Any, args: Any, kwargs: dict) -> None:
-        normed = args[0] if args else kwargs["hidden_states"]
-        tables, made = tables_of(kwargs["position_embeddings"]), copy.copy(skipping)
-        made._modules = whole.model.layers[number]._modules  # a stock layer's, with a skipping one's methods
+        normed, layer = args[0] if args else kwargs["hidden_states"], whole.model.layers[number]
+        cos_sin = cos_sin_of(kwargs["position_embeddings"])
 
         def queries(first: int, last: int) -> torch.Tensor:
-            return made.probes(normed[:, first:last], *(table[:, first:last] for table in tables))
+            return layer.probes(normed[:, first:last], *(table[:, first:last] for table in cos_sin))
 
-        key = made.keys(normed, *tables).float()  # once, as scores are told from it again and again
+        key = layer.keys(normed, *cos_sin).float()  # once, as scores are told from it again and again
         note(number, Attention(key, queries, attention.scaling, windows[number]))
 
     handles = []
@@ -65,7 +65,7 @@ def each_layer(whole: Any, ids: torch.Tensor, note: Callable[[int, Attention], N
 def found_by(raw: torch.Tensor, probe: Probe, truth: torch.Tensor, middle: slice, share: float) -> float:
     """How much of `truth` (T,) in the `middle` of the tokens falls on the `share` of them that scores `raw` (T,),
     pooled, rank highest."""
-    score, truth = pool_scores(raw[None], probe.pool)[:, middle], truth[middle]
+    score, truth = pool_scores(raw[None], probe.kernel_size)[:, middle], truth[middle]
     top = select(score, raw[None, middle], max(1, round(share * len(truth))))[0]
     return float(truth[top].sum() / truth.sum().clamp_min(1e-9))  # a window may hide all of it
 
@@ -74,7 +74,7 @@ def _tokens(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> tuple[to
     """Prompt and answer (1, T), where the prompt's last queries begin, and where it ends."""
     ids = encode(tokenizer, [prompt.item.text], whole.device)["input_ids"]
     length = ids.shape[1]
-    return torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1), length - min(probe.queries, length), length
+    return torch.cat([ids, prompt.answer.to(ids.device)[None]], dim=1), length - min(probe.window_size, length), length
 
 
 def reliability(whole: Any, tokenizer: Any, prompt: Dense, probe: Probe) -> list[float]:

@@ -15,6 +15,7 @@ from ..calibrate.base_model import context_of
 from ..cost import predicted
 from ..modeling.configuration_spts import Amount, Proxy, Schedule
 from ..recipe import SearchSection
+from ..schedule import faults
 from ..tasks.example import Example
 from ..tasks.recovery import interval
 from ..tasks.runner import Answers
@@ -49,7 +50,6 @@ class Bench:
     evaluated: int = 0
 
     def __post_init__(self) -> None:
-        self.tails: dict[int, Any] = {}
         self.ranks.wait()  # for all to have read what was kept, before anyone adds to it
 
     def rows(self, schedule: Schedule, tried: list[dense_reference.Dense]) -> Rows:
@@ -61,12 +61,9 @@ class Bench:
         return [self.kept.rows[key] for key in keys]
 
     def _add(self, key: str, schedule: Schedule, prompt: dense_reference.Dense) -> dict[str, Any]:
-        first = prompt.kept_before(schedule.start)
-        if first not in self.tails:
-            self.tails[first] = dense_reference.tail(self.whole, first)
         item = prompt.item
         named = {"key": key, "kind": prompts.kind_of(item, self.kinds), "task": item.task, "length": item.limit}
-        row = {**named, **dense_reference.compare(self.tails[first], schedule, prompt)}
+        row = {**named, **dense_reference.compare(self.whole, schedule, prompt)}
         self.kept.add(row)
         self.progress.update()
         return row
@@ -100,7 +97,7 @@ def widest(section: SearchSection, config: Any) -> Schedule:
     num_layers, starts = config.num_hidden_layers, starts_of(section, config)
     stage = {"end": num_layers - 1, "budget": {"fraction": 0.2}}
     block = {"start": section.heads_from or starts[0], "stages": [stage], "proxy": {"channels": 1, "rank": 0}}
-    return Schedule.from_dict({**block, "feed_forward": "relative"}, num_layers)
+    return Schedule.from_dict({**block, "ffn_selection": "relative"}, num_layers)
 
 
 @dataclass(frozen=True)
@@ -190,11 +187,11 @@ def _scaling(
     num_layers: int,
     sizes: dict[int, Proxy],
     heads: space.Heads | None,
-) -> Callable[[space.Shape], Candidate | None]:
+) -> Callable[[space.ScheduleParams], Candidate | None]:
     """Gives a shape the budgets with which its `name` is `target`; None where there are none."""
     sign = 1 if name == "speedup" else -1  # a smaller KV share costs less
 
-    def scaled(shape: space.Shape) -> Candidate | None:
+    def scaled(shape: space.ScheduleParams) -> Candidate | None:
         made = space.at_cost(shape, lambda s: sign * cost(s)[name], sign * target, num_layers, sizes, heads)
         return None if made is None else Candidate(shape, made, cost(made), [])
 
@@ -221,7 +218,7 @@ def _varied(best: Candidate, cost: Callable[[Schedule], dict[str, float]]) -> li
             if number and (before := stages[number - 1]).prune_to is not None:
                 changed[number - 1] = replace(before, prune_to=_times(before.prune_to, max(1.0, factor)))
             schedule = replace(best.schedule, stages=tuple(changed))
-            if schedule != best.schedule and not schedule.faults(schedule.stages[-1].end + 1):
+            if schedule != best.schedule and not faults(schedule, schedule.stages[-1].end + 1):
                 made.append(({"stage": number, "factor": factor, "speedup": cost(schedule)["speedup"]}, schedule))
     return made
 
@@ -232,7 +229,7 @@ def _times(amount: Amount, factor: float) -> Amount:
 
 def _point(
     found: list[Candidate],
-    scaled: Callable[[space.Shape], Candidate | None],
+    scaled: Callable[[space.ScheduleParams], Candidate | None],
     cost: Callable[[Schedule], dict[str, float]],
     bench: Bench,
     tune: list[dense_reference.Dense],
@@ -242,7 +239,7 @@ def _point(
     """The best candidate on prompts that nothing was chosen on, and what each of its values brings."""
     best, held = found[0], bench.rows(found[0].schedule, others)
     worth, low_high = quality(held)
-    plain = space.Shape(best.shape.start, keep_first=0, keep_last=1, feed_forward="proxy", margin=1.3)
+    plain = space.ScheduleParams(best.shape.start, sink_tokens=0, recent_tokens=1, ffn_selection="proxy", margin=1.3)
     without = {
         what: halving.loss(bench.rows(made.schedule, tune))
         for what, shape in space.reverted(best.shape, plain).items()
@@ -270,9 +267,9 @@ def _answered(
     say: Callable[[str], None],
     ranks: Ranks,
 ) -> list[dense_reference.Dense]:
-    """The dense work for every prompt; with `dense_right`, other prompts in place of those answered wrongly."""
+    """The dense work for every prompt; with `require_dense_correct`, others in place of those answered wrongly."""
     done: dict[int, dense_reference.Dense] = {}
-    items, missing, picky = asked.items, list(range(len(asked.items))), asked.section.dense_right
+    items, missing, picky = asked.items, list(range(len(asked.items))), asked.section.require_dense_correct
     for attempt in range(ATTEMPTS if picky else 1):
         mine = [
             (number, asked.another(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)

@@ -11,7 +11,7 @@ STEPS = 24  # halvings of the scale
 
 
 @dataclass(frozen=True)
-class Shape:
+class ScheduleParams:
     """A schedule but for the size of its budgets.
 
     start: first skipping layer. stages: their number. bend: their lengths, 1 for equal ones, more for short first
@@ -28,13 +28,13 @@ class Shape:
     margin: float = 1.6
     ffn: float = 1.0
     floor: int = 0
-    feed_forward: str = "relative"
-    queries: int = 1
+    ffn_selection: str = "relative"
+    window_size: int = 1
     heads: str | float = "mean"
-    carry: float = 0.0
-    pool: int = 1
-    keep_first: int = 4
-    keep_last: int = 32
+    score_carry: float = 0.0
+    kernel_size: int = 1
+    sink_tokens: int = 4
+    recent_tokens: int = 32
 
 
 CHOICES: dict[str, tuple] = {
@@ -44,40 +44,46 @@ CHOICES: dict[str, tuple] = {
     "margin": (0.0, 1.0, 1.3, 1.8, 2.5),
     "ffn": (0.5, 0.75, 1.0, 1.4, 2.0),
     "floor": (0, 128, 256),
-    "feed_forward": ("relative", "proxy", "attention"),
-    "queries": (1, 8, 32, 64, 96, 128),
+    "ffn_selection": ("relative", "proxy", "attention"),
+    "window_size": (1, 8, 32, 64, 96, 128),
     "heads": ("mean", "max", 0.8, 0.9),
-    "carry": (0.0, 0.25, 0.5, 1.0),
-    "pool": (1, 7, 15, 31, 63, 95, 127),
-    "keep_first": (0, 4, 16),
-    "keep_last": (1, 32, 64),
+    "score_carry": (0.0, 0.25, 0.5, 1.0),
+    "kernel_size": (1, 7, 15, 31, 63, 95, 127),
+    "sink_tokens": (0, 4, 16),
+    "recent_tokens": (1, 32, 64),
 }
 
 
-PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "keep_first": 0, "keep_last": 1, "feed_forward": "proxy"}
-WINDOWED: dict[str, Any] = {"queries": 32, "heads": "max", "carry": 1.0, "pool": 31}  # did well wherever it was tried
+PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "sink_tokens": 0, "recent_tokens": 1, "ffn_selection": "proxy"}
+WINDOWED: dict[str, Any] = {
+    "window_size": 32,
+    "heads": "max",
+    "score_carry": 1.0,
+    "kernel_size": 31,
+}  # did well wherever it was tried
 NEEDLES: dict[str, Any] = {  # what searches for needles alone found
-    "stages": 5, "bend": 0.7, "margin": 1.0, "feed_forward": "attention", "queries": 64, "carry": 0.5, "pool": 63,
+    "stages": 5, "bend": 0.7, "margin": 1.0, "ffn_selection": "attention", "window_size": 64,
+    "score_carry": 0.5, "kernel_size": 63,
 }  # fmt: skip
-HEADS: dict[str, Any] = {**NEEDLES, "heads": 0.9, "carry": 1.0, "pool": 95}
+HEADS: dict[str, Any] = {**NEEDLES, "heads": 0.9, "score_carry": 1.0, "kernel_size": 95}
 
 
-def seeds(starts: list[int], with_heads: bool) -> list[Shape]:
+def seeds(starts: list[int], with_heads: bool) -> list[ScheduleParams]:
     """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on, and
     where they are known those of retrieval heads."""
     windowed = [WINDOWED, NEEDLES, *([HEADS] if with_heads else [])]
-    probes = [Shape(start, **probe) for probe in windowed for start in starts[::2]]
-    return [Shape(starts[0], **PAPER), *(Shape(start) for start in starts[::3]), *probes]
+    probes = [ScheduleParams(start, **probe) for probe in windowed for start in starts[::2]]
+    return [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
 
 
-def draw(rng: random.Random, choices: dict[str, tuple]) -> Shape:
+def draw(rng: random.Random, choices: dict[str, tuple]) -> ScheduleParams:
     """Any shape, of the values that there are to choose from."""
-    return Shape(**{name: rng.choice(values) for name, values in choices.items()})
+    return ScheduleParams(**{name: rng.choice(values) for name, values in choices.items()})
 
 
-def vary(rng: random.Random, shape: Shape, choices: dict[str, tuple], other: Shape) -> Shape:
+def vary(rng: random.Random, shape: ScheduleParams, choices: dict[str, tuple], other: ScheduleParams) -> ScheduleParams:
     """A shape near `shape`: every value may come from `other`, and one or two are drawn anew."""
-    names = [f.name for f in fields(Shape)]
+    names = [f.name for f in fields(ScheduleParams)]
     values = {n: getattr(other if rng.random() < 0.2 else shape, n) for n in names}
     for name in rng.sample(names, rng.choice((1, 2))):
         allowed = choices[name]
@@ -87,26 +93,26 @@ def vary(rng: random.Random, shape: Shape, choices: dict[str, tuple], other: Sha
         else:  # numbers move to a neighbour more often than anywhere
             near = [allowed[i] for i in (here - 1, here + 1) if 0 <= i < len(allowed)]
             values[name] = rng.choice(near if near and rng.random() < 0.7 else allowed)
-    return Shape(**values)
+    return ScheduleParams(**values)
 
 
 Heads = dict[tuple[int, int], float]  # what (layer, head) finds, over what the best one finds
 
 
-def scoring(shape: Shape, heads: Heads) -> str | tuple[tuple[int, int], ...]:
+def scoring(shape: ScheduleParams, heads: Heads) -> str | tuple[tuple[int, int], ...]:
     """`Probe.heads` of a shape: with a share, one head at least in the first skipping layer or before."""
     if isinstance(shape.heads, str):
         return shape.heads
     first = max((pair for pair in heads if pair[0] <= shape.start), key=lambda pair: heads[pair])
     chosen = sorted({first, *(pair for pair, worth in heads.items() if worth >= shape.heads)})
-    if not shape.carry:  # then scores before the last ones up to the start are of no use
+    if not shape.score_carry:  # then scores before the last ones up to the start are of no use
         begin = max(layer for layer, _ in chosen if layer <= shape.start)
         chosen = [pair for pair in chosen if pair[0] >= begin]
     return tuple(chosen)
 
 
 def schedule(
-    shape: Shape,
+    shape: ScheduleParams,
     scale: float,
     num_layers: int,
     proxies: dict[int, Proxy],
@@ -136,21 +142,21 @@ def schedule(
     chosen, start = scoring(shape, heads or {}), shape.start
     if not isinstance(chosen, str) and chosen[0][0] < start:
         stages, start = [Stage(start - 1, Amount(1.0)), *stages], chosen[0][0]
-    probe = Probe(shape.queries, chosen, shape.carry, shape.pool)
+    probe = Probe(shape.window_size, chosen, shape.score_carry, shape.kernel_size)
     sizes = tuple(proxies[layer] for layer in range(start, num_layers))
     return Schedule(
         start,
         tuple(stages),
         sizes,
         probe,
-        keep_first=shape.keep_first,
-        keep_last=shape.keep_last,
-        feed_forward=shape.feed_forward,
+        sink_tokens=shape.sink_tokens,
+        recent_tokens=shape.recent_tokens,
+        ffn_selection=shape.ffn_selection,
     )
 
 
 def at_cost(
-    shape: Shape,
+    shape: ScheduleParams,
     value: Callable[[Schedule], float],
     target: float,
     num_layers: int,
@@ -175,7 +181,7 @@ def at_cost(
     return at(low)
 
 
-def reverted(shape: Shape, plain: Shape) -> dict[str, Shape]:
+def reverted(shape: ScheduleParams, plain: ScheduleParams) -> dict[str, ScheduleParams]:
     """For each value in which `shape` differs from `plain`, the shape without that difference."""
-    names = [f.name for f in fields(Shape) if getattr(shape, f.name) != getattr(plain, f.name)]
+    names = [f.name for f in fields(ScheduleParams) if getattr(shape, f.name) != getattr(plain, f.name)]
     return {name: replace(shape, **{name: getattr(plain, name)}) for name in names}

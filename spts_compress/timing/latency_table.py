@@ -13,7 +13,7 @@ from torch import nn
 
 from ..cost import LayerShape, layer_costs
 from ..modeling.configuration_spts import Schedule
-from ..modeling.spts import MASKS, layer_kinds, position_tables
+from ..modeling.stock_layer import MASKS, layer_kinds, position_tables
 from .pairs import synchronize
 
 
@@ -43,8 +43,8 @@ class LatencyTable:
             dense += self.of(kinds[layer], length) + width * self.of("feed_forward", length)
             total += (
                 self.of(kinds[layer], cost.active)
-                + self.of("keys", cost.entering - cost.active)
-                + width * self.of("feed_forward", cost.changed)
+                + self.of("keys", cost.candidates_in - cost.active)
+                + width * self.of("feed_forward", cost.ffn_tokens)
                 + cost.probing * pace
             )
         return dense / total
@@ -95,7 +95,7 @@ def calibrated(stock: Any, schedule: Schedule, ids: torch.Tensor) -> float:
     """The TTFT ratio that the machine's own speed allows on prompts `ids` (B, n), with every number of tokens that the
     schedule has timed."""
     costs = layer_costs(stock.config, schedule, ids.shape[1])
-    counts = {n for cost in costs for n in (cost.active, cost.entering - cost.active, cost.changed)}
+    counts = {n for cost in costs for n in (cost.active, cost.candidates_in - cost.active, cost.ffn_tokens)}
     return measure(stock, ids, (counts | {ids.shape[1]}) - {0}).speedup(stock.config, schedule, ids.shape[1])
 
 

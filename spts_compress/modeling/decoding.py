@@ -1,0 +1,94 @@
+"""The stock layers run one by one: those in front of the first skipping layer, and all of them for tokens after the
+prompt, each with a mask for what its own cache holds."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+from transformers.masking_utils import create_causal_mask
+
+from .cache import SkippedCacheLayer
+from .calls import check_depth
+from .stock_layer import FULL, MASKS, SkippingPreTrainedModel, layer_kinds, position_tables
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward pass runs on: `states` (B, n, D) in front of `first_layer`, whether they are padding (B, tokens so
+    far; None: none is), their positions, the cache, and what the caller gave beside."""
+
+    states: torch.Tensor
+    mask: Any
+    position_ids: torch.Tensor
+    cache: Any
+    first_layer: int
+    options: dict[str, Any]
+
+    def split(self, end: int) -> "tuple[Pass, Pass]":
+        """The tokens before `end`, and those from there on, which come later and so have the whole mask."""
+        mask = None if self.mask is None else self.mask[:, :end]
+        first = replace(self, states=self.states[:, :end], mask=mask, position_ids=self.position_ids[:, :end])
+        return first, replace(self, states=self.states[:, end:], position_ids=self.position_ids[:, end:])
+
+
+class StockRuns(SkippingPreTrainedModel):
+    """Mixed into a family's decoder."""
+
+    def _rotary(self, run: Pass) -> dict[str, Any]:
+        """Rotary tables by the kind of attention."""
+        return position_tables(self.rotary_emb, self.config, run.states, run.position_ids)
+
+    def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
+        """States (B, n, D) after some layers, run as by stock."""
+        kinds, masks, states = layer_kinds(self.config), dict[str, Any](), run.states
+        with record_function("spts.dense layers"):
+            for index in layers:
+                if (kind := kinds[index]) not in masks:
+                    seen = run.mask, run.cache, run.position_ids
+                    masks[kind] = MASKS[kind](self.config, states, *seen, layer_idx=index)
+                states = self._stock(run, index, states, masks[kind], rotary[kind])
+        return states
+
+    def _stock(self, run: Pass, index: int, states: torch.Tensor, mask: Any, tables: Any) -> torch.Tensor:
+        return self.layers[index](
+            states,
+            attention_mask=mask,
+            position_embeddings=tables,
+            position_ids=run.position_ids,
+            past_key_values=run.cache,
+            **run.options,
+        )
+
+    def _later(self, run: Pass) -> torch.Tensor:
+        """States (B, m, D) of tokens after the prompt: the stock layers, each with a mask for what its cache holds."""
+        check_depth(self)
+        states, total = run.states, run.cache.get_seq_length(run.first_layer) + run.states.shape[1]
+        if run.mask is not None and run.mask.shape != (states.shape[0], total):
+            raise ValueError(
+                f"after a skipped prefill the attention mask must have the shape {(states.shape[0], total)} (rows, all "
+                f"tokens so far), not {tuple(run.mask.shape)}; or prefill with spts=False"
+            )
+        if run.mask is not None and bool(run.mask.all()):
+            run = replace(run, mask=None)
+        kinds, rotary, masks = layer_kinds(self.config), self._rotary(run), dict[str, Any]()
+        for index in range(run.first_layer, len(self.layers)):
+            mask = self.later_mask(run, index, states, kinds[index], total, masks)
+            states = self._stock(run, index, states, mask, rotary[kinds[index]])
+        return states
+
+    def later_mask(self, run: Pass, layer: int, states: torch.Tensor, kind: str, total: int, masks: dict) -> Any:
+        """The mask of tokens after the prompt in a layer; layers whose caches hold as much share theirs in `masks`."""
+        held = run.cache.layers[layer]
+        if not isinstance(held, SkippedCacheLayer):
+            if kind not in masks:
+                masks[kind] = MASKS[kind](self.config, states, run.mask, run.cache, layer_idx=layer)
+            return masks[kind]
+        group = f"stage {held.stage}, {held.get_seq_length()} tokens"
+        if group not in masks:
+            if states.shape[1] == 1 and masks.get(FULL, 0) is None and held.valid is None:
+                masks[group] = None  # one new token and no padding: if a dense layer needs no mask, no layer does
+            else:
+                seen = held.attention_mask(run.mask, states)
+                masks[group] = create_causal_mask(self.config, states, seen, run.cache, layer_idx=layer)
+        return masks[group]

@@ -1,0 +1,74 @@
+"""transformers' ways of generating that run more than one prompt, or less than all layers."""
+
+import copy
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from .stock_layer import SkippingPreTrainedModel
+
+
+@dataclass
+class Asked:
+    """The `spts` of the call of `generate` that runs on a model."""
+
+    model: Any
+    spts: bool | dict | None
+
+
+ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
+
+
+class GenerationCalls(SkippingPreTrainedModel):
+    """Mixed into a family's causal language model: treats all prompts of one call of `generate` alike."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock. `spts` goes for every prompt that the call runs. Where it is not given, all of them run dense if
+        there is guidance (whose negative prompt is no part of the cache), an early exit (which runs without some of
+        the layers) or a prompt in chunks (which don't show where it ends)."""
+        outer, depth = ASKED.get(), self.config.num_hidden_layers
+        if outer is not None and outer.model is self:  # token healing asks for a token within a call
+            kwargs.setdefault("spts", outer.spts)
+        token = ASKED.set(Asked(self, kwargs.get("spts")))
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            ASKED.reset(token)
+            self.config.num_hidden_layers = depth  # an early exit changes it, and leaves it so after an error
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        """As stock; decides whether the call's prompts all run dense."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        several = config.guidance_scale not in (None, 1) or config.assistant_early_exit is not None
+        if config.prefill_chunk_size is not None or (several and model_kwargs.get("spts") is None):
+            model_kwargs["spts"] = False
+        if (asked := ASKED.get()) is not None and asked.model is self:
+            asked.spts = model_kwargs.get("spts")
+        return config, model_kwargs
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
+        """As stock; has a negative prompt, which guidance runs by itself, skipped if the prompt is."""
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        if model_kwargs is None:
+            return processors
+        for index, processor in enumerate(processors):
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                if model_kwargs.get("spts") is None:  # the caller's own
+                    model_kwargs["spts"] = False
+                elif isinstance(processor.model, nn.Module) and any(part is self for part in processor.model.modules()):
+                    processors[index] = guide = copy.copy(processor)
+                    guide.model = partial(processor.model, spts=model_kwargs["spts"], logits_to_keep=1)
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; an assistant is told not to skip, or nothing: changes of the schedule are this model's."""
+        assistant, told = kwargs.get("assistant_model"), dict(kwargs["model_kwargs"])
+        spts = told.pop("spts", None)
+        if assistant is None or (spts is False and "spts" in inspect.signature(assistant.forward).parameters):
+            told["spts"] = False
+        return super()._get_candidate_generator(*args, **{**kwargs, "model_kwargs": told})

@@ -1,0 +1,185 @@
+"""Which tokens: scores from attention (PAP) and from proxies of the feed-forward network (LTP), and the choice by them.
+
+Shapes: B rows, T candidates, M chosen ones, H heads, G key/value heads, d head size, D hidden size, w probing queries.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+def probe_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    valid: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention that each head's last queries pay to every candidate, their mean (PAP).
+
+    Args:
+        query: rotated queries of the last w candidates, (B, H, w, d).
+        key: rotated keys of all candidates, (B, G, T, d).
+        scaling: factor of the attention logits.
+        valid: which candidates are not padding, (B, T); None if all are.
+        hidden: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
+
+    Returns:
+        Scores (B, H, T) in float32, zero on padding and outside all windows.
+    """
+    batch, num_heads, window, _ = query.shape
+    groups, candidates = key.shape[1:3]
+    grouped = query.float().reshape(batch, groups, num_heads // groups * window, -1) * scaling
+    with torch.autocast(key.device.type, enabled=False):  # scores decide, so they stay in float32
+        logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, window, candidates)
+    if window > 1:  # each query sees the tokens up to itself
+        future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+        logits[..., -window:].masked_fill_(future, float("-inf"))
+    if hidden is not None:
+        logits.masked_fill_(hidden[:, None], float("-inf"))
+    if valid is None:
+        return torch.softmax(logits, dim=-1).mean(dim=2)
+    logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
+    real = valid[:, None, -window:, None]
+    return (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2) * valid[:, None]
+
+
+def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...], weight: Any = None) -> torch.Tensor:
+    """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names.
+
+    Where tensor parallelism has given each device some of the heads, `weight` is a tensor sharded over the devices, all
+    of which must choose the same tokens.
+    """
+    shards = [number for number, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard()]
+    device = 0
+    for dimension in shards:
+        device = device * weight.device_mesh.size(dimension) + weight.device_mesh.get_local_rank(dimension)
+    if isinstance(heads, str):
+        made = raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
+    else:
+        count = raw.shape[1]
+        own = (raw[:, head % count] for head in heads if head // count == device)
+        made = sum(own, torch.zeros_like(raw[:, 0])) / len(heads)
+    for dimension in shards:
+        how = torch.distributed.ReduceOp.MAX if heads == "max" else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(made, how, group=weight.device_mesh.get_group(dimension))
+        made = made / weight.device_mesh.size(dimension) if heads == "mean" else made
+    return made
+
+
+def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The largest score among `width` neighbouring candidates, (B, T); zero on padding."""
+    if width == 1:
+        return raw
+    pooled = nn.functional.max_pool1d(raw[:, None], width, stride=1, padding=width // 2)[:, 0]
+    return pooled if valid is None else pooled * valid
+
+
+def select(
+    score: torch.Tensor,
+    tie: torch.Tensor,
+    width: int,
+    counts: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Indices of the top candidates of each row, in their original order.
+
+    Equal scores are decided by `tie`, then by the later position, so that the result is the same on every device.
+    Nothing here waits for the device: all shapes are known beforehand.
+
+    Args:
+        score: what to rank by, (B, T) float32, not negative.
+        tie: decides between equal scores, (B, T) float32, not negative.
+        width: number of indices a row, the largest of the rows' counts.
+        counts: number of tokens to select in each row, (B, 1); None if `width` in every row.
+        valid: which candidates are not padding, (B, T); None if all are.
+
+    Returns:
+        Indices into the candidates, (B, width), padded with 0 on the left where a row selects fewer.
+    """
+    # The bits of a non-negative float32 sort like the number itself, so one 64-bit key ranks by score, then by tie.
+    high, low = (values.float().contiguous().view(torch.int32).long() for values in (score, tie))
+    rank = (high << 32) | low
+    if valid is not None:
+        rank = rank.masked_fill(~valid, -1)
+    top = rank.topk(width, dim=-1).values
+    wanted = width if counts is None else counts
+    threshold = top[:, -1:] if counts is None else top.gather(1, counts - 1)
+    above, level = rank > threshold, rank == threshold
+    from_the_right = level.flip(1).cumsum(1).flip(1)
+    chosen = above | (level & (from_the_right <= wanted - above.sum(1, keepdim=True)))
+    # Chosen candidates go to consecutive slots, all others to a spare slot behind the last.
+    slot = torch.where(chosen, chosen.cumsum(1) - 1 + width - wanted, width)
+    source = torch.arange(score.shape[1], device=score.device).expand_as(slot)
+    return torch.zeros_like(slot[:, :1]).repeat(1, width + 1).scatter_(1, slot, source)[:, :width]
+
+
+def gather_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather along dimension 1: (B or 1, T, ...) and (B, M) give (B, M, ...)."""
+    if index.shape[0] == 1:
+        return states.index_select(1, index[0])
+    if states.shape[0] == 1:
+        return states[0][index]
+    return states[torch.arange(index.shape[0], device=index.device)[:, None], index]
+
+
+def scatter_tokens(
+    states: torch.Tensor, index: torch.Tensor, update: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """`states[b, index[b]] = update[b]` for all valid slots; in place if no gradient runs."""
+    if torch.is_grad_enabled() and (states.requires_grad or update.requires_grad):
+        states = states.clone()
+    if valid is not None:  # unused slots hold index 0, which may be a real token
+        rows, slots = valid.nonzero(as_tuple=True)
+        states[rows, index[rows, slots]] = update[rows, slots]
+    elif index.shape[0] == 1:
+        states.index_copy_(1, index[0], update)
+    else:
+        states[torch.arange(index.shape[0], device=index.device)[:, None], index] = update
+    return states
+
+
+class FeedForwardProxy(nn.Module):
+    """Low-rank Transformation Probing (LTP): predicts `||FFN(norm(x))||` from the residual state `x`.
+
+    With `x' = x / rms(x)` the prediction is `exp(x' a + (x' * x') b + c) ||f(x)||^p`, where
+    `f(x) = act(x' U_g V_g) * (x' U_u V_u)` has the width D_low, as in the paper, and the rest is a regression's.
+    `U_g`, `U_u` of rank r and `a` (D) are one matrix, `down`; `square` (D) is `b`, `constants` are c and p. They hold
+    the norm's weight too, so that candidates need not be normalised one by one. 4 r (D + D_low) + 5 D floating-point
+    operations a token; with rank 0 only the regression is left.
+    """
+
+    def __init__(self, hidden_size: int, channels: int, rank: int, activation: str, eps: float):
+        super().__init__()
+        self.eps, self.rank = eps, rank
+        self.down = nn.Parameter(torch.empty(2 * rank + 1, hidden_size))
+        self.square = nn.Parameter(torch.empty(hidden_size))
+        self.constants = nn.Parameter(torch.empty(2))
+        if rank:
+            self.gate = nn.Parameter(torch.empty(channels, rank))
+            self.up = nn.Parameter(torch.empty(channels, rank))
+        self.activation = ACT2FN[activation]
+
+    def forward(self, states: torch.Tensor, relative: bool = False) -> torch.Tensor:
+        """Predicted norms in float32, (B, T), of residual states (B, T, D) in front of the feed-forward norm;
+        `relative`: divided by the root mean square of the state itself."""
+        squares = states.float().square() if states.dtype == torch.float16 else states.square()
+        sums = nn.functional.linear(squares, torch.stack([torch.ones_like(self.square), self.square]).to(squares))
+        mean, squared = (sums.double() if sums.dtype == torch.float64 else sums.float()).unbind(-1)
+        mean = mean / states.shape[-1] + self.eps
+        scale = torch.rsqrt(mean)
+        if states.dtype == torch.float16:  # whose range a large residual state would leave
+            low = nn.functional.linear(states * scale[..., None].to(states.dtype), self.down)
+        else:
+            low = nn.functional.linear(states, self.down) * scale[..., None].to(states.dtype)
+        constant, power = self.constants.to(mean)
+        norm = torch.exp(low[..., -1].to(mean) + squared / mean + constant)
+        if self.rank:
+            gate, up = low[..., :-1].chunk(2, dim=-1)
+            product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
+            norm = norm * torch.linalg.vector_norm(product, dim=-1, dtype=mean.dtype) ** power
+        if relative:
+            norm = norm * scale
+        return norm.float().nan_to_num()  # a prediction out of range must not outrank the always active tokens

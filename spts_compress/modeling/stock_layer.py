@@ -1,0 +1,193 @@
+"""A stock decoder layer taken apart, so that it can run on some of the tokens: here is where families differ."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import SkippedCacheLayer
+from .selection import FeedForwardProxy
+
+if TYPE_CHECKING:
+    Stock = Any  # what is mixed into a stock class uses what is there
+else:
+    Stock = object
+
+NORM_PIECE = 512  # tokens
+FULL, SLIDING = "full_attention", "sliding_attention"
+MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Each layer's kind of attention, by the name that transformers has for it."""
+    if kinds := getattr(config, "layer_types", None):
+        return kinds
+    # A family without windows may have been given one in its config, and ignores it.
+    sliding = hasattr(type(config), "sliding_window") and config.sliding_window is not None
+    return [SLIDING if sliding else FULL] * config.num_hidden_layers
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How many tokens back each layer's attention reaches, the own one counted; None: over the whole text."""
+    return [config.sliding_window if kind == SLIDING else None for kind in layer_kinds(config)]
+
+
+def position_tables(rotary: nn.Module, config: Any, states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Cosines and sines (B or 1, T, d) for each kind of attention, some of which have rotary positions of their own."""
+    kinds = set(layer_kinds(config))
+    if kinds <= set(config.rope_parameters):
+        return {kind: rotary(states, position_ids, kind) for kind in kinds}
+    return dict.fromkeys(kinds, rotary(states, position_ids))
+
+
+def cos_sin_of(rotary: Any) -> tuple[torch.Tensor, ...]:
+    """What a rotary embedding gives, (B or 1, T, ...) each, as a tuple: mostly cosines and sines."""
+    return rotary if isinstance(rotary, tuple) else (rotary,)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names of a decoder layer's norms, by where they stand; None where there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_feed_forward: str | None = "post_attention_layernorm"
+    after_feed_forward: str | None = None
+
+
+def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, T, heads * d) as (B, heads, T, d), for heads of d = `size`."""
+    return projected.view(*projected.shape[:2], -1, size).transpose(1, 2)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear module is no more than its matrix: not quantised, offloaded, hooked, sharded or adapted."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
+    return plain and not any(hooks)
+
+
+def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
+    """`norm(states)` for an RMS norm, which the stock module computes in many passes over memory: in one kernel on a
+    GPU, and on a CPU in pieces that stay in its cache (there with the very same result)."""
+    weight, hooks = norm.weight, (norm._forward_hooks, norm._forward_pre_hooks)
+    # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
+    plain = hasattr(norm, "variance_epsilon") and not hasattr(norm, "_hf_hook") and not any(hooks)
+    if plain and states.is_cuda and weight.is_cuda and weight.dtype == states.dtype:
+        return nn.functional.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
+    if states.shape[1] <= NORM_PIECE or states.is_cuda:
+        return norm(states)
+    return torch.cat([norm(piece) for piece in states.split(NORM_PIECE, dim=1)], dim=1)
+
+
+def activation_of(config: Any) -> str:
+    """Name of the feed-forward network's activation function."""
+    return getattr(config, "hidden_act", None) or config.hidden_activation
+
+
+class StockLayer(Stock):
+    """Mixed into a family's decoder layer: its steps one by one.
+
+    `rotate_half` and `eager_attention` are the family's own functions, `norms` says which norms there are, `project`
+    how queries, keys and values are made, and `rotate` how they get their positions; a family whose attention does so
+    in another way overrides it. One that caches something else than keys and values overrides `keys`, `probes` and
+    `qkv`. `by_heads` names a projection whose rows tensor parallelism may share among devices, head by head.
+    """
+
+    norms = Norms()
+    by_heads = "k_proj"
+    rotate_half: Any
+    eager_attention: Any
+
+    def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """Queries ("q"), keys ("k") or values ("v") of normed states (B, T, D), not rotated yet: (B, heads, T, d);
+        normed head by head where attention has such a norm."""
+        heads = split_heads(getattr(self.self_attn, f"{name}_proj")(states), self.self_attn.head_dim)
+        norm = getattr(self.self_attn, f"{name}_norm", None)
+        return heads if norm is None else norm(heads)
+
+    def rotate(self, states: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
+        """Rotary positions for queries or keys (B, heads, T, d); cosines and sines (B or 1, T, d, or less than d: the
+        rest of each head keeps its place)."""
+        cos, sin = (table.unsqueeze(1) for table in cos_sin)
+        turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+        turned = (turned * cos + type(self).rotate_half(turned) * sin).to(states.dtype)
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+    def keys(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
+        """What candidates are scored by, (B, G, T, d), from normed states (B, T, D) and their rotary tables."""
+        return self.rotate(self.project("k", normed), *cos_sin)
+
+    def probes(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
+        """Queries (B, H, w, d) that score such keys."""
+        return self.rotate(self.project("q", normed), *cos_sin)
+
+    def qkv(
+        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *cos_sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, heads, M, .) of the active tokens, which are cached, from their normed states
+        (B, M, D), their `keys` and their rotary tables."""
+        query, value = self.rotate(self.project("q", normed), *cos_sin), self.project("v", normed)
+        if cache is not None:
+            cache.update(key, value, self.self_attn.layer_idx)
+        return query, key, value
+
+    def attention_function(self) -> Any:
+        """(queries, keys, values, mask) -> (outputs, ...), of the implementation that is set."""
+        attention, eager = self.self_attn, type(self).eager_attention
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+        return partial(function, attention, dropout=0.0, scaling=attention.scaling)
+
+    def normed(self, place: str, states: torch.Tensor) -> torch.Tensor:
+        """States (B, T, D) after the norm at a place, see `Norms`; as they are if there is none."""
+        name = getattr(self.norms, place)
+        return states if name is None else rms_norm(getattr(self, name), states)
+
+    def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward network adds to residual states (B, T, D)."""
+        return self.normed("after_feed_forward", self.mlp(self.normed("before_feed_forward", states)))
+
+
+def layers_held(cache: Any) -> list[dict[str, Any]]:
+    """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens that attention ran on; the
+    feed-forward network ran on as many), `cached` (those a window still sees, and the tokens since), `bytes` of keys
+    and values, and `positions` of the active tokens if the call asked for them with `spts={"positions": True}`. In a
+    padded batch the counts are the longest row's."""
+    rows = []
+    for held in cache.layers:
+        skipped = held if isinstance(held, SkippedCacheLayer) else None
+        tensors = (held.keys, held.values) if held.is_initialized else ()
+        rows.append(
+            {
+                "candidates": skipped.candidates if skipped else held.get_seq_length(),
+                "active": skipped.active if skipped else held.get_seq_length(),
+                "cached": held.keys.shape[-2] if held.is_initialized else 0,
+                "bytes": sum(t.numel() * t.element_size() for t in tensors),
+                "positions": skipped.positions if skipped else None,
+            }
+        )
+    return rows
+
+
+class SkippingPreTrainedModel(Stock):
+    """Mixed into both model classes of a family: how proxies without trained weights are initialised."""
+
+    skipped = staticmethod(layers_held)
+
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FeedForwardProxy):
+            for parameter in module.parameters():
+                init.normal_(parameter, std=self.config.initializer_range)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the stock class; transformers reads it from a class's own file, and this family's experts are stock."""
+        stock: Any = next(kind for kind in cls.__mro__ if kind.__module__.startswith("transformers.models."))
+        return stock._can_set_experts_implementation()
