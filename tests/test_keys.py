@@ -14,10 +14,10 @@ from tiny_checkpoint import BLOCK, tiny_checkpoint
 
 from spts_compress import pipeline
 from spts_compress.calibrate.base_model import resolve
+from spts_compress.checkpoint import keys
 from spts_compress.checkpoint.keys import environment, folder_key, tensors_key
 from spts_compress.cli import main
 from spts_compress.evaluate import suites
-from spts_compress.evaluate.inspect import keys
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection, Recipe
 from spts_compress.utils.errors import UserError
