@@ -23,7 +23,7 @@ from ..utils.devices import hardware
 from ..utils.distributed import ALONE, Ranks
 from ..utils.errors import UserError
 from ..utils.store import fingerprint, writing
-from ..utils.tables import COLOURS, LABELS
+from ..utils.tables import COLOURS, LABELS, plot_interval
 from .columns import score_tables
 from .inspect import read_config
 
@@ -227,46 +227,39 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
 def _draw_scores(axis: Any, rows: list[dict], lengths: list[int]) -> None:
     """A pair of points for each task and length, joined by a line; SPTS with the interval of its recovery."""
-    rows = sorted(rows, key=lambda row: row["task"])
+    rows = sorted(rows, key=lambda row: (row["task"], row["length"]))
     names = [row["task"] + (f", {row['length']}" if len(lengths) > 1 else "") for row in rows]
-    axis.hlines(names, *([100 * row[mode] for row in rows] for mode in MODES), color="#BBBBBB", zorder=0)
-    scores = [100 * row["spts"] for row in rows]
-    ends = [
-        [100 * row["dense"] * end for end in row["interval"]] if row["interval"] else [score, score]
-        for row, score in zip(rows, scores, strict=True)
-    ]
-    axis.plot([100 * row["dense"] for row in rows], names, "|", markersize=12, color=COLOURS["dense"], label="dense")
-    errors = [[max(0, (score - end[side]) * sign) for score, end in zip(scores, ends, strict=True)]
-              for side, sign in ((0, 1), (1, -1))]  # fmt: skip
-    axis.errorbar(scores, names, xerr=errors, fmt="o", capsize=3, color=COLOURS["spts"], label="SPTS, 95% interval")
-    prompt = f"{lengths[0]} prompt tokens" if len(lengths) == 1 else "by prompt tokens"
-    axis.set(title=f"Score, {prompt}", xlabel="score, %", xlim=(-3, 110))
+    dense, spts = ([100 * row[mode] for row in rows] for mode in MODES)
+    ends = [[min(100.0, score * end) for end in row["interval"] or ()] for row, score in zip(rows, dense, strict=True)]
+    axis.hlines(names, dense, spts, color="#BBBBBB", zorder=0)
+    axis.plot(dense, names, "|", markersize=15, markeredgewidth=2, color=COLOURS["dense"], label="dense")
+    known = [end or [score, score] for end, score in zip(ends, spts, strict=True)]
+    plot_interval(axis, spts, names, known, linestyle="none", color=COLOURS["spts"], label="SPTS, 95% of its recovery")
+    axis.set(title=f"Score, {lengths[0]} prompt tokens" if len(lengths) == 1 else "Score, by prompt tokens")
+    axis.set(xlabel="score, %", xlim=(-3, 103))
     axis.invert_yaxis()
-    axis.legend(loc="best")
+    axis.legend()
 
 
 def _draw_depths(axis: Any, rows: list[dict], lengths: list[int]) -> None:
     """Mean score by depth of the needle: a line for each mode where there is one length, else a map of what SPTS loses
     by length and depth."""
     bands = [f"{100 * band // BANDS}-{100 * (band + 1) // BANDS}" for band in range(BANDS)]
-    scores: dict[tuple, list[float]] = {}
+    scores: dict[tuple[str, int], list[list[float]]] = {(m, n): [[] for _ in bands] for m in MODES for n in lengths}
     for row in rows:
-        scores.setdefault((row["mode"], row["limit"], min(int(row["depth"] * BANDS), BANDS - 1)), []).append(
-            row["score"]
-        )
-    mean = {place: 100 * fmean(values) for place, values in scores.items()}
+        scores[row["mode"], row["limit"]][min(int(row["depth"] * BANDS), BANDS - 1)].append(100 * row["score"])
     if len(lengths) == 1:
-        for mode in MODES:
-            line = [mean.get((mode, lengths[0], band), float("nan")) for band in range(BANDS)]
-            axis.plot(bands, line, "o-" if mode == "spts" else "o--", color=COLOURS[mode], label=LABELS[mode])
-        axis.set(title="One needle, by its depth", xlabel="depth in the prompt, %", ylabel="score, %", ylim=(-3, 105))
+        for mode, style in (("dense", "--"), ("spts", "-")):
+            filled = {band: values for band, values in zip(bands, scores[mode, lengths[0]], strict=True) if values}
+            means = [fmean(values) for values in filled.values()]
+            ends = [recovery.interval([1.0] * len(values), values) or (min(values),) * 2 for values in filled.values()]
+            plot_interval(axis, [*filled], means, ends, linestyle=style, color=COLOURS[mode], label=LABELS[mode])
+        axis.set(title="One needle, by its depth (95% intervals)", xlabel="depth in the prompt, %", ylim=(-3, 105))
+        axis.set_ylabel("score, %")
         axis.legend()
         return
-    nothing = float("nan")
-    loss = [
-        [mean.get(("dense", n, band), nothing) - mean.get(("spts", n, band), nothing) for n in lengths]
-        for band in range(BANDS)
-    ]
+    mean = {key: [fmean(values) if values else float("nan") for values in found] for key, found in scores.items()}
+    loss = [[mean["dense", n][band] - mean["spts", n][band] for n in lengths] for band in range(BANDS)]
     image = axis.imshow(loss, vmin=-100, vmax=100, cmap="PuOr_r", aspect="auto")
     axis.set(title="One needle: score, dense - SPTS", xlabel="prompt tokens", ylabel="depth in the prompt, %")
     axis.set_facecolor("lightgrey")  # where there was no needle

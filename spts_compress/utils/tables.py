@@ -79,12 +79,13 @@ def save(
     return tables
 
 
-def plot_interval(
-    axis: Any, x: Sequence[Any], y: Sequence[float], ends: Sequence[Sequence[float]], **looks: Any
-) -> None:
-    """Points with the intervals `ends` (low and high of each)."""
-    errors = [
-        [max(0.0, value - low) for value, (low, _) in zip(y, ends, strict=True)],
-        [max(0.0, high - value) for value, (_, high) in zip(y, ends, strict=True)],
-    ]
-    axis.errorbar(x, y, yerr=errors, **{"marker": "o", "capsize": 3, "markersize": 5, **looks})
+def plot_interval(axis: Any, x: Sequence[Any], y: Sequence[Any], ends: Sequence[Sequence[float]], **looks: Any) -> None:
+    """Points with intervals.
+
+    Args:
+        ends: low and high of each point, of its x where y are names, else of its y.
+    """
+    along, values = ("xerr", x) if isinstance(y[0], str) else ("yerr", y)
+    errors = [[max(0.0, value - low), max(0.0, high - value)] for value, (low, high) in zip(values, ends, strict=True)]
+    looks = {"marker": "o", "capsize": 3, "markersize": 5, **looks}
+    axis.errorbar(x, y, **{along: list(zip(*errors, strict=True))}, **looks)
