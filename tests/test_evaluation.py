@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
+from spts_compress.evaluate.suites import stale
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, token_count
 from spts_compress.tasks.scorers import score
@@ -342,7 +343,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert counting == {"score with spts=False": 100.0, "score with skipping": 0.0}
     run(*common, *options, *suites, "--rescore", "--certify")
     assert (folder / "README.md").read_text() == card
-    assert suites.stale(folder) is None
+    assert stale(folder) is None
     config = json.loads((folder / "config.json").read_text())
     config["spts"]["sink_tokens"] = 3
     (folder / "config.json").write_text(json.dumps(config))

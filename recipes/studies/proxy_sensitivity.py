@@ -1,4 +1,4 @@
-"""The sensitivity study of the proxies: what size, rho, calibration, start and objective do to their ranking.
+"""The sensitivity study of the proxies: what size, rho, calibration, init and objective do to their ranking.
 
 spts-compress sweep RECIPE.yaml --output OUT [--layers 8,23] [--vary size] [--text papers=papers.jsonl]
 """
@@ -31,7 +31,7 @@ from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import PALETTE, Show, columns_table, has_matplotlib
 
 SHARE = 0.25  # of the tokens, for recall
-FACTORS = ("size", "paper's, no step", "init", "blend", "objective", "rho", "tokens", "fitted on")
+FACTORS = ("size", "paper's, no step", "init", "geometric mean", "objective", "rho", "tokens", "fitted on")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) ->
         change("paper's, no step", init, init=init, regression=False, steps=0)
         if init != section.init:
             change("init", init, init=init)
-    change("blend", "no regression", regression=False)
+    change("geometric mean", "no regression", regression=False)
     for objective in ("log-norm", "ranking", "representation"):
         if objective != section.objective:
             change("objective", objective, objective=objective)
@@ -289,7 +289,7 @@ def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, figure: A
     """Fidelity against probing cost as a picture."""
     figure.suptitle(title)
     sizes = sorted((r for r in rows if r["factor"] in ("size", "recipe")), key=lambda r: r["cost"])
-    single = [r for r in rows if r["factor"] in ("free", "paper's, no step", "blend")]
+    single = [r for r in rows if r["factor"] in ("free", "paper's, no step", "geometric mean")]
 
     def cost(row: dict) -> float:
         return max(row["cost"], 1e-4) * 100
