@@ -13,7 +13,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from . import schedule as schedules
-from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule
+from .modeling.configuration_spts import Schedule
+from .modeling.spts_block import HEAD_REDUCTIONS
 from .utils.errors import UserError
 from .utils.paths import expand
 
