@@ -24,7 +24,8 @@ from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
 from .checkpoint.outputs import new_folder, refuse
 from .cost import has_experts
-from .evaluate.report import check_prompts, hardware, measure_all
+from .evaluate import columns
+from .evaluate.report import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
 from .fit import metrics
@@ -35,9 +36,10 @@ from .recipe import Recipe, SearchSection
 from .search import dense_reference
 from .search import report as search_report
 from .search import run as searching
-from .timing.break_even import break_even
+from .timing.break_even import shortest_paying_length
 from .timing.pairs import stock_twin
-from .timing.stage_timer import Stages
+from .timing.stage_timer import StageTimer
+from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
 from .utils.store import Store, claimed, fingerprint
@@ -104,7 +106,7 @@ def prepare(
     store: Store,
     device: str,
     ranks: Ranks = SINGLE_PROCESS,
-    stage: Stages | None = None,
+    stage: StageTimer | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Read model and text, and fit proxies for every layer in which the recipe may skip; what `store` has is reused.
@@ -112,7 +114,7 @@ def prepare(
     Raises:
         UserError: for bad input, where possible before long work.
     """
-    stage = stage or Stages(device)
+    stage = stage or StageTimer(device)
     with stage("model and text"):
         texts, search = documents(recipe.calibration, say), recipe.search
         with ranks.main_first():  # who may convert or download it
@@ -177,7 +179,7 @@ def run(
             stack.enter_context(store.lock())
             if recipe.search is not None:
                 stack.enter_context(claimed(folder, search_report.FILES))
-        stage = Stages(device)
+        stage = StageTimer(device)
         ready = prepare(recipe, store, device, ranks, stage, say)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
         carried = ready.carried
@@ -213,9 +215,12 @@ def run(
         for fit in fits:
             if found := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = found
-        report = {"proxies": fits, "search": searched, "stages": stage.found, **measured}
+        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / CARD).write_text(card.render(base, schedule, fits, report))
+        speed, quality = columns.speed_table(report), columns.score_tables(report)
+        found = None if searched is None else search_report.as_text(searched)
+        proxies = columns.proxy_table(fits)
+        (staging / CARD).write_text(card.render(base, schedule, report, speed, quality, proxies, found))
         (staging / RECIPE).write_text(verbatim)
         (staging / RESOLVED_RECIPE).write_text(_resolved(recipe, base, schedule))
         if searched is not None and (plot := folder / SEARCH_PLOT).exists():
@@ -303,7 +308,7 @@ def _from_break_even(
 ) -> Schedule:
     """The schedule with prompts dense up to where skipping begins to pay; what was timed is kept."""
     key = fingerprint(ready.base.key, schedule.to_dict(), hardware(device), str(ready.model.dtype), environment())
-    found = store.json("break-even", key, lambda: break_even(ready.model, ready.skipping(schedule)))
+    found = store.json("break-even", key, lambda: shortest_paying_length(ready.model, ready.skipping(schedule)))
     if found is None:
         say("skipping does not pay here at any length tried, so min_length stays; the KV cache is smaller all the same")
         return schedule

@@ -213,7 +213,7 @@ def test_measurements_of_the_report_and_the_break_even_are_made_anew(folder, mon
     monkeypatch.setattr(pipeline.write, "load", lambda *_: None)
     monkeypatch.setattr(pipeline, "stock_twin", lambda _: None)
     monkeypatch.setattr(pipeline, "measure_all", lambda *values: values[-1]("speed", measured))
-    monkeypatch.setattr(pipeline, "break_even", measured)
+    monkeypatch.setattr(pipeline, "shortest_paying_length", measured)
     machine = {"device": "a CPU"}
     monkeypatch.setattr(pipeline, "hardware", lambda _: machine)
     store, proxies = Store(folder / "work"), {"a": torch.ones(2)}

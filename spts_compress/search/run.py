@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from ..checkpoint.families import context_of
 from ..cost import predicted
-from ..evaluate.report import hardware
 from ..modeling.configuration_spts import Amount, Proxy, Schedule
 from ..recipe import SearchSection
 from ..schedule import faults
-from ..tasks.example import Item
+from ..tasks.example import Example
 from ..tasks.recovery import interval
 from ..tasks.runner import Answers
-from ..timing.latency_table import Prices, grid, measure
+from ..timing.latency_table import LatencyTable, grid, measure
+from ..utils.devices import hardware
 from ..utils.distributed import SINGLE_PROCESS, Ranks
 from ..utils.errors import UserError
 from ..utils.store import Store, fingerprint
@@ -107,7 +107,7 @@ class Asked:
     section: SearchSection
     tokenizer: Any
     prose: str
-    items: tuple[Item, ...] = ()
+    items: tuple[Example, ...] = ()
 
     @property
     def slots(self) -> list[tuple[int, int, str, int]]:
@@ -116,7 +116,7 @@ class Asked:
         seeds = section.seed, section.seed + 1
         return list(product(seeds, range(section.prompts), section.kinds, section.lengths))
 
-    def make(self, number: int, attempt: int = 0) -> Item:
+    def make(self, number: int, attempt: int = 0) -> Example:
         """The prompt `number`; each `attempt` gives another one of the same task and length.
 
         Raises:
@@ -126,7 +126,7 @@ class Asked:
         tokens = self.section.answer_tokens
         return prompts.one(kind, index, self.tokenizer, self.prose, length, tokens, seed, attempt)
 
-    def another(self, number: int, attempt: int) -> Item:
+    def another(self, number: int, attempt: int) -> Example:
         """As `make`; where a later attempt does not fit, which is a matter of a few tokens, the first prompt again."""
         with suppress(UserError):
             return self.make(number, attempt)
@@ -168,7 +168,7 @@ def signs(best: Candidate, held: Rows, lengths: list[int]) -> list[str]:
     return found
 
 
-def _cost(config: Any, length: int, table: Prices | None) -> Callable[[Schedule], dict[str, float]]:
+def _cost(config: Any, length: int, table: LatencyTable | None) -> Callable[[Schedule], dict[str, float]]:
     """What a schedule costs: counted, with the speed-up that measured prices allow in its place if there are any."""
 
     def cost(schedule: Schedule) -> dict[str, float]:
@@ -198,7 +198,7 @@ def _scaling(
     return scaled
 
 
-def _prices(model: Any, length: int) -> Prices:
+def _prices(model: Any, length: int) -> LatencyTable:
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return measure(model, ids.to(model.device), grid(length))
 
@@ -352,7 +352,7 @@ def run(
     if section.cost == "measured":
         with ranks.main_first():
             machine = fingerprint(key, hardware(str(model.device)), longest)
-            table = Prices(**store.json("prices", machine, lambda: _prices(model, longest).plain()))
+            table = LatencyTable(**store.json("prices", machine, lambda: asdict(_prices(model, longest))))
     cost = _cost(config, longest, table)
 
     points: list[dict[str, Any]] = []
@@ -396,7 +396,7 @@ def run(
         "chosen": meets[-1] if meets and section.decides else None,
         "reliability": rankings,
         "heads": heads and sorted(([*pair, worth] for pair, worth in heads.items()), key=lambda row: -row[2]),
-        "prices": None if table is None else table.plain(),
+        "prices": None if table is None else asdict(table),
         "evaluations": bench.evaluated,
         "candidates": sum(len(p["tried"]) for p in points),
         "seconds": {"dense": shared_seconds, "all": time.monotonic() - begin},
