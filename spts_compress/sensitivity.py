@@ -13,15 +13,16 @@ import torch
 from tqdm import tqdm
 
 from .calibrate import capture
-from .calibrate.base_model import resolve
+from .calibrate.base_model import context_of, resolve
 from .calibrate.data import Blocks, blocks, documents
 from .checkpoint.keys import environment
-from .cost import has_experts, proxy_share
+from .cost import has_experts, proxy_flop_fraction
 from .export.write import norms_of
 from .fit import metrics
-from .fit.ltp import FeedForward, Regression, Tokens, regress
+from .fit.ltp import FeedForward, Regression, Tokens, fit_ridge
 from .fit.size import fit
 from .modeling.configuration_spts import Proxy
+from .plan import complete
 from .recipe import CalibrationSection, ProxySection, Recipe
 from .utils.distributed import ALONE
 from .utils.errors import UserError
@@ -29,7 +30,7 @@ from .utils.store import Store, fingerprint
 from .utils.tables import table
 
 SHARE = 0.25  # of the tokens, for recall
-FACTORS = ("size", "paper's, no step", "init", "blend", "objective", "rho", "tokens", "fitted on")
+FACTORS = ("size", "paper's, no step", "init", "geometric mean", "objective", "rho", "tokens", "fitted on")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Variant:
 
 def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) -> list[Variant]:
     """Everything that is tried: one thing at a time is changed from the recipe's own proxies."""
-    full = Proxy(section.channels, section.rank)
+    full = Proxy(section.channels or 1, section.rank or 1)
     made = [Variant("recipe", "as it is", full, section, own), Variant("size", "regression", Proxy(1, 0), section, own)]
 
     def size(number: float) -> Proxy:
@@ -66,13 +67,13 @@ def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) ->
         change("paper's, no step", start, init=start, regression=False, steps=0)
         if start != section.init:
             change("init", start, init=start)
-    change("blend", "no regression", regression=False)
+    change("geometric mean", "no regression", regression=False)
     for objective in ("log-norm", "ranking", "representation"):
         if objective != section.objective:
             change("objective", objective, objective=objective)
     for top in (0.05, 0.2, 1.0):
         if top != section.saliency_quantile:
-            change("rho", f"{top:g}", top=top)
+            change("rho", f"{top:g}", saliency_quantile=top)
     for part in (0.25, 0.5):
         made.append(Variant("tokens", f"{part:g} of them", full, section, own, part))
     mixes = [(name,) for name in sources] + [tuple(sources)] if len(sources) > 1 else []
@@ -136,7 +137,7 @@ def run(
             raise UserError(
                 f"{base.name}: the study varies low-rank proxies, and experts share no matrices to make one of"
             )
-        depth = base.config.num_hidden_layers
+        recipe, depth = complete(recipe, base.config, context_of(base.config)), base.config.num_hidden_layers
         schedule = recipe.read_schedule(depth, base.config.num_attention_heads)
         skipping = list(range(schedule.start if schedule else depth // 3, depth))
         layers = sorted(layers or {skipping[round(i * (len(skipping) - 1) / 3)] for i in range(4)})
@@ -196,16 +197,16 @@ def _judge(
         names = variant.sources
         tokens = Tokens.cat([fitted[n][:: round(len(names) / variant.part)] for n in names])
         check = Tokens.cat([kept[n][: len(kept[n]) // 2] for n in names])
-        regressed = regress(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
-        proxy = regressed
+        ridge = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
+        proxy = ridge
         if proxy is None or variant.size.rank:
-            proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)
+            proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, ridge, SHARE)
         seconds, ranked = perf_counter() - begin, {}
         for name, part in kept.items():
             norms = metrics.norms(proxy, ffn, part[len(part) // 2 :])
             ranked[name] = {kind: metrics.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
         return {
-            "cost": proxy_share(ffn.gate.shape[1], ffn.width, variant.size),
+            "cost": proxy_flop_fraction(ffn.gate.shape[1], ffn.width, variant.size),
             "seconds": seconds,
             "ranked": ranked,
         }
@@ -289,7 +290,7 @@ def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, target: P
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     sizes = sorted((r for r in rows if r["factor"] in ("size", "recipe")), key=lambda r: r["cost"])
-    single = [r for r in rows if r["factor"] in ("free", "paper's, no step", "blend")]
+    single = [r for r in rows if r["factor"] in ("free", "paper's, no step", "geometric mean")]
     for axes, what in zip(figure.subplots(1, 2), ("spearman", "recall"), strict=True):
         for group, style in (("own", "o-"), ("other", "s--")):
             if sizes[0][f"{group}_{what}"] is None:
@@ -302,7 +303,7 @@ def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, target: P
                 if group == "own":
                     axes.annotate(row["value"], (max(row["cost"], 1e-4) * 100, row[f"{group}_{what}"]), fontsize=7)
         axes.set_xscale("log")
-        axes.set_xlabel("% of the dense operations (free ones at 0.01)")
+        axes.set_xlabel("% of the dense FLOPs (free ones at 0.01)")
         axes.set_ylabel("Spearman correlation" if what == "spearman" else f"recall of the top {SHARE:.0%}")
         axes.grid(alpha=0.3)
         axes.legend()

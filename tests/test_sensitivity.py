@@ -54,7 +54,7 @@ def test_a_study_writes_table_numbers_and_picture_and_goes_on_where_it_stopped(f
 
     monkeypatch.setattr(sensitivity, "fit", refuse)
     again = sweep(folder, *options)
-    assert again.exit_code == 0 and again.output.strip() in first.output
+    assert again.exit_code == 0 and again.stdout.strip() in first.stdout
     only = sweep(folder, *options, "--vary", "rho")
     assert "rho" in only.output and "objective" not in only.output
 

@@ -12,11 +12,12 @@ from ..utils.errors import UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROXIES = "spts-proxies.safetensors"
 MANIFEST = "spts_files.json"
+REPORT = "spts_report.json"  # what was measured
 CODE = tuple(
     sorted(path.name for path in resources.files("spts_compress.modeling").iterdir() if path.name.endswith(".py"))
 )
 FREE = (  # what tells of a checkpoint and decides nothing
-    "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json", "spts_evaluation.json", "search.png",
+    "README.md", "recipe.yaml", "recipe.resolved.yaml", REPORT, "spts_evaluation.json", "search.png",
     MANIFEST,
 )  # fmt: skip
 # Names that the export needs for itself: a base's file of such a name travels under another one. A plain

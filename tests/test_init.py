@@ -1,0 +1,128 @@
+"""The recipe that `init` prints: it loads, it suits the model, and its plan can be made."""
+
+import json
+
+import pytest
+import yaml
+from helpers import run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_base, tiny_config
+
+from spts_compress import pipeline, plan
+from spts_compress.calibrate.base_model import context_of
+from spts_compress.cost import LayerShape, has_experts, proxy_flop_fraction
+from spts_compress.modeling.configuration_spts import Proxy
+from spts_compress.recipe import ModelSection, load
+from spts_compress.search.space import default_schedule
+from spts_compress.starter import model_section, starter
+from spts_compress.utils.errors import UserError
+
+GOALS = [{"speedup": 2.0}, {"kv_share": 0.5}, {"quality": 0.97}, {"speedup": 1.5, "quality": 0.9}]
+SHIPPED = [  # hidden size, width of the feed-forward network, and the proxies of the shipped recipes
+    (576, 1536, Proxy(192, 48)),
+    (896, 4864, Proxy(512, 128)),
+    (4096, 14336, Proxy(512, 192)),
+]
+
+
+def config_of(family, layers, **changes):
+    if "layer_types" in tiny_config(family).to_diff_dict():
+        types = tiny_config(family).layer_types
+        changes["layer_types"] = [types[number % len(types)] for number in range(layers)]
+    return tiny_config(family, num_hidden_layers=layers, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layers=st.integers(2, 40),
+    context=st.integers(512, 200_000),
+    hidden=st.sampled_from([32, 256, 2048]),
+    times=st.sampled_from([1.5, 2.7, 5]),
+    goal=st.sampled_from(GOALS),
+    length=st.sampled_from([512, 3000, 8192, 131_072]),
+)
+def test_it_suits_every_family(tmp_path, family, layers, context, hidden, times, goal, length):
+    width = int(hidden * times)
+    config = config_of(family, layers, max_position_embeddings=context, hidden_size=hidden, intermediate_size=width)
+    text = starter(ModelSection(path="a/model: of ours"), config, context_of(config), goal, length)
+    path = tmp_path / "starter.yaml"
+    path.write_text(text)
+    recipe = load(path)
+    assert recipe.model.path == "a/model: of ours"
+    assert {name: getattr(recipe.search, name) for name in goal} == goal
+    completed, schedule = pipeline.suited(recipe, config)
+    assert max(completed.report.lengths) <= context and max(recipe.search.lengths) == min(length, context)
+    assert min(recipe.search.starts) >= 1 and max(recipe.search.starts) < layers
+    for layer in range(schedule.start, layers):
+        size, shape = schedule.proxy_of(layer), LayerShape.of(config, layer)
+        if has_experts(config, layer) or not size.rank:
+            continue
+        assert proxy_flop_fraction(hidden, shape.intermediate, size) <= recipe.proxy.max_flop_fraction
+        assert size.channels <= width and size.rank <= min(hidden, 3 * size.channels // 8)
+
+
+@pytest.mark.parametrize(("hidden", "width", "size"), SHIPPED)
+def test_default_proxies_are_those_of_the_shipped_recipes(hidden, width, size, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {path: x}\nexport: {path: out}\n")
+    config = tiny_config("llama", hidden_size=hidden, intermediate_size=width)
+    proxy = plan.complete(load(tmp_path / "recipe.yaml"), config, 8192).proxy
+    assert Proxy(proxy.channels, proxy.rank) == size
+
+
+def test_what_can_not_be_searched_is_refused():
+    for context, layers, message in ((300, 5, "prompts of 300 tokens"), (4096, 1, "one layer")):
+        with pytest.raises(UserError, match=message):
+            starter(ModelSection(path="x"), tiny_config("llama", num_hidden_layers=layers), context, GOALS[0], 8192)
+
+
+def test_a_model_is_a_folder_a_gguf_file_or_a_hub_id(tmp_path):
+    assert model_section("org/model") == ModelSection(path="org/model")
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).touch()
+    assert model_section(f"{tmp_path}/one.gguf") == ModelSection(path=str(tmp_path), gguf_file="one.gguf")
+    with pytest.raises(UserError, match=r"one\.gguf, two\.gguf"):
+        model_section(str(tmp_path))
+    (tmp_path / "two.gguf").unlink()
+    assert model_section(str(tmp_path)) == ModelSection(path=str(tmp_path), gguf_file="one.gguf")
+    (tmp_path / "config.json").touch()
+    assert model_section(str(tmp_path)) == ModelSection(path=str(tmp_path))
+
+
+def test_the_command_prints_a_recipe_whose_plan_can_be_made(tmp_path):
+    base = tiny_base(tmp_path / "base")
+    printed = run("init", base, "--kv", 0.6, "--quality", 0.9, "--length", 1024)
+    (tmp_path / "recipe.yaml").write_text(printed)
+    data = yaml.safe_load(printed)
+    assert data["search"]["kv_share"] == 0.6 and data["search"]["quality"] == 0.9 and data["model"]["path"] == str(base)
+    assert "search    kv_share 0.6, quality at least 0.9" in run("recipe", tmp_path / "recipe.yaml", "--dry-run")
+    assert "speedup: 2 " in run("init", base)
+    assert "takes one of speedup and kv_share" in run("init", base, "--kv", 0.5, "--speedup", 2, code=2)
+    assert "speedup is 0.5; input should be greater than 1" in run("init", base, "--speedup", 0.5, code=2)
+    assert "does not exist" in run("init", tmp_path / "nowhere", code=2)
+
+
+def test_the_smallest_recipe_is_model_and_export(tmp_path):
+    base = tiny_base(tmp_path / "base", hidden_size=256, intermediate_size=1024, max_position_embeddings=700)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"model": {"path": str(base)}, "export": {"path": "out"}}))
+    shown = run("recipe", tmp_path / "recipe.yaml", "--dry-run")
+    assert "skips from layer 2, 3 stages" in shown and "700 tokens" in shown
+    assert (
+        "the recipe gives no schedule, so this is a default: 1.2" in shown and "`search:` finds a better one" in shown
+    )
+    assert "128 channels and rank 16" in shown
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_schedule_suits_every_family(family):
+    config = config_of(family, 20, hidden_size=512, intermediate_size=2048, max_position_embeddings=8192)
+    sizes = dict.fromkeys(range(20), Proxy(1, 0))
+    schedule = default_schedule(config, sizes, 8192)
+    assert schedule.start == 8 and [stage.end for stage in schedule.stages] == [10, 13, 16, 19]
+    budgets = [stage.budget.fraction for stage in schedule.stages]
+    assert budgets == sorted(budgets, reverse=True) and budgets[0] > budgets[-1]
+    assert plan.blind_ends(config, schedule) == []
+    assert 1.5 <= plan.predicted(config, schedule, 8192)["speedup"] < 1.51
+    with pytest.raises(UserError, match="give a schedule"):
+        default_schedule(config, sizes, 64)
