@@ -52,6 +52,7 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     documents(recipe.calibration, notes.append)
     config = resolve_config(recipe.model, recipe.calibration.chat_template)
     recipe, schedule = suited(recipe, config, notes.append)
+    _read_haystacks(recipe)
     name = recipe.model.path or str(recipe.model.gguf_file)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
     return "\n".join([plan.describe(name, config, schedule, *rest), *notes])
@@ -165,7 +166,7 @@ def check_first(recipe: Recipe, output: Path, root: Path, inputs: list[Path], de
     refuse(output, force, inputs)
     if root.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--work {root} is in the output {output}, which is made anew; give another --work")
-    _text(recipe.report.text)
+    _read_haystacks(recipe)
     config = resolve_config(recipe.model, recipe.calibration.chat_template)
     recipe, schedule = suited(recipe, config)
     dtype, tokens = recipe.model.dtype, recipe.calibration.tokens
@@ -331,6 +332,12 @@ def _measure(ready: Prepared, folder: Path, device: str, store: Store) -> dict[s
 def _text(path: str | None) -> str:
     """The text of a file or folder, empty if there is none."""
     return "\n\n".join(from_files(Path(path))) if path else ""
+
+
+def _read_haystacks(recipe: Recipe) -> None:
+    """Read the text of prompts once, so that what is wrong with it shows early."""
+    _text(recipe.report.text)
+    _text(recipe.search.text if recipe.search else None)
 
 
 def _try_forward(model: Any, sequences: Blocks, name: str) -> None:

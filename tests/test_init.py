@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from helpers import run
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +13,10 @@ from tiny import FAMILIES, tiny_base, tiny_config
 from spts_compress import pipeline, plan
 from spts_compress.calibrate.base_model import context_of
 from spts_compress.cost import LayerShape, has_experts, proxy_flop_fraction
+from spts_compress.fit.ltp import FeedForward, Tokens
+from spts_compress.fit.size import choose
 from spts_compress.modeling.configuration_spts import Proxy
-from spts_compress.recipe import ModelSection, load
+from spts_compress.recipe import ModelSection, ProxySection, load
 from spts_compress.search.space import default_schedule
 from spts_compress.starter import model_section, starter
 from spts_compress.utils.errors import UserError
@@ -126,3 +129,25 @@ def test_the_default_schedule_suits_every_family(family):
     assert 1.5 <= plan.predicted(config, schedule, 8192)["speedup"] < 1.51
     with pytest.raises(UserError, match="give a schedule"):
         default_schedule(config, sizes, 64)
+
+
+@pytest.mark.parametrize(("selection", "rank"), [("relative", 4), ("attention", 0), ("all", 0)])
+def test_proxies_that_nothing_uses_are_regressions(tmp_path, selection, rank):
+    schedule = {"start": 2, "stages": [{"end": 4, "budget": 24}], "ffn_selection": selection}
+    data = {"model": {"path": "x"}, "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**data, "schedule": schedule, "export": {"path": "out"}}))
+    _, found = pipeline.suited(load(tmp_path / "recipe.yaml"), tiny_config("llama"))
+    assert {size.rank for size in found.proxy} == {rank} and len(found.proxy) == 3
+
+
+@pytest.mark.parametrize(("size", "regression"), [(Proxy(1, 0), False), (Proxy(1, 0), True), (Proxy(20, 6), False)])
+def test_a_proxy_of_rank_0_is_the_regression_alone(size, regression):
+    generator = torch.Generator().manual_seed(0)
+    gate, up, down = (torch.randn(*shape, generator=generator) for shape in ((40, 16), (40, 16), (16, 40)))
+    ffn = FeedForward(gate, up, down, torch.ones(16), 1e-6, "silu")
+    tokens, check = (
+        Tokens.of(ffn, torch.randn(count, 16, generator=generator), torch.rand(count, generator=generator) + 1)
+        for count in (300, 100)
+    )
+    proxy, tried = choose(ffn, size, tokens, check, ProxySection(steps=2, regression=regression), 0.25, True)
+    assert [row["rank"] for row in tried["candidates"]] == [size.rank] and proxy.rank == size.rank
