@@ -204,7 +204,7 @@ def _judge(
         seconds, ranked = perf_counter() - begin, {}
         for name, part in kept.items():
             norms = metrics.norms(proxy, ffn, part[len(part) // 2 :])
-            ranked[name] = {kind: metrics.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
+            ranked[name] = {kind: metrics.fidelity(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
         return {
             "cost": proxy_flop_fraction(ffn.gate.shape[1], ffn.width, variant.size),
             "seconds": seconds,

@@ -156,9 +156,9 @@ def test_a_recipe_in_another_encoding(folder, monkeypatch):
 
 WORDS = """
 init recipe inspect sweep evaluate ablate bench verify strip push quickstart.yaml base . / .. out ~ -h --help --set
---output --work --force --dry-run --device auto cuda:7 meta --suite ruler --lengths 1,2 --items --batch 0 -1 --task vt = a.b=c
-model.path=base schedule.stages.9.end=1 schedule.stages=[] user/name --revision --vary rank --layers 1,x --text a=b
---dtype float64 --pairs --new-tokens --rescore --certify --
+--output --work --force --dry-run --device auto cuda:7 meta --suite ruler --lengths 1,2 --items --batch 0 -1 --task vt =
+a.b=c model.path=base schedule.stages.9.end=1 schedule.stages=[] user/name --revision --vary rank --layers 1,x --text
+a=b --dtype float64 --pairs --new-tokens --rescore --certify --
 """
 ARGUMENTS = st.one_of(
     st.sampled_from(WORDS.split()),

@@ -12,12 +12,13 @@ from tiny import FAMILIES, tiny_base, tiny_config
 
 from spts_compress import pipeline, plan
 from spts_compress.calibrate.base_model import context_of
-from spts_compress.cost import LayerShape, has_experts, proxy_flop_fraction
+from spts_compress.cost import LayerShape, has_experts, predicted, proxy_flop_fraction
 from spts_compress.fit.ltp import FeedForward, Tokens
 from spts_compress.fit.size import choose
 from spts_compress.modeling.configuration_spts import Proxy
+from spts_compress.modeling.stock_layer import layer_windows
 from spts_compress.recipe import ModelSection, ProxySection, load
-from spts_compress.search.space import default_schedule
+from spts_compress.search.space import DEFAULT_SPEEDUPS, default_schedule
 from spts_compress.starter import model_section, starter
 from spts_compress.utils.errors import UserError
 
@@ -112,7 +113,8 @@ def test_the_smallest_recipe_is_model_and_export(tmp_path):
     shown = run("recipe", tmp_path / "recipe.yaml", "--dry-run")
     assert "skips from layer 2, 3 stages" in shown and "700 tokens" in shown
     assert (
-        "the recipe gives no schedule, so this is a default: 1.2" in shown and "`search:` finds a better one" in shown
+        "the recipe gives no schedule, so this is a default: 1.50 times fewer" in shown
+        and "`search:` finds a better one" in shown
     )
     assert "128 channels and rank 16" in shown
 
@@ -125,10 +127,13 @@ def test_the_default_schedule_suits_every_family(family):
     assert schedule.start == 8 and [stage.end for stage in schedule.stages] == [10, 13, 16, 19]
     budgets = [stage.budget.fraction for stage in schedule.stages]
     assert budgets == sorted(budgets, reverse=True) and budgets[0] > budgets[-1]
-    assert plan.blind_ends(config, schedule) == []
-    assert 1.5 <= plan.predicted(config, schedule, 8192)["speedup"] < 1.51
+    assert None not in layer_windows(config) or plan.blind_ends(config, schedule) == []
+    speedup = predicted(config, schedule, 8192)["speedup"]
+    assert any(wanted <= speedup < wanted + 0.01 for wanted in DEFAULT_SPEEDUPS)
+    if family not in ("deepseek_v2", "deepseek_v3", "gemma3_text", "ministral"):
+        assert speedup >= 1.5
     with pytest.raises(UserError, match="give a schedule"):
-        default_schedule(config, sizes, 64)
+        default_schedule(config, sizes, 36)  # as many as are always active
 
 
 @pytest.mark.parametrize(("selection", "rank"), [("relative", 4), ("attention", 0), ("all", 0)])

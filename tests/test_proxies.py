@@ -216,7 +216,7 @@ def test_fidelity_matches_plain_computations():
     rms = torch.sqrt((x * x).mean(-1))
     inputs = (x / rms[:, None] * ffn.norm).norm(dim=-1)
     for relative, scale in ((False, torch.ones_like(rms)), (True, rms)):
-        found = metrics.of(unit, 0.25, relative)
+        found = metrics.fidelity(unit, 0.25, relative)
         expected = spearmanr((inputs / scale).numpy(), (true / scale).numpy()).statistic
         assert abs(found["input_norm"]["spearman"] - expected) < 1e-3
         top = set((true / scale).argsort(descending=True)[:50].tolist())

@@ -81,7 +81,9 @@ def fit_proxies(
             raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
         tried = json.loads(bytes(unit.pop("choice").tolist()))
         judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
-        fits.append({"layer": layer, "share": shares[layer], **metrics.of(judged, shares[layer], relative), **tried})
+        fits.append(
+            {"layer": layer, "share": shares[layer], **metrics.fidelity(judged, shares[layer], relative), **tried}
+        )
         chosen = tried["candidates"][tried["chosen"]]
         sizes.append(Proxy(max(1, chosen["channels"]), chosen["rank"]))
         parameters |= {f"model.layers.{layer}.proxy.{name}": value for name, value in unit.items()}

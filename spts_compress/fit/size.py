@@ -70,7 +70,7 @@ def choose(
         proxy, improved = ridge, False
         if proxy is None or size.rank:
             proxy, improved = fit(ffn, size, tokens, check, section, ridge, share)
-        ranking = metrics.of(metrics.norms(proxy, ffn, check), share, relative)["proxy"]
+        ranking = metrics.fidelity(metrics.norms(proxy, ffn, check), share, relative)["proxy"]
         row = {"channels": size.channels if size.rank else 0, "rank": size.rank, "improved": improved}
         rows.append({**row, "cost": proxy_flop_fraction(ffn.gate.shape[1], ffn.width, size), **ranking})
         proxies.append(proxy)
