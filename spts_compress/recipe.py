@@ -9,7 +9,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from . import schedule as schedules
-from .modeling.configuration_spts import HEAD_REDUCTIONS, Proxy, Schedule
+from .modeling.configuration_spts import Proxy, Schedule
+from .modeling.spts_block import HEAD_REDUCTIONS
 from .utils.errors import UserError, unknown_key
 from .utils.paths import expand
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
-from .modeling.configuration_spts import FFN_SELECTIONS, HEAD_REDUCTIONS, Amount, Probe, Proxy, Schedule, Stage
+from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS
 from .utils.errors import unknown_key
 
 NESTED = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy}
