@@ -124,7 +124,8 @@ def main(debug: bool) -> None:
 @click.option("--length", default=8192, show_default=True, help="Longest prompts in tokens.")
 def init(model: str, length: int, **goals: float | None) -> None:
     """Print a commented recipe made for MODEL: a folder, a GGUF file, or a Hub id."""
-    from .calibrate.base_model import context_of, resolve_config
+    from .calibrate.base_model import resolve_config
+    from .checkpoint.families import context_of
     from .starter import model_section, starter
 
     _quiet()
@@ -161,7 +162,7 @@ def recipe(
     if read.export.push_to_hub:
         hub.need_token()  # now, not after hours
     with _spread(device) as (ranks, own):
-        log = click.echo if ranks.leads else lambda _: None
+        log = click.echo if ranks.is_main else lambda _: None
         report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, log, ranks)
     if report is not None:
         tables = f"{speed_table(report)}\n\n{quality_table(report)}"
@@ -231,7 +232,7 @@ def evaluate(
         with _spread(device) as (ranks, own):
             model, tokenizer = work.load(folder, own, dtype)
             work.collect(model, tokenizer, folder, request, output, ranks)
-        if not ranks.leads:
+        if not ranks.is_main:
             return
     result = work.summarise(output)
     click.echo(work.save(result, output))
@@ -289,6 +290,7 @@ def verify(folder: Path) -> None:
     """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
     from .export.verify import require
 
+    _quiet()
     require(folder)
     click.echo(f"{folder} is whole, and its code is that of spts-compress {__version__}")
 
@@ -300,6 +302,7 @@ def strip(folder: Path, output: Path) -> None:
     """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
     from .export.strip import strip as back
 
+    _quiet()
     click.echo("\n".join(back(folder, output)))
 
 
@@ -313,6 +316,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, create
     """Upload an exported checkpoint to the Hub."""
     from .export import hub
 
+    _quiet()
     click.echo(hub.listing(folder))
     click.echo(hub.push(folder, repo_id, private, revision, create_pr))
 

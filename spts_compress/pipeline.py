@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from . import __version__, plan
-from .calibrate.base_model import Base, context_of, resolve, resolve_config
+from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, documents, from_files
+from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
-from .checkpoint.layout import REPORT
+from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
 from .checkpoint.outputs import new_folder, refuse
 from .cost import predicted
 from .evaluate.report import check_prompts, hardware, measure_all
@@ -33,7 +34,7 @@ from .search import run as searching
 from .timing.break_even import break_even
 from .timing.pairs import stock_twin
 from .timing.stage_timer import Stages
-from .utils.distributed import ALONE, Ranks
+from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
 from .utils.store import Store, claimed, fingerprint
 from .utils.tables import size
@@ -66,7 +67,7 @@ def run(
     force: bool = False,
     work: Path | None = None,
     log: Log = print,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any] | None:
     """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
 
@@ -87,7 +88,7 @@ def run(
     check_first(recipe, output, root, inputs, device, force)
     store, stage, searched = Store(root), Stages(device), None
     with ExitStack() as stack:
-        if ranks.leads:
+        if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
             staging = stack.enter_context(new_folder(output, force, inputs, again))
             stack.enter_context(store.lock())
@@ -98,7 +99,7 @@ def run(
             with stage("search"):
                 searched = _search(ready, ready.prompts, device, store, log, ranks)
             ready = _take_found(ready, searched, search_folder, ranks)
-        if not ranks.leads:
+        if not ranks.is_main:
             return None
         if recipe.export.break_even:
             ready = replace(ready, schedule=_from_break_even(ready, device, store, log))
@@ -111,11 +112,11 @@ def run(
                 fit["skipped"] = ranking
         report = {"proxies": ready.fits, "search": searched, "stages": stage.found, **measured}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / "README.md").write_text(card.render(ready.base, ready.schedule, ready.fits, report))
-        (staging / "recipe.yaml").write_text(verbatim)
-        (staging / "recipe.resolved.yaml").write_text(_resolved(ready))
-        if searched is not None and (search_folder / "search.png").exists():
-            shutil.copyfile(search_folder / "search.png", staging / "search.png")
+        (staging / CARD).write_text(card.render(ready.base, ready.schedule, ready.fits, report))
+        (staging / RECIPE).write_text(verbatim)
+        (staging / RESOLVED_RECIPE).write_text(_resolved(ready))
+        if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():
+            shutil.copyfile(plot, staging / SEARCH_PLOT)
         write_manifest(staging, ready.carried.names)
     return report
 
@@ -211,7 +212,7 @@ class Prepared:
     def skipping(self, schedule: Schedule | None = None) -> Any:
         """The skipping model on the parameters of the stock one."""
         return dense_reference.skipping(
-            self.model, write.model_class(self.base.family), schedule or self.schedule, self.parameters
+            self.model, model_class(self.base.family), schedule or self.schedule, self.parameters
         )
 
 
@@ -219,7 +220,7 @@ def prepare(
     recipe: Recipe,
     store: Store,
     device: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     stage: Stages | None = None,
     log: Log = lambda _: None,
 ) -> Prepared:
@@ -231,7 +232,7 @@ def prepare(
     stage, prompts = stage or Stages(device), None
     with stage("model and text"):
         texts = documents(recipe.calibration, log)
-        with ranks.leader_first():  # who may convert or download it
+        with ranks.main_first():  # who may convert or download it
             base = resolve(recipe.model, store)
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
@@ -246,7 +247,7 @@ def prepare(
         _try_forward(model, sequences, base.name)
     with stage("proxies"):
         key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, environment())
-        longest, places = max(recipe.report.lengths), write.norms_of(base.family)
+        longest, places = max(recipe.report.lengths), norms_of(base.family)
         schedule, parameters, fits = fit_proxies(
             model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks
         )
@@ -265,7 +266,7 @@ def _search(
 def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, ranks: Ranks) -> Prepared:
     """Save what the search found, and take the schedule that meets its target, with the proxies of its layers."""
     layers, section = ready.base.config.num_hidden_layers, ready.recipe.search or SearchSection()
-    if ranks.leads:
+    if ranks.is_main:
         search_report.save(searched, folder, layers)
     schedule = _chosen(searched, section, folder, layers)
     fits = [fit for fit in ready.fits if fit["layer"] >= schedule.start]

@@ -13,18 +13,18 @@ import torch
 from tqdm import tqdm
 
 from .calibrate import capture
-from .calibrate.base_model import context_of, resolve
+from .calibrate.base_model import resolve
 from .calibrate.data import Blocks, blocks, documents
+from .checkpoint.families import context_of, norms_of
 from .checkpoint.keys import environment
 from .cost import has_experts, proxy_flop_fraction
-from .export.write import norms_of
 from .fit import metrics
 from .fit.ltp import FeedForward, Regression, Tokens, fit_ridge
 from .fit.size import fit
 from .modeling.configuration_spts import Proxy
 from .plan import complete
 from .recipe import CalibrationSection, ProxySection, Recipe
-from .utils.distributed import ALONE
+from .utils.distributed import SINGLE_PROCESS
 from .utils.errors import UserError
 from .utils.store import Store, fingerprint
 from .utils.tables import table
@@ -156,7 +156,9 @@ def run(
         if missing:
             model = base.load(recipe.model.dtype, device)
             everything, places = [s for b in found.values() for s in b.fit + b.held_out], norms_of(base.family)
-            for layer, states, norms in capture.feed_forward(model, everything, missing, store, data, ALONE, places):
+            for layer, states, norms in capture.feed_forward(
+                model, everything, missing, store, data, SINGLE_PROCESS, places
+            ):
                 ffn = FeedForward.of(model.model.layers[layer], base.config, places)
                 fitted, kept = _split(found, ffn, states, norms)
                 for variant in tqdm(tried, desc=f"layer {layer}", unit="fit", leave=False):

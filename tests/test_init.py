@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_base, tiny_config
 
 from spts_compress import pipeline, plan
-from spts_compress.calibrate.base_model import context_of
+from spts_compress.checkpoint.families import context_of
 from spts_compress.cost import LayerShape, has_experts, predicted, proxy_flop_fraction
 from spts_compress.fit.ltp import FeedForward, Tokens
 from spts_compress.fit.size import choose

@@ -104,7 +104,7 @@ def test_weights_change_every_key_and_links_none(folder):
         (link / path.name).symlink_to(path)
     assert (folder_key(link), folder_key(link, dense=True)) == before[1:]
     weights(folder / "base/model.safetensors")
-    weights(out / "base.safetensors")
+    weights(out / "base_model.safetensors")
     assert base.key_now() != before[0]
     assert folder_key(out) != before[1] and folder_key(out, dense=True) != before[2]
     assert folder_key(link) == folder_key(out)
@@ -148,10 +148,10 @@ def test_versions_are_in_the_environment(package, monkeypatch):
 
 def test_the_code_is_in_the_environment(monkeypatch, tmp_path):
     before = environment()
-    copy = shutil.copytree(Path(keys.__file__).parent, tmp_path / "copy")
-    monkeypatch.setattr(keys, "__file__", str(copy / "keys.py"))
+    copy = shutil.copytree(Path(keys.__file__).parent.parent, tmp_path / "copy")
+    monkeypatch.setattr(keys, "__file__", str(copy / "checkpoint/keys.py"))
     found = []
-    for name in (None, "evaluation/runner.py", "modeling/spts.py", "proxies.py"):
+    for name in (None, "tasks/runner.py", "modeling/selection.py", "plan.py"):
         if name:
             (copy / name).write_text((copy / name).read_text() + "# another\n")
         environment.cache_clear()
@@ -179,7 +179,7 @@ def recipe_of(folder, **changes):
         "calibration": {"source": "files", "path": str(folder / "text.jsonl"), "tokens": 600, "length": 64},
         "proxy": {"channels": 4, "rank": 1, "max_flop_fraction": 1.0, "steps": 1},
         "schedule": {"start": 4, "stages": [{"end": 4, "budget": 24}]},
-        "report": {"lengths": [300], "needles": 1, "answers": 1},
+        "report": {"lengths": [300], "needles": 1, "answers": 1, "quality_length": 400},
         "export": {"path": str(folder / "new")},
         **changes,
     }

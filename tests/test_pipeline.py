@@ -363,7 +363,7 @@ def anonymous():
 before = anonymous()
 model = base.load("bfloat16", "cpu")
 total = sum(float(p.detach().sum()) for p in model.parameters())  # all pages are read
-print(base.size, anonymous() - before)
+print(sum((base.folder / name).stat().st_size for name in base.weights), anonymous() - before)
 """
 
 

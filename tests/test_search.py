@@ -17,7 +17,7 @@ from spts_compress.tasks import agreement
 from spts_compress.tasks.example import Item
 from spts_compress.tasks.runner import encode
 from spts_compress.timing.latency_table import grid
-from spts_compress.utils.distributed import ALONE
+from spts_compress.utils.distributed import SINGLE_PROCESS
 from spts_compress.utils.store import Store
 
 TOKENIZER = tiny_tokenizer()
@@ -131,7 +131,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     section = SearchSection(
         lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, require_dense_correct=True
     )
-    asked = run.Asked(section, TOKENIZER, prose).first(ALONE)
+    asked = run.Asked(section, TOKENIZER, prose).first(SINGLE_PROCESS)
     assert len(asked.items) == 16 and len({item.text for item in asked.items}) == 16
     assert [item.limit for item in asked.items] == [5000, 6000] * 8
     never, second = asked.items[3], asked.make(5, 1)
@@ -141,7 +141,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(dense_reference.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
-    done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, ALONE)
+    done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, SINGLE_PROCESS)
     expected = [*asked.items]
     expected[5], expected[3] = second, asked.make(3, run.ATTEMPTS - 1)
     assert [d.item for d in done] == expected and second.text != asked.items[5].text

@@ -12,13 +12,13 @@ import torch
 from tqdm import tqdm
 
 from ..calibrate import data
-from ..calibrate.base_model import setting_faults
+from ..calibrate.base_checks import setting_faults
 from ..checkpoint.keys import environment, folder_key
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Item, sentences
 from ..tasks.runner import MODES, Answers, answer_key, run
-from ..utils.distributed import ALONE, Ranks
+from ..utils.distributed import SINGLE_PROCESS, Ranks
 from ..utils.errors import UserError
 from ..utils.store import fingerprint, writing
 from ..utils.tables import table
@@ -138,7 +138,9 @@ def free_key(spts_key: str, item: Item) -> str:
     return fingerprint("fidelity", spts_key, item.text, FREE_TOKENS)
 
 
-def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: Path, ranks: Ranks = ALONE) -> None:
+def collect(
+    model: Any, tokenizer: Any, folder: Path, request: Request, output: Path, ranks: Ranks = SINGLE_PROCESS
+) -> None:
     """Run everything; each answer is in `output`/answers.jsonl at once (of several processes each has its own
     answers.N.jsonl, and its share of the prompts), and what is there is not run again.
 
@@ -154,12 +156,12 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
     wanted = {mode: [answer_key(key, item) for item in items] for mode, key in keys.items()}
     wanted["fidelity"] = [free_key(keys["spts"], item) for item in free]
     setting = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
-    if ranks.leads:
+    if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted}))
-    for _ in run(model, tokenizer, ranks.mine(items), keys, kept, request.batch):
+    for _ in run(model, tokenizer, ranks.shard(items), keys, kept, request.batch):
         pass
-    asked = ranks.mine(list(zip(free, wanted["fidelity"], strict=True)))
+    asked = ranks.shard(list(zip(free, wanted["fidelity"], strict=True)))
     for item, key in tqdm(asked, desc="fidelity", unit="prompt", disable=not free):
         if key not in kept.rows:
             begin = item.index * len(prose) // request.items
@@ -168,7 +170,7 @@ def collect(model: Any, tokenizer: Any, folder: Path, request: Request, output: 
             kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
     if mode_keys(folder, how) != keys:
         raise UserError(f"{folder} was changed during the run, so the answers may be of either: give a new --output")
-    ranks.wait()
+    ranks.barrier()
 
 
 def summarise(output: Path) -> dict[str, Any]:

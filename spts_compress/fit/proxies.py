@@ -57,7 +57,7 @@ def fit_proxies(
         layer: fingerprint(data_key, options, [full[layer].channels, full[layer].rank], layer, shares[layer], relative)
         for layer in layers
     }
-    missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
+    missing = ranks.broadcast([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     fitted, held_out = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
     parts = [fitted, held_out // 2, held_out - held_out // 2]
     captured = capture.feed_forward(model, blocks, missing, store, data_key, ranks, places) if missing else ()
@@ -72,7 +72,7 @@ def fit_proxies(
         # one unit, so that no kill can part what was tried from what was chosen
         choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
         store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
-    ranks.wait()
+    ranks.barrier()
     parameters: dict[str, torch.Tensor] = {}
     fits, sizes = [], []
     for layer in layers:
