@@ -1,6 +1,5 @@
 """Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Hashable
@@ -13,9 +12,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from . import schedule as schedules
-from .modeling.configuration_spts import Schedule
+from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.spts_block import HEAD_REDUCTIONS
-from .utils.errors import UserError
+from .utils.errors import UserError, unknown_key
 from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
@@ -32,12 +31,6 @@ def _odd(value: int) -> int:
 def _margin(value: float) -> float:
     if 0 < value < 1:
         raise ValueError("must be 0 or at least 1")
-    return value
-
-
-def _heads(value: Any) -> Any:
-    if value not in HEAD_REDUCTIONS and not schedules.are_heads(value):
-        raise ValueError("must be mean, max, or lists of heads by layer, as {3: [5], 7: [0, 8]}")
     return value
 
 
@@ -115,14 +108,15 @@ class CalibrationSection(Section):
 
 
 class ProxySection(Section):
-    """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper), which may cost at most
-    `max_flop_fraction` of the dense feed-forward network's operations; a layer gets a smaller one if its recall of the
-    tokens that count is at most `tolerance` worse. `saliency_quantile`: the share of most salient tokens that rates a
-    channel. `init`: plain or activation-weighted SVD; `regression`: whether a regression mends it; `steps` of
-    refinement (0: none) lessen `objective`. The paper's own proxies: `regression: false`, `steps: 0`."""
+    """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper; by default what suits the
+    model; rank 0: the regression alone), which may cost at most `max_flop_fraction` of the dense feed-forward network's
+    FLOPs; a layer gets a smaller one if its recall of the tokens that count is at most `tolerance` worse.
+    `saliency_quantile`: the share of most salient tokens that rates a channel. `init`: plain or activation-weighted
+    SVD; `regression`: whether a regression mends it; `steps` of refinement (0: none) lessen `objective`. The paper's
+    own proxies: `regression: false`, `steps: 0`."""
 
-    channels: Positive
-    rank: Positive
+    channels: Positive | None = None
+    rank: Natural | None = None
     max_flop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
     saliency_quantile: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -131,44 +125,6 @@ class ProxySection(Section):
     steps: Natural = 200
     objective: Literal["log-norm", "ranking", "representation"] = "log-norm"
     seed: Natural = 0
-
-
-class AmountSection(Section):
-    fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    floor: Natural = 0
-    cap: Positive | None = None
-
-
-def _plain_count(value: Any) -> Any:
-    """A plain number of tokens stands for an amount that does not grow."""
-    return {"floor": value} if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Amount = Annotated[AmountSection, BeforeValidator(_plain_count)]
-
-
-class StageSection(Section):
-    end: Natural
-    budget: Amount
-    prune_to: Amount | None = None
-    ffn_budget: Amount | None = None
-
-
-class ProbeSection(Section):
-    window_size: Positive = 1
-    heads: Annotated[Any, AfterValidator(_heads)] = "mean"
-    score_carry: Annotated[float, Field(ge=0, le=1)] = 0.0
-    kernel_size: Positive = 1
-
-
-class ScheduleSection(Section):
-    start: Positive
-    stages: Annotated[list[StageSection], Field(min_length=1)]
-    probe: ProbeSection = ProbeSection()
-    sink_tokens: Natural = 0
-    recent_tokens: Positive = 1
-    ffn_selection: Literal["proxy", "relative", "attention", "all"] = "proxy"
-    min_length: Natural = 0
 
 
 Kind = Literal[
@@ -297,35 +253,36 @@ class ExportSection(Section):
 
 
 class Recipe(Section):
+    """What is built. `schedule` is plain data that `schedule.read` checks; without it and a search there is a default
+    schedule, and lengths that are not given are cut to the model's context, see `plan.complete`."""
+
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
-    proxy: ProxySection
-    schedule: ScheduleSection | None = None
+    proxy: ProxySection = ProxySection()
+    schedule: dict[Any, Any] | None = None
     search: SearchSection | None = None
     report: ReportSection = ReportSection()
     export: ExportSection
 
     @model_validator(mode="after")
     def one_way(self) -> "Recipe":
-        if (self.schedule is None) == (self.search is None):
-            raise ValueError("needs exactly one of the sections schedule and search")
+        if self.schedule is not None and self.search is not None:
+            raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
         return self
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
-        """The schedule, checked against a model of `num_layers` layers of `num_heads` heads; None if it is to be
-        searched for.
+        """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the
+        proxies' sizes; None if the recipe gives none.
 
         Raises:
             UserError: naming every fault.
         """
         if self.schedule is None:
             return None
-        proxy = {"channels": self.proxy.channels, "rank": self.proxy.rank}
         try:
-            block = {**self.schedule.model_dump(exclude_none=True), "proxy": proxy}
-            return schedules.read(block, num_layers, num_heads)
+            return schedules.read(self.schedule, num_layers, num_heads, "schedule", Proxy(1, 0))
         except ValueError as error:
-            raise UserError("\n".join(f"schedule: {fault}" for fault in error.args)) from None
+            raise UserError("\n".join(error.args)) from None
 
 
 def find(name: str) -> Path:
@@ -411,10 +368,28 @@ def load(path: Path, edits: tuple[str, ...] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
     for edit in edits:
         _apply(data, edit)
+    return validated(data, str(path))
+
+
+def validated(data: dict, name: str) -> Recipe:
+    """The recipe in plain data; `name` begins every fault.
+
+    Raises:
+        UserError: with every fault.
+    """
+    faults: list[str] = []
     try:
-        return Recipe.model_validate(data)
+        if isinstance(data.get("schedule"), dict):
+            schedules.read(data["schedule"], path="schedule", proxy=Proxy(1, 0))
+    except ValueError as error:
+        faults = list(error.args)
+    try:
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from None
+        faults += map(_explain, error.errors())
+    if faults:
+        raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
+    return recipe
 
 
 def _apply(data: dict, edit: str) -> None:
@@ -448,34 +423,20 @@ def _explain(fault: Any) -> str:
     """One line for one pydantic fault."""
     where = fault["loc"]
     path = ".".join(map(str, where))
-    kind, context = fault["type"], fault.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _known_keys(where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{path} is unknown{hint}; known here: {', '.join(known)}"
-    if kind == "missing":
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(path, list(_section(where[:-1]).model_fields))
+    if fault["type"] == "missing":
         return f"{path} is missing"
-    if kind == "value_error":
-        return f"{path} {context['error']}"
+    if fault["type"] == "value_error":
+        return f"{path or 'the recipe'} {fault['ctx']['error']}"
     return f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"
 
 
-def _known_keys(where: tuple) -> list[str]:
-    """Keys allowed in the section at `where`."""
-    sections: dict[str, type[BaseModel]] = {
-        "budget": AmountSection,
-        "prune_to": AmountSection,
-        "ffn_budget": AmountSection,
-        "probe": ProbeSection,
-        "choices": ChoicesSection,
-        "stages": StageSection,
-    }
-    model: type[BaseModel] = Recipe
-    for part in where:
-        if isinstance(part, str):
-            field = Recipe.model_fields.get(part)
-            kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-            own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-            model = sections.get(part) or next(own, model)
-    return list(model.model_fields)
+def _section(where: tuple) -> type[BaseModel]:
+    """The section at `where`."""
+    section: type[BaseModel] = Recipe
+    for name in where:
+        annotation = section.model_fields[name].annotation
+        kinds = (annotation, *get_args(annotation))
+        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return section

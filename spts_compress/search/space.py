@@ -5,9 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..cost import predicted
 from ..modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+from ..modeling.stock_layer import layer_windows
+from ..utils.errors import UserError
 
 STEPS = 24  # halvings of the scale
+DEFAULT_SPEEDUPS = (1.5, 1.4, 1.3, 1.2, 1.1)
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,26 @@ def at_cost(
         else:
             high = middle
     return at(low)
+
+
+def default_schedule(config: Any, proxies: dict[int, Proxy], length: int) -> Schedule:
+    """The schedule of a recipe that gives none: the default parameters from two fifths of the depth on, with 1.5 times
+    fewer FLOPs for a prompt of `length` tokens, or as many times fewer as there can be.
+
+    Raises:
+        UserError: if no budgets save FLOPs.
+    """
+    layers, start = config.num_hidden_layers, max(1, round(0.4 * config.num_hidden_layers))
+    windowed = any(window is not None for window in layer_windows(config))  # such a layer alone prunes what is far back
+    params = ScheduleParams(start, score_carry=1.0 if windowed else 0.0)
+    for speedup in DEFAULT_SPEEDUPS if start < layers else ():
+        scaled = at_cost(params, lambda s: predicted(config, s, length)["speedup"], speedup, layers, proxies)
+        if scaled is not None:
+            return scaled
+    raise UserError(
+        f"no default schedule saves FLOPs in {layers} layers on prompts of {length} tokens: give a schedule, or longer "
+        "report.lengths"
+    )
 
 
 def reverted(shape: ScheduleParams, plain: ScheduleParams) -> dict[str, ScheduleParams]:
