@@ -33,6 +33,7 @@ from .recipe import Recipe, SearchSection
 from .search import dense_reference
 from .search import report as search_report
 from .search import run as searching
+from .search.prompts import PromptSet
 from .timing.break_even import break_even
 from .timing.pairs import stock_twin
 from .timing.stage_timer import Stages
@@ -75,7 +76,7 @@ def _widest(recipe: Recipe, config: Any) -> Schedule:
 class Prepared:
     """What search and export start from.
 
-    `carried`: what of the base travels. `model`: the stock model. `asked`: the prompts of a search; None without one.
+    `carried`: what of the base travels. `model`: the stock model. `prompts`: the prompts of a search; None without one.
     `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`: see
     `fit_proxies`.
     """
@@ -84,7 +85,7 @@ class Prepared:
     carried: write.Carried
     tokenizer: Any
     sequences: Blocks
-    asked: searching.Asked | None
+    prompts: PromptSet | None
     model: PreTrainedModel
     schedule: Schedule
     parameters: dict[str, torch.Tensor]
@@ -119,16 +120,16 @@ def prepare(
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, say)
         check_prompts(recipe.report, tokenizer, _prose(recipe.report.text) or sequences.unseen)
-        asked = None
+        prompts = None
         if search is not None:  # made here, since bad lengths show before the long work
             prose = _prose(search.text) or sequences.unseen
-            asked = searching.Asked(search, tokenizer, prose).first(ranks)
+            prompts = PromptSet(search, tokenizer, prose).filled(ranks)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     with stage("proxies"):
         schedule = _widest(recipe, base.config)
         schedule, parameters, fits = fit_proxies(model, base, recipe, schedule, sequences, store, ranks)
-    return Prepared(base, carried, tokenizer, sequences, asked, model, schedule, parameters, fits)
+    return Prepared(base, carried, tokenizer, sequences, prompts, model, schedule, parameters, fits)
 
 
 def run(
@@ -180,12 +181,12 @@ def run(
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
         carried = ready.carried
         searched = None
-        if recipe.search is not None and ready.asked is not None:
+        if recipe.search is not None and ready.prompts is not None:
             key = fingerprint(
                 base.key, recipe.model.dtype, torch.device(device).type, tensors_key(parameters), environment()
             )
             with stage("search"):
-                searched = searching.run(ready.model, ready.skipping(), ready.asked, store, key, say, ranks)
+                searched = searching.run(ready.model, ready.skipping(), ready.prompts, store, key, say, ranks)
             if ranks.leads:
                 search_report.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
