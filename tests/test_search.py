@@ -12,10 +12,11 @@ from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
 from spts_compress.search import dense_reference, evaluator, halving, prompts, run, space, winner
-from spts_compress.search.candidate import Candidate, Costs
 from spts_compress.search.dense_reference import DenseReference
+from spts_compress.search.halving import Candidate
 from spts_compress.search.prompts import PromptSet
 from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
+from spts_compress.search.space import Costs
 from spts_compress.tasks import agreement
 from spts_compress.tasks.example import Item
 from spts_compress.tasks.runner import encode
@@ -65,41 +66,35 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
 
 def test_a_shape_at_a_cost_costs_that_and_no_more():
     config = tiny_model(vocab_size=300).config
-    proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
+    costs = Costs(config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
     rng, choices = random.Random(3), ChoicesSection(heads=["mean", "max"]).from_starts([1, 2, 3])
-    found = 0
+    reached = 0
     for _ in range(40):
-        shape = space.vary(rng, space.draw(rng, choices), choices, space.draw(rng, choices))
-        made = space.scale_to_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.3, proxies)
-        if made is not None:
-            found += 1
-            assert faults(made, 5) == []
-            assert 1.3 <= predicted(config, made, 1000)["speedup"] < 1.4
-            assert (made.start, made.probe.kernel_size, made.ffn_selection) == (
-                shape.start,
-                shape.kernel_size,
-                shape.ffn_selection,
-            )
-    assert found > 20
-    assert space.scale_to_cost(ScheduleParams(4), lambda s: predicted(config, s, 1000)["speedup"], 3.0, proxies) is None
+        params = space.vary(rng, space.draw(rng, choices), choices, space.draw(rng, choices))
+        scaled = costs.scale_to_cost(params, ("speedup", 1.3))
+        if scaled is not None:
+            reached += 1
+            assert faults(scaled, 5) == []
+            assert 1.3 <= predicted(config, scaled, 1000)["speedup"] < 1.4
+            own = (params.start, params.kernel_size, params.ffn_selection)
+            assert (scaled.start, scaled.probe.kernel_size, scaled.ffn_selection) == own
+    assert reached > 20
+    assert costs.scale_to_cost(ScheduleParams(4), ("speedup", 3.0)) is None
+    assert 0.7 < predicted(config, costs.scale_to_cost(ScheduleParams(1), ("kv_share", 0.8)), 1000)["kv_share"] <= 0.8
 
 
 def test_halving_finds_the_best_shape_and_repeats_itself():
     """A made-up loss with one best start and pool."""
-    config, proxies = tiny_model(vocab_size=300).config, {layer: Proxy(12, 4) for layer in range(1, 5)}
-    choices, calls = ChoicesSection(heads=["mean", "max"]).from_starts([1, 2, 3, 4]), []
-    section = SearchSection(kinds=["free"], lengths=[512, 600], prompts=4, candidates=24, rounds=3, seed=5)
-
-    def scaled(shape):
-        made = space.scale_to_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.2, proxies)
-        return None if made is None else Candidate(shape, made, {}, [])
+    costs = Costs(tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
+    options = {"starts": [1, 2, 3, 4], "choices": {"heads": ["mean", "max"]}, "kinds": ["free"], "lengths": [512, 600]}
+    section, calls = SearchSection(**options, prompts=4, candidates=24, rounds=3, seed=5), []
 
     def evaluate(schedule, count):
         calls.append(count)
         loss = abs(schedule.start - 3) + abs(schedule.probe.kernel_size - 15) / 15 + (schedule.probe.heads == "mean")
         return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
 
-    runs = [halving.search(scaled, evaluate, section, choices, []) for _ in range(2)]
+    runs = [halving.search(costs, ("speedup", 1.2), evaluate, section, []) for _ in range(2)]
     assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
     best = runs[0][0]
     assert (best.params.start, best.params.heads, best.params.kernel_size) == (3, "max", 15) and len(best.rows) == 8
@@ -254,9 +249,9 @@ def test_shapes_choose_heads_by_what_they_find():
     proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
     heads = {(1, 0): 0.5, (1, 3): 0.3, (2, 1): 0.2, (3, 2): 1.0, (4, 0): 0.8, (4, 1): 0.1}
 
-    def at(**shape):
-        shape = ScheduleParams(**{"score_carry": 1.0, "stages": 1, **shape})
-        return space.scale_to_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.1, proxies, heads)
+    def at(**values):
+        params = ScheduleParams(**{"score_carry": 1.0, "stages": 1, **values})
+        return Costs(config, 1000, proxies, heads).scale_to_cost(params, ("speedup", 1.1))
 
     early = at(start=3, heads=0.5)  # a stage in front that keeps all, in which the first head scores
     assert faults(early, 5, 4) == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1

@@ -19,7 +19,6 @@ from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ChoicesSection, ScheduleParams, load
 from spts_compress.search import dense_reference, space
-from spts_compress.search.candidate import Costs
 from spts_compress.search.evaluator import Evaluator, by_kind, loss, quality
 from spts_compress.search.prompts import PromptSet
 from spts_compress.search.run import starts_of
@@ -42,7 +41,7 @@ ready = pipeline.prepare(recipe, store, args.device)
 base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
 layers, starts, wide = base.config.num_hidden_layers, starts_of(recipe.search, base.config), ready.schedule
 sizes = {layer: wide.proxy_of(layer) for layer in range(wide.start, layers)}
-costs = Costs(base.config, max(section.lengths), sizes)
+costs = space.Costs(base.config, max(section.lengths), sizes)
 
 key = fingerprint(base.key, recipe.model.dtype, args.device, "random schedules")
 # neither the search's prompts nor those that confirmed it
@@ -56,20 +55,20 @@ goal = point["winner"]["cost"]["speedup"]
 rng, drawn = random.Random(2024), {}
 choices = ChoicesSection(heads=["mean", "max"]).from_starts(starts)
 while len(drawn) < args.count:
-    candidate = costs.scaled("speedup", goal, space.draw(rng, choices))
-    if candidate is not None:
-        drawn[f"random {len(drawn) + 1}"] = candidate
-candidate = costs.scaled("speedup", goal, ScheduleParams(max(1, layers // 3, starts[0]), **space.PAPER))
-if candidate is not None:
-    drawn["the paper's settings, scaled"] = candidate
+    params = space.draw(rng, choices)
+    if (schedule := costs.scale_to_cost(params, ("speedup", goal))) is not None:
+        drawn[f"random {len(drawn) + 1}"] = params, schedule
+params = ScheduleParams(max(1, layers // 3, starts[0]), **space.PAPER)
+if (schedule := costs.scale_to_cost(params, ("speedup", goal))) is not None:
+    drawn["the paper's settings, scaled"] = params, schedule
 winner = Schedule.from_dict(point["winner"]["schedule"], layers)
 rows = []
 with tqdm(total=(len(drawn) + 1) * len(dense), desc="evaluating") as bar:
     evaluator = Evaluator(whole, Answers(store.path("random", key, ".jsonl")), key, bar, section.kinds)
-    for name, schedule in [("searched", winner), *((name, candidate.schedule) for name, candidate in drawn.items())]:
+    for name, schedule in [("searched", winner), *((name, schedule) for name, (_, schedule) in drawn.items())]:
         found = evaluator.rows(schedule, dense)
         value, interval = quality(found)
-        params = asdict(drawn[name].params) if name in drawn else point["winner"]["params"]
+        params = asdict(drawn[name][0]) if name in drawn else point["winner"]["params"]
         mean = sum(row["kl"] for row in found) / len(found)
         rows.append(
             {

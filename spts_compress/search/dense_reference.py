@@ -1,8 +1,9 @@
 """Work that every candidate shares: the dense pass over each prompt, kept at the layers where skipping may begin."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..utils.distributed import Ranks
 from ..utils.store import Store, fingerprint
 from .prompts import PromptSet
 
+Log = Callable[[str], None]
 ATTEMPTS = 8  # at a prompt that the dense model answers rightly
 
 
@@ -50,22 +52,11 @@ class DenseReference:
         return layer, unit["states"]
 
 
-@contextmanager
-def _watching(model: Any, layers: Sequence[int]) -> Iterator[tuple[dict[int, list], list]]:
-    """Collects the states before `layers`, and the last normed state, of every forward pass."""
-    before: dict[int, list] = {layer: [] for layer in layers}
-    final: list[torch.Tensor] = []
+References = list[DenseReference]
 
-    def note(states: list) -> Any:
-        return lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"])
 
-    handles = [model.model.layers[n].register_forward_pre_hook(note(before[n]), with_kwargs=True) for n in layers]
-    handles.append(model.model.norm.register_forward_hook(lambda module, args, output: final.append(output[:, -1])))
-    try:
-        yield before, final
-    finally:
-        for handle in handles:
-            handle.remove()
+def _note_input(states: list[torch.Tensor], module: Any, args: tuple, kwargs: dict) -> None:
+    states.append(args[0] if args else kwargs["hidden_states"])
 
 
 @torch.no_grad()
@@ -79,7 +70,14 @@ def answer(model: Any, tokenizer: Any, item: Item, layers: Sequence[int], store:
     unit = store.tensors("dense", key)
     if unit is None or any(not store.path(f"dense-layer-{n}", key, ".safetensors").exists() for n in layers):
         inputs = encode(tokenizer, [item.text], model.device)
-        with _watching(model, layers) as (before, final):
+        before: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        final: list[torch.Tensor] = []
+        with ExitStack() as hooks:
+            for layer, states in before.items():
+                note = partial(_note_input, states)
+                hooks.enter_context(model.model.layers[layer].register_forward_pre_hook(note, with_kwargs=True))
+            last = model.model.norm.register_forward_hook(lambda module, args, output: final.append(output[:, -1]))
+            hooks.enter_context(last)
             tokens = model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens)[0]
         for layer, states in before.items():
             store.put_tensors(f"dense-layer-{layer}", key, {"states": torch.cat(states, dim=1).cpu()})
@@ -89,14 +87,8 @@ def answer(model: Any, tokenizer: Any, item: Item, layers: Sequence[int], store:
 
 
 def answer_all(
-    model: Any,
-    prompts: PromptSet,
-    layers: Sequence[int],
-    store: Store,
-    key: str,
-    log: Callable[[str], None],
-    ranks: Ranks,
-) -> list[DenseReference]:
+    model: Any, prompts: PromptSet, layers: Sequence[int], store: Store, key: str, log: Log, ranks: Ranks
+) -> References:
     """The dense work for every prompt; with `require_dense_correct`, others in place of those answered wrongly."""
     references: dict[int, DenseReference] = {}
     strict, missing = prompts.section.require_dense_correct, list(range(len(prompts.items)))

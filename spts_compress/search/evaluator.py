@@ -13,7 +13,7 @@ from ..tasks.recovery import interval
 from ..tasks.runner import Answers
 from ..utils.distributed import ALONE, Ranks
 from ..utils.store import fingerprint
-from .dense_reference import DenseReference
+from .dense_reference import DenseReference, References
 from .prompts import kind_of
 
 Rows = list[dict[str, Any]]
@@ -61,7 +61,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         self.ranks.wait()  # for all to have read what was kept, before anyone adds to it
 
-    def rows(self, schedule: Schedule, references: list[DenseReference]) -> Rows:
+    def rows(self, schedule: Schedule, references: References) -> Rows:
         """See `compare`; with `kind`, `task` and `length` of each prompt."""
         keys = [fingerprint(self.key, schedule.to_dict(), reference.key) for reference in references]
         missing = {key: r for key, r in zip(keys, references, strict=True) if key not in self.kept.rows}

@@ -2,16 +2,41 @@
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..modeling.configuration_spts import Schedule
 from ..recipe import ScheduleParams, SearchSection
-from .candidate import Candidate
-from .evaluator import Rows
-from .space import Choices, draw, vary
+from .evaluator import Rows, by_kind, loss
+from .space import Costs, Target, draw, vary
 
+Evaluate = Callable[[Schedule, int], Rows]  # rows of the first so many prompts
 KEEP = 3  # one candidate in so many goes on
 ELITE = 4  # and these at least
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Parameters scaled to the wanted cost, what that costs, and the rows of the prompts it was tried on."""
+
+    params: ScheduleParams
+    schedule: Schedule
+    cost: dict[str, float]
+    rows: Rows
+
+    @property
+    def loss(self) -> float:
+        return loss(self.rows)
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "params": asdict(self.params),
+            "schedule": self.schedule.to_dict(),
+            "cost": self.cost,
+            "loss": self.loss,
+            "prompts": len(self.rows),
+            "kinds": by_kind(self.rows),
+        }
 
 
 def rungs(prompts: int, turn: int) -> list[int]:
@@ -29,14 +54,8 @@ def distinct(candidates: list[Candidate]) -> list[Candidate]:
     return list(firsts.values())
 
 
-def halve(
-    candidates: list[Candidate], prompts: int, turn: int, evaluate: Callable[[Schedule, int], Rows]
-) -> list[Candidate]:
-    """All candidates: those that stayed to be tried on all prompts, best first, then those that fell out.
-
-    Args:
-        evaluate: rows of a schedule on the first so many prompts.
-    """
+def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evaluate) -> list[Candidate]:
+    """All candidates: those that stayed to be tried on all prompts, best first, then those that fell out."""
     fallen: list[Candidate] = []
     for size in rungs(prompts, turn):
         tried = [replace(c, rows=evaluate(c.schedule, size)) for c in candidates]
@@ -48,30 +67,21 @@ def halve(
 
 
 def search(
-    scaled: Callable[[ScheduleParams], Candidate | None],
-    evaluate: Callable[[Schedule, int], Rows],
-    section: SearchSection,
-    choices: Choices,
-    seeds: list[ScheduleParams],
+    costs: Costs, target: Target, evaluate: Evaluate, section: SearchSection, seeds: list[ScheduleParams]
 ) -> list[Candidate]:
-    """All candidates, those tried on all prompts first, best first.
-
-    Args:
-        scaled: parameters at the wanted cost without rows; None if it can't be had.
-        evaluate: rows of a schedule on the first so many prompts.
-        seeds: parameters that are tried in any case.
-    """
+    """All candidates, those tried on all prompts first, best first; `seeds` are tried in any case."""
     rng, prompts, turn = random.Random(section.seed), section.num_prompts, section.turn
+    choices = section.choices.from_starts(section.start_layers(costs.config.num_hidden_layers))
     seen: set[Schedule] = set()
 
     def fresh(stream: Iterable[ScheduleParams], wanted: int | None = None) -> list[Candidate]:
         """The first `wanted` candidates (all) whose schedules were not met before."""
         candidates: list[Candidate] = []
         for params in stream:
-            candidate = scaled(params)
-            if candidate is not None and candidate.schedule not in seen:
-                seen.add(candidate.schedule)
-                candidates.append(candidate)
+            schedule = costs.scale_to_cost(params, target)
+            if schedule is not None and schedule not in seen:
+                seen.add(schedule)
+                candidates.append(Candidate(params, schedule, costs.of(schedule), []))
                 if len(candidates) == wanted:
                     break
         return candidates

@@ -1,6 +1,7 @@
 """Which layers and heads rank tokens well, told from a dense pass over a prompt and the dense model's own answer."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -39,14 +40,11 @@ def each_layer(model: Any, ids: torch.Tensor, note: Callable[[int, Attention], N
 
         note(number, scores)
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for number, layer in enumerate(model.model.layers):
-            handles.append(layer.self_attn.register_forward_pre_hook(partial(watch, number), with_kwargs=True))
+            hook = partial(watch, number)
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
         model(ids, spts=False, logits_to_keep=1, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def found_by(raw: torch.Tensor, probe: Probe, truth: torch.Tensor, middle: slice, share: float) -> float:

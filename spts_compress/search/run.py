@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..calibrate.base_model import context_of
 from ..evaluate.report import hardware
-from ..modeling.configuration_spts import Schedule
+from ..modeling.configuration_spts import Amount, Proxy, Schedule, Stage
 from ..recipe import SearchSection
 from ..tasks.runner import Answers
 from ..timing.latency_table import Prices, grid, measure
@@ -19,8 +19,7 @@ from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 from ..utils.store import Store, fingerprint
 from . import halving, space
-from .candidate import Costs
-from .dense_reference import DenseReference, answer_all
+from .dense_reference import DenseReference, Log, References, answer_all
 from .evaluator import Evaluator
 from .prompts import PromptSet
 from .retrieval_heads import reliability, retrieval_heads
@@ -55,32 +54,9 @@ def widest(section: SearchSection, config: Any) -> Schedule:
     Raises:
         UserError: see `starts_of`.
     """
-    num_layers, starts = config.num_hidden_layers, starts_of(section, config)
-    stage = {"end": num_layers - 1, "budget": {"fraction": 0.2}}
-    block = {"start": section.heads_from or starts[0], "stages": [stage], "proxy": {"channels": 1, "rank": 0}}
-    return Schedule.from_dict({**block, "ffn_selection": "relative"}, num_layers)
-
-
-def _mean(
-    name: str,
-    references: list[DenseReference],
-    figures: Callable[[DenseReference], list],
-    store: Store,
-    key: str,
-    ranks: Ranks,
-) -> torch.Tensor:
-    """The mean over prompts of the figures of each, which are kept."""
-    shard = tqdm(ranks.mine(references), desc=name, unit="prompt")
-    rows = [store.json(name, fingerprint(key, reference.key), partial(figures, reference)) for reference in shard]
-    return torch.tensor(ranks.all(rows)).mean(dim=0)
-
-
-def _relative(worth: torch.Tensor, first: int) -> space.Heads:
-    """What the heads of layers from `first` on find, over what the best one of them does; `worth` (layers, heads)."""
-    share = worth / worth[first:].max().clamp_min(1e-9)
-    return {
-        (layer, head): float(share[layer, head]) for layer in range(first, len(share)) for head in range(len(share[0]))
-    }
+    starts, end = starts_of(section, config), config.num_hidden_layers - 1
+    start = section.heads_from or starts[0]
+    return Schedule(start, (Stage(end, Amount(0.2)),), (Proxy(1, 0),), ffn_selection="relative")
 
 
 def latencies_of(model: Any, length: int) -> Prices:
@@ -90,42 +66,28 @@ def latencies_of(model: Any, length: int) -> Prices:
 
 
 def _front(
-    section: SearchSection,
-    costs: Costs,
-    evaluator: Evaluator,
-    starts: list[int],
-    tune: list[DenseReference],
-    held_out: list[DenseReference],
-    log: Callable[[str], None],
+    section: SearchSection, costs: space.Costs, evaluator: Evaluator, tune: References, held_out: References, log: Log
 ) -> list[dict[str, Any]]:
     """The best schedule at each cost, dearest first, up to the one that misses the wanted quality."""
     points: list[dict[str, Any]] = []
-    choices, seeds = section.choices.from_starts(starts), space.seeds(starts, costs.heads is not None)
-    for name, target in section.targets():
-        scaled = partial(costs.scaled, name, target)
-        tried = halving.search(
-            scaled, lambda schedule, count: evaluator.rows(schedule, tune[:count]), section, choices, seeds
-        )
+    seeds = space.seeds(section.start_layers(costs.config.num_hidden_layers), costs.heads is not None)
+    for target in section.targets():
+        words = "{} of {:g}".format(*target)
+        tried = halving.search(costs, target, lambda s, count: evaluator.rows(s, tune[:count]), section, seeds)
         if not tried:
-            log(f"no schedule has a {name} of {target:g}")
+            log(f"no schedule has a {words}")
             break
-        points.append({"target": [name, target], **examine(tried, scaled, costs, evaluator, tune, held_out)})
+        points.append(examine(tried, target, costs, evaluator, tune, held_out))
         seeds = [candidate.params for candidate in tried[: halving.ELITE]]
         quality = points[-1]["quality"]
-        evaluator.progress.set_postfix_str(f"{name} {target:g}: agreement {quality:.3f}, loss {tried[0].loss:.3f}")
+        evaluator.progress.set_postfix_str(f"{words}: agreement {quality:.3f}, loss {tried[0].loss:.3f}")
         if section.quality is not None and quality < section.quality:
             break  # what costs even less is worse
     return points
 
 
 def run(
-    model: Any,
-    skipping: Any,
-    prompts: PromptSet,
-    store: Store,
-    key: str,
-    log: Callable[[str], None],
-    ranks: Ranks,
+    model: Any, skipping: Any, prompts: PromptSet, store: Store, key: str, log: Log, ranks: Ranks
 ) -> dict[str, Any]:
     """The best schedule at each cost that the target asks for, confirmed on prompts that nothing was chosen on.
 
@@ -146,12 +108,24 @@ def run(
     layers = sorted({start - 1 for start in (fitted.start, *starts)})
     references = answer_all(model, prompts, layers, store, key, log, ranks)
     tune, held_out = references[: section.num_prompts], references[section.num_prompts :]
-    long_prompts = [reference for reference in tune if reference.item.limit == longest]
+
+    def mean(name: str, count: int, figures: Callable[[DenseReference], list], key: str) -> torch.Tensor:
+        """The mean over so many of the longest prompts of the figures of each, which are kept."""
+        some = [reference for reference in tune if reference.item.limit == longest][:count]
+        shard = tqdm(ranks.mine(some), desc=name, unit="prompt")
+        rows = [store.json(name, fingerprint(key, reference.key), partial(figures, reference)) for reference in shard]
+        return torch.tensor(ranks.all(rows)).mean(dim=0)
+
     heads = latencies = rankings = None
     if not all(isinstance(value, str) for value in section.choices.heads):
-        some = long_prompts[: max(HEAD_PROMPTS, len(section.kinds))]  # in turn, so all kinds are there
-        worth = _mean("heads", some, partial(retrieval_heads, skipping, prompts.tokenizer), store, key, ranks)
-        heads = _relative(worth, fitted.start)
+        count = max(HEAD_PROMPTS, len(section.kinds))  # in turn, so all kinds are there
+        worth = mean("heads", count, partial(retrieval_heads, skipping, prompts.tokenizer), key)
+        worth /= worth[fitted.start :].max().clamp_min(1e-9)
+        heads = {
+            (layer, head): float(value)
+            for layer in range(fitted.start, num_layers)
+            for head, value in enumerate(worth[layer])
+        }
     dense_seconds = time.monotonic() - begin
     if section.cost == "measured":
         machine = fingerprint(key, hardware(str(model.device)), longest)
@@ -159,16 +133,15 @@ def run(
             latencies = Prices(**store.json("latencies", machine, lambda: asdict(latencies_of(model, longest))))
 
     proxies = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, num_layers)}
-    costs = Costs(model.config, longest, proxies, heads, latencies)
+    costs = space.Costs(model.config, longest, proxies, heads, latencies)
     with tqdm(desc="searching", unit="evaluation") as bar:
         answers = Answers(store.path("search", key, ".jsonl"), ranks.rank)
         evaluator = Evaluator(skipping, answers, key, bar, section.kinds, ranks)
-        points = _front(section, costs, evaluator, starts, tune, held_out, log)
+        points = _front(section, costs, evaluator, tune, held_out, log)
     if points:
         probe = Schedule.from_dict(points[-1]["winner"]["schedule"], num_layers).probe
         rank = partial(reliability, skipping, prompts.tokenizer, probe)
-        probed = fingerprint(key, asdict(probe))
-        rankings = _mean("reliability", long_prompts[:RELIABILITY_PROMPTS], rank, store, probed, ranks).tolist()
+        rankings = mean("reliability", RELIABILITY_PROMPTS, rank, fingerprint(key, asdict(probe))).tolist()
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
     return {
         "points": points,

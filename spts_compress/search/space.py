@@ -1,15 +1,17 @@
 """Schedule parameters, drawn and varied by a seeded generator, and the schedules they make at a given cost."""
 
 import random
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..cost import predicted
 from ..modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
 from ..recipe import ScheduleParams
+from ..timing.latency_table import Prices
 
 Choices = dict[str, tuple]  # what each parameter is drawn from
 Heads = dict[tuple[int, int], float]  # what (layer, head) finds, over what the best one finds
+Target = tuple[str, float]  # "speedup" or "kv_share", and what it is to be
 
 STEPS = 24  # halvings of the scale
 PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "sink_tokens": 0, "recent_tokens": 1, "ffn_selection": "proxy"}
@@ -88,34 +90,47 @@ def schedule(params: ScheduleParams, scale: float, proxies: dict[int, Proxy], he
     scoring = scoring_heads(params, heads or {})
     if not isinstance(scoring, str) and scoring[0][0] < start:
         stages, start = [Stage(start - 1, Amount(1.0)), *stages], scoring[0][0]
-    return Schedule(
-        start,
-        tuple(stages),
-        tuple(proxies[layer] for layer in range(start, max(proxies) + 1)),
-        Probe(params.window_size, scoring, params.score_carry, params.kernel_size),
-        sink_tokens=params.sink_tokens,
-        recent_tokens=params.recent_tokens,
-        ffn_selection=params.ffn_selection,
-    )
+    probe = Probe(params.window_size, scoring, params.score_carry, params.kernel_size)
+    sizes = tuple(proxies[layer] for layer in range(start, max(proxies) + 1))
+    always = params.sink_tokens, params.recent_tokens
+    return Schedule(start, tuple(stages), sizes, probe, *always, params.ffn_selection)
 
 
-def scale_to_cost(
-    params: ScheduleParams,
-    value: Callable[[Schedule], float],
-    target: float,
-    proxies: dict[int, Proxy],
-    heads: Heads | None = None,
-) -> Schedule | None:
-    """The largest schedule of `params` whose `value` (a speed-up, say: less for larger budgets) is at least `target`;
-    None if no budgets are small enough."""
-    low, high = 0.005, 1 / (params.decay * min(1.0, params.ffn))  # where every budget is the whole prompt
-    if value(schedule(params, low, proxies, heads)) < target:
-        return None
-    for _ in range(STEPS):
-        middle = (low * high) ** 0.5
-        enough = value(schedule(params, middle, proxies, heads)) >= target
-        low, high = (middle, high) if enough else (low, middle)
-    return schedule(params, low, proxies, heads)
+@dataclass(frozen=True)
+class Costs:
+    """What schedules cost for a prompt of `length` tokens: counted, with the speed-up by the measured `latencies` if
+    there are any. `proxies`, `heads`: see `schedule`."""
+
+    config: Any
+    length: int
+    proxies: dict[int, Proxy]
+    heads: Heads | None = None
+    latencies: Prices | None = None
+
+    def of(self, schedule: Schedule) -> dict[str, float]:
+        """See `predicted`; where latencies are measured, `flop_speedup` is the counted one."""
+        cost = predicted(self.config, schedule, self.length)
+        if self.latencies is None:
+            return cost
+        measured = self.latencies.speedup(self.config, schedule, self.length)
+        return {**cost, "speedup": measured, "flop_speedup": cost["speedup"]}
+
+    def scale_to_cost(self, params: ScheduleParams, target: Target) -> Schedule | None:
+        """The largest schedule of `params` whose speedup is at least the target's, or whose kv_share is at most that;
+        None if no budgets are small enough."""
+        name, wanted = target
+        sign = 1 if name == "speedup" else -1
+
+        def met_by(scale: float) -> bool:
+            return sign * self.of(schedule(params, scale, self.proxies, self.heads))[name] >= sign * wanted
+
+        low, high = 0.005, 1 / (params.decay * min(1.0, params.ffn))  # where every budget is the whole prompt
+        if not met_by(low):
+            return None
+        for _ in range(STEPS):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if met_by(middle) else (low, middle)
+        return schedule(params, low, self.proxies, self.heads)
 
 
 def reverted(params: ScheduleParams) -> dict[str, ScheduleParams]:

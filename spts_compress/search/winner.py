@@ -1,44 +1,39 @@
 """The best candidate at one cost: how good it is on prompts that nothing was chosen on, and what makes it so."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..modeling.configuration_spts import Amount, Schedule
-from ..recipe import ScheduleParams
 from ..schedule import faults
-from .candidate import Candidate, Costs
-from .dense_reference import DenseReference
+from .dense_reference import References
 from .evaluator import Evaluator, Rows, by_kind, loss, quality
-from .space import reverted
+from .halving import Candidate
+from .space import Costs, Target, reverted
 
 FACTORS = (0.7, 1.4)  # of one stage's budget, to see what it is worth
 
 
 def examine(
-    tried: list[Candidate],
-    scaled: Callable[[ScheduleParams], Candidate | None],
-    costs: Costs,
-    evaluator: Evaluator,
-    tune: list[DenseReference],
-    held_out: list[DenseReference],
+    tried: list[Candidate], target: Target, costs: Costs, evaluator: Evaluator, tune: References, held_out: References
 ) -> dict[str, Any]:
-    """One point of the front, see `run`: of all candidates `tried` the first, which was chosen on the prompts `tune`,
-    on those `held_out`, and what each of its values and budgets brings."""
+    """One point of the front, see `run`: of all candidates `tried` at a cost the first, which was chosen on the prompts
+    `tune`, on those `held_out`, and what each of its values and budgets brings."""
     best, rows = tried[0], evaluator.rows(tried[0].schedule, held_out)
     agreement, interval = quality(rows)
-    without = {name: scaled(params) for name, params in reverted(best.params).items()}
+    without = {name: costs.scale_to_cost(params, target) for name, params in reverted(best.params).items()}
 
     def loss_of(schedule: Schedule) -> float:
         return loss(evaluator.rows(schedule, tune))
 
     return {
+        "target": target,
         "cost": best.cost,
         "winner": best.plain(),
         "held_out": {"loss": loss(rows), "kinds": by_kind(rows), "prompts": len(rows)},
         "quality": agreement,
         "interval": interval,
-        "without": {name: loss_of(other.schedule) for name, other in without.items() if other is not None},
+        "without": {name: loss_of(other) for name, other in without.items() if other is not None},
         "budgets": [
             {"stage": stage, "factor": factor, "speedup": costs.of(schedule)["speedup"], "loss": loss_of(schedule)}
             for stage, factor, schedule in with_other_budgets(best.schedule)
