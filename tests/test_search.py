@@ -11,7 +11,7 @@ from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
-from spts_compress.search import dense_reference, evaluator, halving, prompts, run, space, winner
+from spts_compress.search import dense_reference, evaluator, halving, prompts, report, run, space, winner
 from spts_compress.search.dense_reference import DenseReference
 from spts_compress.search.halving import Candidate
 from spts_compress.search.prompts import PromptSet
@@ -288,3 +288,27 @@ def test_one_stage_at_a_time_gets_fewer_and_more_tokens():
         before = [a for a, layer in zip(plain, range(1, 5), strict=True) if changed.stage_of(layer) == stage]
         assert all(a == pytest.approx(factor * b, abs=1) for a, b in zip(own, before, strict=True))
         assert sum(a != b for a, b in zip(tokens, plain, strict=True)) == len(own)  # and no other stage
+
+
+def point(speedup, quality):
+    """One point of a front, as `run` gives it."""
+    chosen = schedule(2, proxy={"channels": 12, "rank": 4}).to_dict()
+    best = {"params": {"start": 2}, "schedule": chosen, "loss": 0.2}
+    return {
+        "cost": {"speedup": speedup, "kv_share": 0.5}, "quality": quality, "interval": [quality - 0.1, quality + 0.05],
+        "held_out": {"loss": 0.3, "kinds": {"free": {"same": 0.5}}}, "winner": best, "tried": [best, best],
+        "budgets": [{"stage": 0, "factor": 0.7, "loss": 0.4}], "without": {"start": 0.5}, "diagnosis": ["a sign"],
+    }  # fmt: skip
+
+
+def test_a_front_is_drawn_if_it_has_more_than_one_point():
+    both = [point(1.2, 0.9), point(1.5, 0.8)]
+    rest = {"reliability": [0.5] * 5, "candidates": 2, "evaluations": 3, "seconds": {"all": 60, "dense": 6}}
+    for points, chosen in ((both, 1), (both, None), (both[1:], 0)):
+        search = {"points": points, "chosen": chosen, **rest}
+        text, axes = report.as_text(search), report.picture(search, 5).axes
+        titles = [panel.get_title() for panel in axes]
+        assert len(titles) == 3 + len(points) and ("Front, on held-out prompts" in titles) == (len(points) == 2)
+        assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
+        assert ("1.50x *" in text) == (chosen is not None) and "0.800 (0.700-0.850)" in text
+        assert "| start | 2      | 0.500" in text and "+0.300" in text

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,22 +70,19 @@ def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     (folder / "search.json").write_text(json.dumps(search, indent=1) + "\n")
     (folder / "search.md").write_text(as_text(search) + "\n")
     if search["points"] and importlib.util.find_spec("matplotlib"):
-        draw(search, folder / "search.png", num_layers)
+        picture(search, num_layers).savefig(folder / "search.png", dpi=110)
 
 
-def draw(search: dict[str, Any], target: Path, num_layers: int) -> None:
-    """The front if it has more than one point, loss by start layer, active tokens over the layers, what each stage's
-    budget is worth, and which layers rank tokens well."""
+def picture(search: dict[str, Any], num_layers: int) -> Any:
+    """A figure of the front if it has more than one point, loss by start layer, active tokens over the layers, what
+    each stage's budget is worth, and which layers rank tokens well."""
     from matplotlib.figure import Figure
 
-    panels: list[Callable[[Any, dict[str, Any]], None]] = [_starts, partial(_active, num_layers), _budgets, _rankings]
-    if len(search["points"]) > 1:
-        panels.insert(0, _front)
-    columns = (len(panels) + 1) // 2
-    figure = Figure(figsize=(14 / 3 * columns, 8), layout="constrained")
-    for panel, axes in zip([*panels, None], figure.subplots(2, columns).flat, strict=False):
-        axes.axis("off") if panel is None else panel(axes, search)
-    figure.savefig(target, dpi=110)
+    panels: list[Any] = [_front, _starts, partial(_active, num_layers), _budgets, _rankings]
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    for number, panel in enumerate(panels if len(search["points"]) > 1 else panels[1:], 1):
+        panel(figure.add_subplot(2, 3, number), search)
+    return figure
 
 
 def _front(axes: Any, search: dict[str, Any]) -> None:

@@ -104,9 +104,9 @@ def run(
         measured costs, None if they are counted. And the numbers of `candidates` and `evaluations`, and `seconds`.
     """
     begin, section, num_layers = time.monotonic(), prompts.section, model.config.num_hidden_layers
-    starts, longest, fitted = starts_of(section, model.config), max(section.lengths), skipping.config.schedule()
-    layers = sorted({start - 1 for start in (fitted.start, *starts)})
-    references = answer_all(model, prompts, layers, store, key, log, ranks)
+    longest, fitted = max(section.lengths), skipping.config.schedule()
+    layers = {start - 1 for start in (fitted.start, *section.start_layers(num_layers))}
+    references = answer_all(model, prompts, sorted(layers), store, key, log, ranks)
     tune, held_out = references[: section.num_prompts], references[section.num_prompts :]
 
     def mean(name: str, count: int, figures: Callable[[DenseReference], list], key: str) -> torch.Tensor:
