@@ -18,10 +18,11 @@ from pydantic import (
     conlist,
     create_model,
     model_validator,
-)  # fmt: skip
+)
 
 from . import schedule as schedules
-from .modeling.configuration_spts import HEAD_REDUCTIONS, Schedule
+from .modeling.configuration_spts import Schedule
+from .modeling.spts_block import HEAD_REDUCTIONS
 from .utils.errors import UserError
 from .utils.paths import expand
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from .modeling.configuration_spts import FFN_SELECTIONS, HEAD_REDUCTIONS, Amount, Probe, Proxy, Schedule, Stage
+from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS
 
 NESTED = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy}
 LISTS = ("stages", "proxy")

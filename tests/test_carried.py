@@ -106,7 +106,14 @@ def rich(tmp_path_factory):
     (base / "custom_generate" / "generate.py").write_text(GENERATE)
     (base / "LICENSES").mkdir()
     (base / "LICENSES" / "MIT.txt").write_text("free")
-    for name in ("README.md", "recipe.yaml", "spts_files.json", "spts.py", "configuration_spts.py", "base_config.json"):
+    for name in (
+        "README.md",
+        "recipe.yaml",
+        "spts_files.json",
+        "cache.py",
+        "configuration_spts.py",
+        "base_config.json",
+    ):
         (base / name).write_text(f"the base's own {name}")
     for name in ("vocab.bpe", "spiece.model", "preprocessor_config.json", "chat_template.json", "tekken.spm"):
         (base / name).write_text("{}")

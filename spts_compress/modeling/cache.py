@@ -1,4 +1,5 @@
-"""The keys and values that a skipped prefill leaves: shorter than the prompt, and of another length in every layer."""
+"""The keys and values that a skipped prefill leaves: shorter than the prompt, and of another length in every layer.
+Bookkeeping, and no part of the method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +32,11 @@ class SkippedCacheLayer(DynamicLayer):
     def tokens_seen(self) -> int:
         return self.prompt_length + self.generated
 
-    def note_positions(self, positions: torch.Tensor, ends: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Keep which tokens of each row's prompt, of `ends` (B, 1) tokens, were active: `positions` (B, active)."""
-        self.ends = ends
-        self.positions = positions if valid is None else positions.masked_fill(~valid, -1)
+    def note_positions(self, slots: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Keep which tokens were active, if `ends` is set: those at `slots` (B, active) of the padded prompt."""
+        if self.ends is not None:
+            positions = slots.to(self.ends.device) - (self.prompt_length - self.ends)
+            self.positions = positions if valid is None else positions.masked_fill(~valid.to(positions.device), -1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

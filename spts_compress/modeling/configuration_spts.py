@@ -1,14 +1,12 @@
-"""What a skip-ready checkpoint's `config.json` says about skipping: the `spts` block.
+"""Which layers skip how many tokens: what the `spts` block of a skip-ready checkpoint's `config.json` says.
 
-Self-Predictive Token Skipping (SPTS), arXiv 2601.13155. This file travels with every exported checkpoint and imports
-neither torch nor spts_compress, which names every fault of a block at once; here the first one is an error.
+Self-Predictive Token Skipping (SPTS), arXiv 2601.13155.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
-HEAD_REDUCTIONS = ("mean", "max")
-FFN_SELECTIONS = ("proxy", "relative", "attention", "all")
+from .spts_block import SptsBlock
 
 
 @dataclass(frozen=True)
@@ -18,13 +16,6 @@ class Amount:
     fraction: float = 0.0
     floor: int = 0
     cap: int | None = None
-
-    def plain(self) -> int | dict[str, Any]:
-        """As the `spts` block says it."""
-        if not self.fraction and self.cap is None:
-            return self.floor
-        given = {"fraction": self.fraction, "floor": self.floor or None, "cap": self.cap}
-        return {name: value for name, value in given.items() if value is not None}
 
     def at(self, length: int) -> int:
         """Tokens for a prompt of `length` tokens (its own length, without padding)."""
@@ -104,7 +95,7 @@ class Counts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(SptsBlock):
     """Which layers skip which tokens. `start` is the first skipping layer, or scores without skipping in a first stage
     that keeps all; layers are numbered from 0.
 
@@ -161,82 +152,3 @@ class Schedule:
             return False
         kept = (min(self.tokens(a, length) for a in (stage.budget, stage.ffn_tokens)) for stage in self.stages)
         return min(kept) < length
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `spts` block: plain numbers where an amount is a plain count, and nothing that says nothing."""
-        block = asdict(self)
-        amounts = [{name: amount.plain() for name, amount in stage.amounts().items()} for stage in self.stages]
-        block["stages"] = [{"end": stage.end, **named} for stage, named in zip(self.stages, amounts, strict=True)]
-        block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else list(block["proxy"])
-        if not isinstance(self.probe.heads, str):
-            layers = dict.fromkeys(layer for layer, _ in self.probe.heads)
-            block["probe"]["heads"] = {str(layer): list(self.probe.heads_of(layer)) for layer in layers}
-        return block
-
-    @classmethod
-    def from_dict(cls, block: dict[str, Any], num_layers: int | None) -> "Schedule":
-        """Read the `spts` block of a model with `num_layers` layers (None: as it is, unchecked).
-
-        Raises:
-            ValueError: naming a fault of `block`.
-        """
-
-        def amount(value: Any) -> Amount:
-            return Amount(floor=value) if isinstance(value, int) else Amount(**value)
-
-        def stage(end: int, **amounts: Any) -> Stage:
-            return Stage(end, **{name: amount(value) for name, value in amounts.items() if value is not None})
-
-        try:
-            values = {**block, "stages": tuple(stage(**each) for each in block["stages"])}
-            sizes = values["proxy"] if isinstance(values["proxy"], list | tuple) else [values["proxy"]]
-            probe = {**block.get("probe", {})}
-            if isinstance(probe.get("heads"), dict):
-                pairs = ((int(layer), head) for layer, heads in probe["heads"].items() for head in heads)
-                probe["heads"] = tuple(sorted(pairs))
-            schedule = cls(**{**values, "proxy": tuple(Proxy(**size) for size in sizes), "probe": Probe(**probe)})
-            if num_layers is not None:
-                schedule.check(num_layers)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            fault = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"this model's spts block can't be used: {fault}") from error
-        return schedule
-
-    def check(self, num_layers: int) -> None:
-        """Raises ValueError if a value is out of range: what would otherwise be a wrong answer or an odd error."""
-        ends = [self.start - 1, *(stage.end for stage in self.stages)]
-        amounts = [amount for stage in self.stages for amount in stage.amounts().values()]
-        numbers = [*ends, self.sink_tokens, self.recent_tokens, self.probe.window_size, self.probe.kernel_size]
-        heads = self.probe.heads
-        fine_heads = heads in HEAD_REDUCTIONS if isinstance(heads, str) else heads[:1] and heads[0][0] == self.start
-        for fine, what in (
-            (all(type(number) is int for number in numbers + [a.floor for a in amounts]), "a number of tokens"),
-            (0 <= ends[0] < num_layers - 1, "start"),
-            (len(ends) > 1 and ends == sorted(set(ends)) and ends[-1] < num_layers, "the stages' ends"),
-            (all(0 <= a.fraction <= 1 and a.floor >= 0 and (a.fraction or a.floor) for a in amounts), "a budget"),
-            (all(a.cap is None or a.cap >= max(1, a.floor) for a in amounts), "a cap"),
-            (self.sink_tokens >= 0 and self.recent_tokens >= 1, "sink_tokens or recent_tokens"),
-            (self.probe.window_size >= 1, "probe.window_size"),
-            (self.probe.kernel_size >= 1 and self.probe.kernel_size % 2 == 1, "probe.kernel_size"),
-            (0 <= self.probe.score_carry <= 1, "probe.score_carry"),
-            (self.ffn_selection in FFN_SELECTIONS, "ffn_selection"),
-            (fine_heads, "probe.heads"),
-            (len(self.proxy) in (1, num_layers - self.start), "the number of proxies"),
-        ):
-            if not fine:
-                raise ValueError(f"{what} is out of range")
-
-
-class SptsConfigMixin:
-    """Adds the `spts` block to a stock configuration class."""
-
-    spts: dict | None = None
-    num_hidden_layers: int
-
-    def schedule(self, **changes: Any) -> Schedule:
-        """The skipping schedule, with top-level keys of the block replaced by `changes` for one use.
-
-        Raises:
-            ValueError: if the block or a change is not valid.
-        """
-        return Schedule.from_dict({**(self.spts or {}), **changes}, self.num_hidden_layers)

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch.profiler import record_function
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer
-from .calls import check_depth
-from .stock_layer import FULL, MASKS, SkippingPreTrainedModel, layer_kinds, position_tables
+from .calls import DecoderCalls, SkipRequest, check_depth
+from .stock_layer import FULL, MASKS, layer_kinds, position_tables
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,30 @@ class Pass:
         return first, replace(self, states=self.states[:, end:], position_ids=self.position_ids[:, end:])
 
 
-class StockRuns(SkippingPreTrainedModel):
+class StockRuns(DecoderCalls):
     """Mixed into a family's decoder."""
+
+    output_class: Any = BaseModelOutputWithPast
+
+    @capture_outputs
+    def _run(self, given: tuple, request: SkipRequest | None, lengths: list[int], **_: Any) -> BaseModelOutputWithPast:
+        """A prompt of `lengths` tokens a row, or where it has none tokens after one; tokens of the pass that come after
+        the prompt's end follow as a later chunk."""
+        run = Pass(*given)
+        if request is None:
+            states = self._later(run)
+        elif not request.suffix_length:
+            states = self._prompt(run, request, lengths)
+        else:
+            cache = DynamicCache(config=self.config) if run.cache is None else run.cache
+            prompt, suffix = replace(run, cache=cache).split(run.states.shape[1] - request.suffix_length)
+            last = self._prompt(prompt, replace(request, last=1), lengths)
+            self.end_pass(cache)
+            states = torch.cat([last, self._later(suffix)], dim=1)
+        return self.output_class(last_hidden_state=self.norm(states), past_key_values=run.cache)
+
+    def end_pass(self, cache: Any) -> None:
+        """Called between the passes of one call; windows.py has something to do then."""
 
     def _rotary(self, run: Pass) -> dict[str, Any]:
         """Rotary tables by the kind of attention."""

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from .calls import SkippingForCausalLM
-from .configuration_spts import SptsConfigMixin
+from .configuration_spts import Schedule
 from .skipping import SkippingDecoderLayer, SkippingModel
 
 TRANSFORMERS = ("5.17", "5.24")  # tested from the first on and below the second
@@ -18,6 +18,21 @@ if not Version(TRANSFORMERS[0]) <= Version(Version(transformers.__version__).bas
         f"this model's code is tested with transformers {TRANSFORMERS[0]} up to, not including, {TRANSFORMERS[1]}; "
         f"you have {transformers.__version__}"
     )
+
+
+class SptsConfigMixin:
+    """Adds the `spts` block to a stock configuration class."""
+
+    spts: dict | None = None
+    num_hidden_layers: int
+
+    def schedule(self, **changes: Any) -> Schedule:
+        """The skipping schedule, with top-level keys of the block replaced by `changes` for one use.
+
+        Raises:
+            ValueError: if the block or a change is not valid.
+        """
+        return Schedule.from_dict({**(self.spts or {}), **changes}, self.num_hidden_layers)
 
 
 def skipping_classes(

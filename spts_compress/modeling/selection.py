@@ -3,8 +3,6 @@
 Shapes: B rows, T candidates, M chosen ones, H heads, G key/value heads, d head size, D hidden size, w probing queries.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -46,27 +44,11 @@ def probe_scores(
     return (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2) * valid[:, None]
 
 
-def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...], weight: Any = None) -> torch.Tensor:
-    """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names.
-
-    Where tensor parallelism has given each device some of the heads, `weight` is a tensor sharded over the devices, all
-    of which must choose the same tokens.
-    """
-    shards = [number for number, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard()]
-    device = 0
-    for dimension in shards:
-        device = device * weight.device_mesh.size(dimension) + weight.device_mesh.get_local_rank(dimension)
+def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...]) -> torch.Tensor:
+    """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names."""
     if isinstance(heads, str):
-        made = raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
-    else:
-        count = raw.shape[1]
-        own = (raw[:, head % count] for head in heads if head // count == device)
-        made = sum(own, torch.zeros_like(raw[:, 0])) / len(heads)
-    for dimension in shards:
-        how = torch.distributed.ReduceOp.MAX if heads == "max" else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(made, how, group=weight.device_mesh.get_group(dimension))
-        made = made / weight.device_mesh.size(dimension) if heads == "mean" else made
-    return made
+        return raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
+    return sum((raw[:, head] for head in heads), torch.zeros_like(raw[:, 0])) / len(heads)
 
 
 def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,6 +57,19 @@ def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None
         return raw
     pooled = nn.functional.max_pool1d(raw[:, None], width, stride=1, padding=width // 2)[:, 0]
     return pooled if valid is None else pooled * valid
+
+
+def protect(score: torch.Tensor, first: int, last: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores (B, T) with those of each row's `first` and `last` tokens raised above all others; `rows` (B, 1): tokens
+    of each row, which has its padding on the left; None if there is no padding."""
+    score = score.clone()
+    score[:, -last:] = float("inf")
+    if rows is None:
+        score[:, :first] = float("inf")
+    else:
+        slots = torch.arange(score.shape[1], device=score.device)
+        score.masked_fill_(slots < score.shape[1] - rows + first, float("inf"))
+    return score
 
 
 def select(

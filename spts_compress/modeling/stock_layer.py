@@ -138,6 +138,19 @@ class StockLayer(Stock):
             cache.update(key, value, self.self_attn.layer_idx)
         return query, key, value
 
+    def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, H, T) of all heads, of which tensor parallelism has given each device some: all devices must
+        choose the same tokens."""
+        # A fused projection gives every device all heads.
+        weight: Any = getattr(getattr(self.self_attn, self.by_heads, None), "weight", None)
+        for dimension, placement in reversed(list(enumerate(getattr(weight, "placements", ())))):
+            if placement.is_shard():
+                mesh = weight.device_mesh
+                parts = [torch.empty_like(scores) for _ in range(mesh.size(dimension))]
+                torch.distributed.all_gather(parts, scores.contiguous(), group=mesh.get_group(dimension))
+                scores = torch.cat(parts, dim=1)
+        return scores
+
     def attention_function(self) -> Any:
         """(queries, keys, values, mask) -> (outputs, ...), of the implementation that is set."""
         attention, eager = self.self_attn, type(self).eager_attention

@@ -9,7 +9,8 @@ from transformers.masking_utils import create_causal_mask
 
 from .cache import SkippedCacheLayer
 from .decoding import Pass
-from .skipping import LayerPlan, SkippingDecoderLayer, SkippingModel
+from .layer_plan import LayerPlan
+from .skipping import SkippingDecoderLayer, SkippingModel
 from .stock_layer import layer_windows
 
 WINDOW_PIECE = 256  # tokens, or half a window if that is more

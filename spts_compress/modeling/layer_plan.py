@@ -1,0 +1,124 @@
+"""Bookkeeping of a prefill: a schedule's counts as slots of the rows of a batch, and the caches that hold as many."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .cache import SkippedCacheLayer
+from .configuration_spts import Counts
+from .decoding import StockRuns
+from .selection import protect, select
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """How many tokens of each row: `width` slots, and where rows differ `rows` (B, 1) and which slots are used."""
+
+    width: int
+    rows: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, counts: tuple[int, ...], device: torch.device) -> "Count":
+        width = max(counts)
+        if min(counts) == width:
+            return cls(width)
+        rows = torch.tensor(counts, device=device)[:, None]
+        return cls(width, rows, torch.arange(width, device=device) >= width - rows)
+
+    def to(self, device: Any) -> "Count":
+        if self.rows is None or self.valid is None:
+            return self
+        return Count(self.width, self.rows.to(device), self.valid.to(device))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one skipping layer does: its counts of tokens, as in the schedule's `Counts`; equal ones are one object.
+    `heads`: of the layer, that score. `window`: of attention, where it is shorter than the longest prompt."""
+
+    candidates_in: Count
+    active: Count
+    ffn_tokens: Count
+    candidates_out: Count
+    schedule: Any
+    heads: str | tuple[int, ...]
+    window: int | None
+
+    def counts(self) -> dict[str, Count]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Count)}
+
+    @property
+    def ranks(self) -> bool:
+        """Whether candidates are scored: for a choice here, or (in every row of a batch alike) for later layers."""
+        return self.schedule.probe.carries or any(count is not self.candidates_in for count in self.counts().values())
+
+    def to(self, device: Any, **_: Any) -> "LayerPlan":
+        """The plan on a device; accelerate calls this where layers are on several."""
+        moved = {id(count): count.to(device) for count in self.counts().values()}  # equal ones stay one object
+        changes: dict[str, Any] = {name: moved[id(count)] for name, count in self.counts().items()}
+        return replace(self, **changes)
+
+    def choose(self, count: Count, score: torch.Tensor | None, tie: torch.Tensor | None) -> torch.Tensor | None:
+        """Indices (B, `count`) of the candidates with the highest scores (B, T), of equal ones those with the highest
+        `tie`, the always active ones first; None: all of them."""
+        if count is self.candidates_in or score is None or tie is None:
+            return None
+        with record_function("spts.selecting"):
+            rows, valid = self.candidates_in.rows, self.candidates_in.valid
+            score = protect(score, self.schedule.sink_tokens, self.schedule.always_last, rows)
+            return select(score, tie, count.width, count.rows, valid)
+
+
+class PlannedRuns(StockRuns):
+    """Mixed into a family's decoder: plans a prefill, and has the cache's layers know what they hold."""
+
+    def _plans(self, schedule: Any, lengths: list[int], device: torch.device) -> list[LayerPlan]:
+        """Plans of the skipping layers, for rows of `lengths` tokens."""
+        known: dict[tuple[int, ...], Count] = {}
+        plans = []
+        for layer in range(schedule.start, len(self.layers)):
+            columns = zip(*(schedule.counts(layer, length) for length in lengths), strict=True)
+            counts: dict[str, Any] = {}
+            for name, column in zip(Counts._fields, columns, strict=True):
+                counts[name] = known.get(column) or known.setdefault(column, Count.of(column, device))
+            window = self.window_of(layer)
+            window = window if window is not None and window < max(lengths) else None
+            plans.append(LayerPlan(**counts, schedule=schedule, heads=schedule.probe.heads_of(layer), window=window))
+        return plans
+
+    def _prepare_cache(self, cache: Any, plans: list[LayerPlan], ends: torch.Tensor, slots: int, notes: bool) -> None:
+        """Replace the skipping layers' caches. Those of layers with windows note the positions of their tokens, and if
+        `notes` is set all do; `ends` (B, 1) are the rows' lengths.
+
+        Raises:
+            ValueError: if the cache is of a kind that can't hold layers of unequal length.
+        """
+        while cache.layer_class_to_replicate is not None and len(cache.layers) < len(self.layers):
+            cache.layers.append(cache.layer_class_to_replicate())
+        for layer, plan in enumerate(plans, len(self.layers) - len(plans)):
+            old, active = cache.layers[layer], plan.active
+            if not isinstance(old, SkippedCacheLayer) and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise ValueError(
+                    f"skipping needs a dynamic cache, this one has {type(old).__name__}; "
+                    "leave cache_implementation unset, or pass spts=False"
+                )
+            protected, stage = min(plan.schedule.always_last, active.width), plan.schedule.stage_of(layer)
+            counts = slots, plan.candidates_in.width, active.width, active.valid, protected, stage
+            cache.layers[layer] = self.cache_layer(old, layer, *counts)
+            if notes or self.window_of(layer) is not None:
+                cache.layers[layer].ends = ends
+
+    # What windows.py changes.
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens back a layer's attention reaches, the own one counted; None: over the whole text."""
+        return None
+
+    def cache_layer(self, old: Any, layer: int, *counts: Any) -> SkippedCacheLayer:
+        """What a layer's `old` cache is replaced by."""
+        return SkippedCacheLayer(*counts)

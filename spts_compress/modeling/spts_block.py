@@ -1,0 +1,94 @@
+"""The `spts` block of a `config.json` as plain data: read, written and checked. No part of the method.
+
+It travels with every exported checkpoint and imports neither torch nor spts_compress, which names every fault of a
+block at once; here the first one is an error.
+"""
+
+from dataclasses import asdict, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+HEAD_REDUCTIONS = ("mean", "max")
+FFN_SELECTIONS = ("proxy", "relative", "attention", "all")
+
+
+def read(kind: Any, value: Any) -> Any:
+    """Plain data as the dataclass, or the tuple of dataclasses, that the annotation `kind` names."""
+    several = get_origin(kind) is tuple
+    inner: Any = next((each for each in get_args(kind) or (kind,) if is_dataclass(each)), None)
+    if inner is None or value is None:
+        return value
+    if several:
+        return tuple(read(inner, each) for each in (value if isinstance(value, list | tuple) else [value]))
+    if type(value) is int:
+        return inner(floor=value)  # an amount that is a plain count
+    hints = get_type_hints(inner)
+    return inner(**{name: read(hints.get(name), each) for name, each in value.items()})
+
+
+def write(value: Any) -> Any:
+    """What `read` reads: plain numbers where an amount is a plain count, and nothing that says nothing."""
+    if isinstance(value, list | tuple):
+        return [write(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"fraction", "floor", "cap"}:
+        if not value["fraction"] and value["cap"] is None:
+            return value["floor"]
+        value = {**value, "floor": value["floor"] or None}
+    return {name: write(each) for name, each in value.items() if each is not None}
+
+
+class SptsBlock:
+    """Mixed into the schedule."""
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        """The `spts` block."""
+        block = write(asdict(self))
+        block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else block["proxy"]
+        if not isinstance(self.probe.heads, str):
+            layers = dict.fromkeys(layer for layer, _ in self.probe.heads)
+            block["probe"]["heads"] = {str(layer): list(self.probe.heads_of(layer)) for layer in layers}
+        return block
+
+    @classmethod
+    def from_dict(cls, block: dict[str, Any], num_layers: int | None) -> Any:
+        """Read the `spts` block of a model with `num_layers` layers (None: as it is, unchecked).
+
+        Raises:
+            ValueError: naming a fault of `block`.
+        """
+        try:
+            probe = {**block.get("probe", {})}
+            if isinstance(probe.get("heads"), dict):
+                pairs = ((int(layer), head) for layer, heads in probe["heads"].items() for head in heads)
+                probe["heads"] = tuple(sorted(pairs))
+            schedule = read(cls, {**block, "probe": probe})
+            if num_layers is not None:
+                schedule.check(num_layers)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"this model's spts block can't be used: {error}") from error
+        return schedule
+
+    def check(self: Any, num_layers: int) -> None:
+        """Raises ValueError if a value is out of range: what would otherwise be a wrong answer or an odd error."""
+        ends = [self.start - 1, *(stage.end for stage in self.stages)]
+        amounts = [amount for stage in self.stages for amount in stage.amounts().values()]
+        numbers = [*ends, self.sink_tokens, self.recent_tokens, self.probe.window_size, self.probe.kernel_size]
+        heads = self.probe.heads
+        fine_heads = heads in HEAD_REDUCTIONS if isinstance(heads, str) else heads[:1] and heads[0][0] == self.start
+        for fine, what in (
+            (all(type(number) is int for number in numbers + [a.floor for a in amounts]), "a number of tokens"),
+            (0 <= ends[0] < num_layers - 1, "start"),
+            (len(ends) > 1 and ends == sorted(set(ends)) and ends[-1] < num_layers, "the stages' ends"),
+            (all(0 <= a.fraction <= 1 and a.floor >= 0 and (a.fraction or a.floor) for a in amounts), "a budget"),
+            (all(a.cap is None or a.cap >= max(1, a.floor) for a in amounts), "a cap"),
+            (self.sink_tokens >= 0 and self.recent_tokens >= 1, "sink_tokens or recent_tokens"),
+            (self.probe.window_size >= 1, "probe.window_size"),
+            (self.probe.kernel_size >= 1 and self.probe.kernel_size % 2 == 1, "probe.kernel_size"),
+            (0 <= self.probe.score_carry <= 1, "probe.score_carry"),
+            (self.ffn_selection in FFN_SELECTIONS, "ffn_selection"),
+            (fine_heads, "probe.heads"),
+            (len(self.proxy) in (1, num_layers - self.start), "the number of proxies"),
+        ):
+            if not fine:
+                raise ValueError(f"{what} is out of range")
