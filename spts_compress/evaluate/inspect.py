@@ -8,6 +8,7 @@ from ..calibrate.base_model import FAMILIES
 from ..export.write import model_class
 from ..pipeline import REPORT
 from ..plan import describe
+from ..search.report import as_text
 from ..utils.errors import UserError
 from ..utils.tables import size
 from .report import fidelity_table, quality_table, speed_table
@@ -48,5 +49,5 @@ def inspect(folder: Path) -> str:
     if report:
         parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
         if report.get("search"):
-            parts.append(report.as_text(report["search"]))
+            parts.append(as_text(report["search"]))
     return "\n\n".join(parts)
