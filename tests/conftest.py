@@ -20,7 +20,7 @@ from hub_server import Hub
 from tiny import tiny_base
 
 from spts_compress.calibrate.base_model import resolve
-from spts_compress.export.write import fresh, write
+from spts_compress.export import fresh, write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store

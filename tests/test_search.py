@@ -18,10 +18,10 @@ from spts_compress.search.prompts import PromptSet
 from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
 from spts_compress.search.space import Costs
 from spts_compress.tasks import agreement
-from spts_compress.tasks.example import Item
+from spts_compress.tasks.example import Example
 from spts_compress.tasks.runner import encode
 from spts_compress.timing.latency_table import grid
-from spts_compress.utils.distributed import ALONE
+from spts_compress.utils.distributed import SINGLE_PROCESS
 from spts_compress.utils.store import Store
 
 TOKENIZER = tiny_tokenizer()
@@ -46,7 +46,7 @@ def schedule(start, **changes):
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads, tmp_path):
     searched = schedule(start, probe={"window_size": 4, "heads": heads, "score_carry": 1.0, "kernel_size": 3})
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
-    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
     dense = dense_reference.answer(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
     assert dense.states_before(start)[0] == kept
@@ -126,7 +126,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     section = SearchSection(
         lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, require_dense_correct=True
     )
-    prompt_set = PromptSet(section, TOKENIZER, prose).filled(ALONE)
+    prompt_set = PromptSet(section, TOKENIZER, prose).filled(SINGLE_PROCESS)
     assert len(prompt_set.items) == 16 and len({item.text for item in prompt_set.items}) == 16
     assert [item.limit for item in prompt_set.items] == [5000, 6000] * 8
     never, second = prompt_set.items[3], prompt_set.make(5, 1)
@@ -142,7 +142,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(dense_reference.DenseReference, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
-    done = dense_reference.answer_all(None, prompt_set, [0], Store(tmp_path), "key", said.append, ALONE)
+    done = dense_reference.answer_all(None, prompt_set, [0], Store(tmp_path), "key", said.append, SINGLE_PROCESS)
     expected = [*prompt_set.items]
     expected[5], expected[3] = second, prompt_set.make(3, dense_reference.ATTEMPTS - 1)
     assert [d.item for d in done] == expected and second.text != prompt_set.items[5].text
@@ -154,7 +154,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     ("said", "outputs", "right"), [("the 12 and 7", ["12", "7"], True), ("12", ["12", "7"], False), ("so", [], True)]
 )
 def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
-    item = Item("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
+    item = Example("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
     answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
     assert DenseReference(item, answer, None, None, "key", []).right(TOKENIZER) == right
 
@@ -196,7 +196,7 @@ def test_single_tasks_are_kinds_of_their_own():
 def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(family, tmp_path):
     """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
-    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
     dense = dense_reference.answer(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
     found = reliability(whole, TOKENIZER, Probe(), dense)
@@ -219,7 +219,7 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     stock = stock_twin(whole)
     dense = dense_reference.answer(
-        stock, TOKENIZER, Item("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
+        stock, TOKENIZER, Example("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
     )
     ids = encode(TOKENIZER, [dense.item.text], whole.device)["input_ids"]
     length = ids.shape[1]

@@ -4,8 +4,8 @@ import torch
 from tiny import tiny_base
 
 from spts_compress.calibrate.base_model import resolve
+from spts_compress.export import write
 from spts_compress.export.verify import write_manifest
-from spts_compress.export.write import write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store
@@ -28,7 +28,8 @@ def tiny_checkpoint(folder):
         for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
     }
     (folder / "out").mkdir()
-    write.write(base, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
+    carried = write.carry(base)
+    write.write(base, carried, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
     (folder / "out/README.md").write_text("# A card\n")
-    write_manifest(folder / "out")
+    write_manifest(folder / "out", carried.names)
     return folder / "out"

@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from spts_compress import pipeline
-from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ChoicesSection, ScheduleParams, load
 from spts_compress.search import dense_reference, space
@@ -23,6 +22,7 @@ from spts_compress.search.evaluator import Evaluator, by_kind, loss, quality
 from spts_compress.search.prompts import PromptSet
 from spts_compress.search.run import starts_of
 from spts_compress.tasks.runner import Answers
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.store import Store, fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

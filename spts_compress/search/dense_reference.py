@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..modeling.configuration_spts import Schedule
 from ..tasks.agreement import GREEDY
-from ..tasks.example import Item
+from ..tasks.example import Example
 from ..tasks.recovery import score_rows
 from ..tasks.runner import encode
 from ..timing.pairs import share_buffers
@@ -31,7 +31,7 @@ class DenseReference:
     (1, n + a - 1, D) before the `layers` are kept.
     """
 
-    item: Item
+    item: Example
     answer: torch.Tensor
     final: torch.Tensor
     store: Store
@@ -41,7 +41,7 @@ class DenseReference:
     def right(self, tokenizer: Any) -> bool:
         """Whether the answer is the known one, if one is known."""
         answer = tokenizer.decode(self.answer, skip_special_tokens=True)
-        return not self.item.outputs or score_rows([{**self.item.plain(), "answer": answer}])[0]["score"] == 1
+        return not self.item.outputs or score_rows([{**self.item.to_row(), "answer": answer}])[0]["score"] == 1
 
     def states_before(self, start: int) -> tuple[int, torch.Tensor]:
         """The last of the `layers` before `start`, and the states that go into it."""
@@ -60,7 +60,7 @@ def _note_input(states: list[torch.Tensor], module: Any, args: tuple, kwargs: di
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, item: Item, layers: Sequence[int], store: Store, key: str) -> DenseReference:
+def answer(model: Any, tokenizer: Any, item: Example, layers: Sequence[int], store: Store, key: str) -> DenseReference:
     """Answer `item` with the stock `model`, and keep the states before `layers`; what is kept is not run again.
 
     Args:
@@ -93,10 +93,10 @@ def answer_all(
     references: dict[int, DenseReference] = {}
     strict, missing = prompts.section.require_dense_correct, list(range(len(prompts.items)))
     for attempt in range(ATTEMPTS if strict else 1):
-        shard = [(number, prompts.attempt(number, attempt)) for number in ranks.mine(missing)]
+        shard = [(number, prompts.attempt(number, attempt)) for number in ranks.shard(missing)]
         for _, item in tqdm(shard, desc="dense answers", unit="prompt"):
             answer(model, prompts.tokenizer, item, layers, store, key)
-        for number, item in ranks.all(shard):
+        for number, item in ranks.all_gather(shard):
             references[number] = answer(model, prompts.tokenizer, item, layers, store, key)
         missing = [number for number in missing if strict and not references[number].right(prompts.tokenizer)]
         if not missing:

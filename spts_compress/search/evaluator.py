@@ -11,7 +11,7 @@ from ..modeling.configuration_spts import Schedule
 from ..tasks.agreement import agreement
 from ..tasks.recovery import interval
 from ..tasks.runner import Answers
-from ..utils.distributed import ALONE, Ranks
+from ..utils.distributed import SINGLE_PROCESS, Ranks
 from ..utils.store import fingerprint
 from .dense_reference import DenseReference, References
 from .prompts import kind_of
@@ -55,18 +55,18 @@ class Evaluator:
     key: str
     progress: Any
     kinds: Sequence[str]
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     evaluated: int = 0
 
     def __post_init__(self) -> None:
-        self.ranks.wait()  # for all to have read what was kept, before anyone adds to it
+        self.ranks.barrier()  # for all to have read what was kept, before anyone adds to it
 
     def rows(self, schedule: Schedule, references: References) -> Rows:
         """See `compare`; with `kind`, `task` and `length` of each prompt."""
         keys = [fingerprint(self.key, schedule.to_dict(), reference.key) for reference in references]
         missing = {key: r for key, r in zip(keys, references, strict=True) if key not in self.kept.rows}
-        added = [self._add(key, schedule, missing[key]) for key in self.ranks.mine(list(missing))]
-        self.kept.rows.update({row["key"]: row for row in self.ranks.all(added)})
+        added = [self._add(key, schedule, missing[key]) for key in self.ranks.shard(list(missing))]
+        self.kept.rows.update({row["key"]: row for row in self.ranks.all_gather(added)})
         self.evaluated += len(missing)
         return [self.kept.rows[key] for key in keys]
 

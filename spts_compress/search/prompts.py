@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..recipe import SearchSection
 from ..tasks import agreement, ruler, synthetic
-from ..tasks.example import Item, about, chat, counted, sentences
+from ..tasks.example import Example, ask_about, sentences
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 
@@ -30,26 +30,21 @@ FREE = (
 )
 
 
-def kind_of(item: Item, kinds: Sequence[str]) -> str:
+def kind_of(item: Example, kinds: Sequence[str]) -> str:
     """Which of `kinds` an item was made for."""
     if item.task == agreement.TASK:
         return "free"
     return next((kind for kind in kinds if kind == item.task or item.task in GROUPS.get(kind, ())), item.task)
 
 
-def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Item:
+def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Example:
     """A question about a stretch of `prose` from a random place."""
     rng, parts = random.Random(f"{seed} {index} {length}"), sentences(prose)
     start = rng.randrange(len(parts))
     words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
     term = rng.choice([word for word in words if len(word) > 6] or words)
-
-    def ask(context: str) -> str:
-        return chat(tokenizer, FREE[index % len(FREE)].format(context=context, term=term))
-
-    text = about(parts, start, tokenizer, length - tokens, ask)
-    count = counted(agreement.TASK, tokenizer, text, length, tokens)
-    return Item(agreement.TASK, index, text, [], count, length, tokens)
+    question = FREE[index % len(FREE)].replace("{term}", term)
+    return ask_about(agreement.TASK, index, tokenizer, parts, start, question, length, tokens)
 
 
 @dataclass(frozen=True)
@@ -59,9 +54,9 @@ class PromptSet:
     section: SearchSection
     tokenizer: Any
     prose: str
-    items: tuple[Item, ...] = ()
+    items: tuple[Example, ...] = ()
 
-    def make(self, number: int, attempt: int = 0) -> Item:
+    def make(self, number: int, attempt: int = 0) -> Example:
         """The prompt `number`; each `attempt` gives another one of the same task and length.
 
         Raises:
@@ -75,10 +70,10 @@ class PromptSet:
         tasks = GROUPS.get(kind, (kind,))
         task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
         if task in ruler.TASKS:
-            return ruler.items(task, *text, length, 1, seed, section.answer_tokens)[0]
-        return synthetic.items(task, *text, length, 1, seed)[0]
+            return ruler.examples(task, *text, length, 1, seed, section.answer_tokens)[0]
+        return synthetic.examples(task, *text, length, 1, seed)[0]
 
-    def attempt(self, number: int, attempt: int) -> Item:
+    def attempt(self, number: int, attempt: int) -> Example:
         """The prompt `number`, or a later attempt at it; where that does not fit, which is a matter of a few tokens,
         the first one again."""
         if attempt:
@@ -88,5 +83,5 @@ class PromptSet:
 
     def filled(self, ranks: Ranks) -> "PromptSet":
         """With the `items` that are tried first, which all of `ranks` make together."""
-        shard = tqdm(ranks.mine(range(2 * self.section.num_prompts)), desc="prompts", unit="prompt")
-        return replace(self, items=tuple(ranks.all([self.make(number) for number in shard])))
+        shard = tqdm(ranks.shard(range(2 * self.section.num_prompts)), desc="prompts", unit="prompt")
+        return replace(self, items=tuple(ranks.all_gather([self.make(number) for number in shard])))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..calibrate.base_model import context_of
-from ..evaluate.report import hardware
+from ..checkpoint.families import context_of
 from ..modeling.configuration_spts import Amount, Proxy, Schedule, Stage
 from ..recipe import SearchSection
 from ..tasks.runner import Answers
-from ..timing.latency_table import Prices, grid, measure
+from ..timing.latency_table import LatencyTable, grid, measure
+from ..utils.devices import hardware
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 from ..utils.store import Store, fingerprint
@@ -59,7 +59,7 @@ def widest(section: SearchSection, config: Any) -> Schedule:
     return Schedule(start, (Stage(end, Amount(0.2)),), (Proxy(1, 0),), ffn_selection="relative")
 
 
-def latencies_of(model: Any, length: int) -> Prices:
+def latencies_of(model: Any, length: int) -> LatencyTable:
     """The stock model's latencies for prompts of up to `length` tokens on this machine."""
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return measure(model, ids.to(model.device), grid(length))
@@ -112,9 +112,9 @@ def run(
     def mean(name: str, count: int, figures: Callable[[DenseReference], list], key: str) -> torch.Tensor:
         """The mean over so many of the longest prompts of the figures of each, which are kept."""
         some = [reference for reference in tune if reference.item.limit == longest][:count]
-        shard = tqdm(ranks.mine(some), desc=name, unit="prompt")
+        shard = tqdm(ranks.shard(some), desc=name, unit="prompt")
         rows = [store.json(name, fingerprint(key, reference.key), partial(figures, reference)) for reference in shard]
-        return torch.tensor(ranks.all(rows)).mean(dim=0)
+        return torch.tensor(ranks.all_gather(rows)).mean(dim=0)
 
     heads = latencies = rankings = None
     if not all(isinstance(value, str) for value in section.choices.heads):
@@ -129,8 +129,8 @@ def run(
     dense_seconds = time.monotonic() - begin
     if section.cost == "measured":
         machine = fingerprint(key, hardware(str(model.device)), longest)
-        with ranks.leader_first():
-            latencies = Prices(**store.json("latencies", machine, lambda: asdict(latencies_of(model, longest))))
+        with ranks.main_first():
+            latencies = LatencyTable(**store.json("latencies", machine, lambda: asdict(latencies_of(model, longest))))
 
     proxies = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, num_layers)}
     costs = space.Costs(model.config, longest, proxies, heads, latencies)

@@ -7,7 +7,7 @@ from typing import Any
 from ..cost import predicted
 from ..modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
 from ..recipe import ScheduleParams
-from ..timing.latency_table import Prices
+from ..timing.latency_table import LatencyTable
 
 Choices = dict[str, tuple]  # what each parameter is drawn from
 Heads = dict[tuple[int, int], float]  # what (layer, head) finds, over what the best one finds
@@ -105,7 +105,7 @@ class Costs:
     length: int
     proxies: dict[int, Proxy]
     heads: Heads | None = None
-    latencies: Prices | None = None
+    latencies: LatencyTable | None = None
 
     def of(self, schedule: Schedule) -> dict[str, float]:
         """See `predicted`; where latencies are measured, `flop_speedup` is the counted one."""
