@@ -32,6 +32,7 @@ from .recipe import Recipe, SearchSection
 from .search import dense_reference, space
 from .search import report as search_report
 from .search import run as searching
+from .search.prompts import PromptSet
 from .timing.break_even import shortest_paying_length
 from .timing.pairs import stock_twin
 from .timing.stage_timer import StageTimer
@@ -207,7 +208,7 @@ class Prepared:
     tokenizer: Any
     sequences: Blocks
     haystack: str
-    prompts: searching.Asked | None
+    prompts: PromptSet | None
     model: Any
     schedule: Schedule
     parameters: dict[str, torch.Tensor]
@@ -246,7 +247,7 @@ def prepare(
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
             text = _text(recipe.search.text) or sequences.unseen
-            prompts = searching.Asked(recipe.search, tokenizer, text).first(ranks)
+            prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     with stage("proxies"):
@@ -258,9 +259,7 @@ def prepare(
     return Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, model, schedule, parameters, fits)
 
 
-def _search(
-    ready: Prepared, prompts: searching.Asked, device: str, store: Store, log: Log, ranks: Ranks
-) -> dict[str, Any]:
+def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log: Log, ranks: Ranks) -> dict[str, Any]:
     """What the search finds, see `search.run`."""
     kind, tensors = torch.device(device).type, tensors_key(ready.parameters)
     key = fingerprint(ready.base.key, ready.recipe.model.dtype, kind, tensors, environment())

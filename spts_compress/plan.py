@@ -154,10 +154,9 @@ def _sizes(schedule: Schedule) -> str:
 def _search(search: SearchSection) -> str:
     goals = ", ".join(f"{name} {target:g}" for name, target in search.targets())
     wanted = f", quality at least {search.quality:g}" if search.quality is not None else ""
-    prompts = len(search.kinds) * search.prompts * len(search.lengths)
     return (
         f"search    {goals}{wanted}; {search.candidates} candidates and {search.rounds} rounds of "
-        f"{search.candidates // 2} more on {prompts} prompts, confirmed on {prompts} others"
+        f"{search.candidates // 2} more on {search.num_prompts} prompts, confirmed on {search.num_prompts} others"
     )
 
 

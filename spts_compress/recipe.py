@@ -2,14 +2,25 @@
 
 import importlib.util
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    conlist,
+    create_model,
+    model_validator,
+)
 
 from . import schedule as schedules
 from .modeling.configuration_spts import Proxy, Schedule
@@ -134,35 +145,58 @@ Kind = Literal[
 ]  # fmt: skip
 
 
-class ChoicesSection(Section):
-    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.ScheduleParams`. A
-    number among `heads` lets only those score that find at least this share of what the best head finds."""
+@dataclass(frozen=True)
+class ScheduleParams:
+    """What a search draws: a schedule but for the size of its budgets. Annotations say what a value must be and, last,
+    which ones are drawn unless the recipe's `search.choices` names others.
 
-    stages: Some[Positive] | None = None
-    bend: Some[Annotated[float, Field(gt=0)]] | None = None
-    decay: Some[Annotated[float, Field(gt=0, le=1)]] | None = None
-    margin: Some[Annotated[float, Field(ge=0), AfterValidator(_margin)]] | None = None
-    ffn: Some[Annotated[float, Field(gt=0)]] | None = None
-    floor: Some[Natural] | None = None
-    ffn_selection: Some[Literal["proxy", "relative", "attention"]] | None = None
-    window_size: Some[Positive] | None = None
-    heads: Some[Annotated[str | float, AfterValidator(_reduction)]] | None = None
-    score_carry: Some[Annotated[float, Field(ge=0, le=1)]] | None = None
-    kernel_size: Some[Odd] | None = None
-    sink_tokens: Some[Natural] | None = None
-    recent_tokens: Some[Positive] | None = None
+    start: first skipping layer. stages: their number. bend: their lengths, 1 for equal ones, more for short first
+    ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next one's
+    budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes under.
+    heads: as in `Probe`, or a share: only heads that find so much of what the best one finds score, also in layers
+    before the start. The rest as in `Schedule` and `Probe`.
+    """
 
-    def given(self) -> dict[str, tuple]:
-        return {name: tuple(values) for name, values in self.model_dump(exclude_none=True).items()}
+    start: int
+    stages: Annotated[Positive, (1, 2, 3, 4, 5)] = 4
+    bend: Annotated[float, Field(gt=0), (0.5, 0.7, 1.0, 1.5)] = 1.0
+    decay: Annotated[float, Field(gt=0, le=1), (1.0, 0.6, 0.35, 0.2, 0.1)] = 0.2
+    margin: Annotated[float, Field(ge=0), AfterValidator(_margin), (0.0, 1.0, 1.3, 1.8, 2.5)] = 1.6
+    ffn: Annotated[float, Field(gt=0), (0.5, 0.75, 1.0, 1.4, 2.0)] = 1.0
+    floor: Annotated[Natural, (0, 128, 256)] = 0
+    ffn_selection: Annotated[Literal["proxy", "relative", "attention"], ("relative", "proxy", "attention")] = "relative"
+    window_size: Annotated[Positive, (1, 8, 32, 64, 96, 128)] = 1
+    heads: Annotated[str | float, AfterValidator(_reduction), ("mean", "max", 0.8, 0.9)] = "mean"
+    score_carry: Annotated[float, Field(ge=0, le=1), (0.0, 0.25, 0.5, 1.0)] = 0.0
+    kernel_size: Annotated[Odd, (1, 7, 15, 31, 63, 95, 127)] = 1
+    sink_tokens: Annotated[Natural, (0, 4, 16)] = 4
+    recent_tokens: Annotated[Positive, (1, 32, 64)] = 32
+
+
+_DRAWN: Any = {
+    name: (conlist(hint, min_length=1), list(hint.__metadata__[-1]))
+    for name, hint in get_type_hints(ScheduleParams, include_extras=True).items()
+    if name != "start"
+}
+_Choices: Any = create_model("_Choices", __base__=Section, **_DRAWN)
+
+
+class ChoicesSection(_Choices):
+    """What a search draws each of `ScheduleParams` from, but for `start`, which `search.starts` says. A number among
+    `heads` lets only those score that find at least this share of what the best head finds."""
+
+    def from_starts(self, starts: Sequence[int]) -> dict[str, tuple]:
+        """The choices for every one of `ScheduleParams`."""
+        return {"start": tuple(starts), **{name: tuple(values) for name, values in self}}
 
 
 class SearchSection(Section):
-    """A target instead of a schedule. One of `speedup` (dense over SPTS operations of a prompt as long as the longest
-    of `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
+    """A target instead of a schedule. One of `speedup` (dense over SPTS FLOPs of a prompt as long as the longest of
+    `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
     both models agree, along the dense model's own answers) only if it is that good. `quality` alone: the fastest of
     `speedups` that is that good. None of them: the whole front of `speedups`, from which nothing is exported.
 
-    Speed-ups are `cost: counted` in operations, or `measured`: told by a table of this machine's times for a layer's
+    Speed-ups are `cost: counted` in FLOPs, or `measured`: told by a table of this machine's times for a layer's
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
     quarters of the depth); heads that score may be in layers from `heads_from` on (by default the earliest start).
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
@@ -195,14 +229,23 @@ class SearchSection(Section):
     def without_contradiction(self) -> "SearchSection":
         if self.speedup is not None and self.kv_share is not None:
             raise ValueError("takes one of speedup and kv_share, not both")
-        drawn = self.choices.heads
-        if self.heads_from is not None and drawn and all(isinstance(heads, str) for heads in drawn):
+        if self.heads_from is not None and all(isinstance(heads, str) for heads in self.choices.heads):
             raise ValueError("has heads_from, but no number in choices.heads to choose heads by")
         return self
 
     def start_layers(self, num_layers: int) -> list[int]:
         """First skipping layers to try in a model of `num_layers` layers."""
         return sorted(set(self.starts or range(max(1, num_layers // 3), 3 * num_layers // 4 + 1)))
+
+    @property
+    def turn(self) -> int:
+        """Prompts after one another of which there is one of each kind and length."""
+        return len(self.kinds) * len(self.lengths)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that are searched on; as many confirm."""
+        return self.prompts * self.turn
 
     @property
     def decides(self) -> bool:

@@ -8,7 +8,6 @@ import yaml
 
 from . import plan
 from .recipe import ExportSection, ModelSection, Recipe, SearchSection, validated
-from .search.space import CHOICES
 from .utils.errors import UserError
 from .utils.paths import expand
 
@@ -55,7 +54,7 @@ def starter(model: ModelSection, config: Any, context: int, goal: dict[str, floa
     lengths = sorted({max(512, longest // 2), longest})
     starts = search.start_layers(layers)
     kinds = [kind for kind in search.kinds if kind != "multi-hop" or lengths[0] >= MULTI_HOP]
-    stages = [count for count in CHOICES["stages"] if count <= layers - starts[-1]]
+    stages = [count for count in search.choices.stages if count <= layers - starts[-1]]
     weights = plan.parameters(config)
     title = (model.gguf_file or Path(str(model.path)).name).lower().removesuffix(".gguf")
     recipe = plan.complete(Recipe(model=model, export=ExportSection(path=f"out/{title}-spts")), config, context)

@@ -1,11 +1,13 @@
 """Recipes are read strictly, and every shipped one is valid."""
 
+from dataclasses import fields
+
 import pytest
 import yaml
 from tiny import tiny_model
 
-from spts_compress.recipe import Recipe, find, load, shipped_recipes
-from spts_compress.search import run, space
+from spts_compress.recipe import Recipe, ScheduleParams, find, load, shipped_recipes
+from spts_compress.search import run
 from spts_compress.utils.errors import UserError
 
 GOOD = """
@@ -57,12 +59,15 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
 def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     text = "model: {path: somewhere}\nproxy: {channels: 8, rank: 4}\nsearch: {speedup: 2.0}\nexport: {path: out}\n"
     recipe = load(write(tmp_path, text), ("search.choices={window_size: [32], margin: [0, 1.2]}",))
-    assert recipe.search.choices.given() == {"window_size": (32,), "margin": (0, 1.2)}
-    assert set(type(recipe.search.choices).model_fields) == set(space.CHOICES)
+    choices = recipe.search.choices.from_starts([2, 3])
+    assert {name: choices[name] for name in ("start", "window_size", "margin", "stages")} == {
+        "start": (2, 3), "window_size": (32,), "margin": (0, 1.2), "stages": (1, 2, 3, 4, 5)
+    }  # fmt: skip
+    assert list(choices) == [field.name for field in fields(ScheduleParams)]
     recipe = load(write(tmp_path, text), ("search.heads_from=3", "search.starts=[2]", "search.lengths=[512]"))
     [line] = faults(tmp_path, text, ("search.heads_from=3", "search.choices.heads=[mean]"))
     assert "search has heads_from, but no number in choices.heads" in line
-    with pytest.raises(UserError, match="3 is behind the first start"):
+    with pytest.raises(UserError, match="3 is after the first start"):
         run.widest(recipe.search, tiny_model(max_position_embeddings=2048).config)
     for wrong, expected in (
         ("{window_sizes: [8]}", "search.choices.window_sizes is unknown (did you mean window_size?)"),
