@@ -4,15 +4,22 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS
 
-NESTED = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy}
-LISTS = ("stages", "proxy")
-REQUIRED = {Stage: ("end", "budget"), Proxy: ("channels", "rank"), Schedule: ("start", "stages", "proxy")}
-OPTIONAL = ("cap", "prune_to", "ffn_budget")  # None is as good as nothing
+NESTED = {
+    "budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy,
+    "update": Update,
+}  # fmt: skip
+LISTS = ("stages", "proxy", "update")
+REQUIRED = {
+    Stage: ("end", "budget"), Proxy: ("channels", "rank"), Update: ("attention_rank", "ffn_rank"),
+    Schedule: ("start", "stages"),
+}  # fmt: skip
+OPTIONAL = ("cap", "prune_to", "ffn_budget", "proxy", "update", "kv")  # None is as good as nothing
 KINDS: dict[str, tuple[type, ...]] = {
     "fraction": (int, float), "score_carry": (int, float), "ffn_selection": (str,), "enabled": (bool,),
+    "kv": (int, float),
 }  # fmt: skip
 
 
@@ -99,11 +106,25 @@ def faults(schedule: Schedule, num_layers: int, num_heads: int | None = None) ->
         (schedule.sink_tokens >= 0, f"sink_tokens is {schedule.sink_tokens}; it must not be negative"),
         (schedule.recent_tokens >= 1, f"recent_tokens is {schedule.recent_tokens}; the last token is always active"),
         (schedule.min_length >= 0, f"min_length is {schedule.min_length}; it must not be negative"),
-        (len(schedule.proxy) in (1, layers), f"proxy has {len(schedule.proxy)} sizes for {layers} skipping layers"),
-        *((size.channels >= 1, f"proxy.channels is {size.channels}; it must be at least 1") for size in schedule.proxy),
-        *((size.rank >= 0, f"proxy.rank is {size.rank}; it must not be negative") for size in schedule.proxy),
+        *_sizes(schedule, layers),
     ]
     return [message for fine, message in found if not fine]
+
+
+def _sizes(schedule: Schedule, layers: int) -> Iterator[tuple[bool, str]]:
+    """Proxies and updates of `layers` skipping layers, and the share of tokens cached."""
+    proxy, update, kv = schedule.proxy, schedule.update, schedule.kv
+    yield len(proxy) in (0, 1, layers), f"proxy has {len(proxy)} sizes for {layers} skipping layers"
+    yield len(update) in (0, 1, layers), f"update has {len(update)} entries for {layers} skipping layers"
+    bare = not proxy and schedule.ffn_selection in ("proxy", "relative")
+    yield not bare, f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all"
+    for size in proxy:
+        yield size.channels >= 1, f"proxy.channels is {size.channels}; it must be at least 1"
+        yield size.rank >= 0, f"proxy.rank is {size.rank}; it must not be negative"
+    for name in ("attention_rank", "ffn_rank"):
+        for ranks in update:
+            yield getattr(ranks, name) >= 0, f"update.{name} is {getattr(ranks, name)}; it must not be negative"
+    yield kv is None or 0 < kv <= 1, f"kv is {kv}; it must be more than 0 and at most 1"
 
 
 def _stages(schedule: Schedule, num_layers: int) -> Iterator[tuple[bool, str]]:

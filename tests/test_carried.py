@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spts_compress.calibrate.base_model import resolve, resolve_config
 from spts_compress.checkpoint.layout import exported, travelling, weight_files
+from spts_compress.export import fresh, write
+from spts_compress.export import strip as stripping
 from spts_compress.export.verify import verify, write_manifest
-from spts_compress.export.write import fresh, write
-from spts_compress.export.write import strip as stripping
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.errors import UserError

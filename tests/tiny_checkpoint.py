@@ -4,8 +4,8 @@ import torch
 from tiny import tiny_base
 
 from spts_compress.calibrate.base_model import resolve
+from spts_compress.export import write
 from spts_compress.export.verify import write_manifest
-from spts_compress.export.write import write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store

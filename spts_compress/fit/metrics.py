@@ -54,8 +54,8 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
             true = torch.cat([part.float().norm(dim=-1)[0] for part in parts])
             if relative:
                 true = true / states[0].float().square().mean(-1).sqrt()
-            entering, _, changed, _ = model.config.schedule().counts(number, inputs["input_ids"].shape[1])
-            found[number] = ranking(predicted[0], true, changed / entering)
+            counts = model.config.schedule().counts(number, inputs["input_ids"].shape[1])
+            found[number] = ranking(predicted[0], true, counts.ffn_tokens / counts.candidates_in)
 
         handles.append(layer.proxy.register_forward_hook(hook))
 
