@@ -103,7 +103,7 @@ def recipe(
     path = find(file)
     read = load(path, edits)
     from . import pipeline
-    from .evaluate.report import quality_table, speed_table
+    from .evaluate.columns import score_tables, speed_table
     from .export import hub
 
     _quiet()
@@ -114,10 +114,10 @@ def recipe(
     if read.export.push_to_hub:
         hub.need_token()  # now, not after hours
     with _spread(device) as (ranks, own):
-        say = click.echo if ranks.leads else lambda _: None
+        say = click.echo if ranks.is_main else lambda _: None
         report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, say, ranks)
     if report is not None:
-        tables = f"{speed_table(report)}\n\n{quality_table(report)}"
+        tables = f"{speed_table(report)}\n\n{score_tables(report)}"
         click.echo(f"\n{tables}\n\n{target} is ready; its README.md is the model card")
         if read.export.push_to_hub:
             click.echo(hub.push(target, read.export.push_to_hub, read.export.private))
@@ -150,19 +150,17 @@ def sweep(
     device: str,
 ) -> None:
     """Study how size, rho, calibration and objective change the proxies' fidelity."""
-    from . import sensitivity
-    from .recipe import find, load
+    from .recipe import find, load, load_study
 
     _quiet()
     _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
-    own = _device(device)
-    study = sensitivity.run(
-        load(find(file), edits), _numbers("--layers", layers), _named_files(texts), output / "work", own, vary
-    )
-    click.echo(sensitivity.save(study, output))
+    study, own = load_study("proxy_sensitivity"), _device(device)
+    sources = _named_files(texts)
+    result = study.run(load(find(file), edits), _numbers("--layers", layers), sources, output / "work", own, vary)
+    click.echo(study.save(result, output))
 
 
-def _request_options(command: Any) -> Any:
+def _eval_options(command: Any) -> Any:
     """Options that say which prompts an evaluation runs on."""
     for option in (
         click.option(
@@ -191,7 +189,7 @@ def _request_options(command: Any) -> Any:
 @click.option("--lengths", default="4096", show_default=True, help="Prompt lengths in tokens, answers included.")
 @click.option("--rescore", is_flag=True, help="Only score the answers that are there; no model is run.")
 @click.option("--certify", is_flag=True, help="Put the result into the checkpoint's model card and a file beside it.")
-@_request_options
+@_eval_options
 def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
 ) -> None:
@@ -201,15 +199,15 @@ def evaluate(
     device, dtype = options.pop("device"), options.pop("dtype")
     if suites:
         options["suites"] = suites
-    request = work.Request(lengths=tuple(_numbers("--lengths", lengths) or ()), **options).checked()
+    config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths) or ()), **options).checked()
     _claim(output, () if rescore else work.FILES, folder)
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if not rescore:
         with _spread(device) as (ranks, own):
             model, tokenizer = work.load(folder, own, dtype)
-            work.collect(model, tokenizer, folder, request, output, ranks)
-        if not ranks.leads:
+            work.collect(model, tokenizer, folder, config, output, ranks)
+        if not ranks.is_main:
             return
     result = work.summarise(output)
     click.echo(work.save(result, output))
@@ -222,7 +220,7 @@ def evaluate(
 @click.option("--length", default=8192, show_default=True, help="Prompt length in tokens.")
 @click.option("--pairs", default=3, show_default=True, help="Timed rounds, all variants in turn.")
 @click.option("--new-tokens", default="16,128", show_default=True, help="For the end-to-end times.")
-@_request_options
+@_eval_options
 def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path, **options: Any) -> None:
     """The method's parts one after another: time, KV cache and scores."""
     from .evaluate import ablate as work
@@ -231,11 +229,11 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     device, dtype = _device(options.pop("device")), options.pop("dtype")
     options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
-    request = evaluation.Request(suites=suites, lengths=(length,), **options).checked()
+    config = evaluation.EvalConfig(suites=suites, lengths=(length,), **options).checked()
     _claim(output, work.FILES, folder)
     model, tokenizer = evaluation.load(folder, device, dtype)
     numbers = tuple(_numbers("--new-tokens", new_tokens) or ())
-    result = work.ablate(model, tokenizer, folder, request, output, pairs, numbers)
+    result = work.ablate(model, tokenizer, folder, config, output, pairs, numbers)
     click.echo(work.save(result, output))
 
 
@@ -254,7 +252,7 @@ def bench(
     """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
     from .evaluate import benchmark
 
-    _claim(output, ("bench.json", "bench.md", "bench.png"), folder)
+    _claim(output, benchmark.FILES, folder)
     own = _device(device)
     command = (
         f"spts-compress bench {folder.resolve().name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
@@ -271,6 +269,7 @@ def verify(folder: Path) -> None:
     """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
     from .export.verify import require
 
+    _quiet()
     require(folder)
     click.echo(f"{folder} is whole, and its code is that of spts-compress {__version__}")
 
@@ -282,6 +281,7 @@ def strip(folder: Path, output: Path) -> None:
     """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
     from .export.strip import strip as back
 
+    _quiet()
     click.echo("\n".join(back(folder, output)))
 
 
@@ -295,6 +295,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, create
     """Upload an exported checkpoint to the Hub."""
     from .export import hub
 
+    _quiet()
     click.echo(hub.listing(folder))
     click.echo(hub.push(folder, repo_id, private, revision, create_pr))
 

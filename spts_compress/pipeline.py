@@ -17,12 +17,15 @@ from transformers import PreTrainedModel
 
 from . import __version__, plan
 from .calibrate import capture
-from .calibrate.base_model import Base, context_of, resolve, resolve_config
+from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, documents, from_files
+from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
+from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
 from .checkpoint.outputs import new_folder, refuse
 from .cost import has_experts
-from .evaluate.report import check_prompts, hardware, measure_all
+from .evaluate import columns
+from .evaluate.report import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
 from .fit import metrics
@@ -33,15 +36,14 @@ from .recipe import Recipe, SearchSection
 from .search import dense_reference
 from .search import report as search_report
 from .search import run as searching
-from .timing.break_even import break_even
+from .timing.break_even import shortest_paying_length
 from .timing.pairs import stock_twin
-from .timing.stage_timer import Stages
-from .utils.distributed import ALONE, Ranks
+from .timing.stage_timer import StageTimer
+from .utils.devices import hardware
+from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
 from .utils.store import Store, claimed, fingerprint
 from .utils.tables import size
-
-REPORT = "spts_report.json"
 
 
 def describe(recipe: Recipe, device: str = "cpu") -> str:
@@ -54,6 +56,8 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     documents(recipe.calibration, notes.append)
     config = resolve_config(recipe.model, recipe.calibration.chat_template)
     _check_lengths(recipe, config)
+    for path in (recipe.report.text, recipe.search.text if recipe.search else None):
+        _prose(path)
     schedule = _widest(recipe, config)
     plan.check_share(config, recipe.proxy, schedule.start)
     name = recipe.model.path or str(recipe.model.gguf_file)
@@ -93,7 +97,7 @@ class Prepared:
     def skipping(self, schedule: Schedule | None = None) -> Any:
         """The skipping model on the parameters of the stock one."""
         return dense_reference.skipping(
-            self.model, write.model_class(self.base.family), schedule or self.schedule, self.parameters
+            self.model, model_class(self.base.family), schedule or self.schedule, self.parameters
         )
 
 
@@ -101,8 +105,8 @@ def prepare(
     recipe: Recipe,
     store: Store,
     device: str,
-    ranks: Ranks = ALONE,
-    stage: Stages | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+    stage: StageTimer | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Read model and text, and fit proxies for every layer in which the recipe may skip; what `store` has is reused.
@@ -110,10 +114,10 @@ def prepare(
     Raises:
         UserError: for bad input, where possible before long work.
     """
-    stage = stage or Stages(device)
+    stage = stage or StageTimer(device)
     with stage("model and text"):
         texts, search = documents(recipe.calibration, say), recipe.search
-        with ranks.leader_first():  # who may convert or download it
+        with ranks.main_first():  # who may convert or download it
             base = resolve(recipe.model, store)
         carried = write.carry(base)
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
@@ -139,7 +143,7 @@ def run(
     force: bool = False,
     work: Path | None = None,
     say: Callable[[str], None] = print,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any] | None:
     """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
 
@@ -169,13 +173,13 @@ def run(
     store, folder = Store(root), output.with_name(output.name + ".search")
     with ExitStack() as stack:
         staging = Path()
-        if ranks.leads:
+        if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
             staging = stack.enter_context(new_folder(output, force, inputs, again))
             stack.enter_context(store.lock())
             if recipe.search is not None:
                 stack.enter_context(claimed(folder, search_report.FILES))
-        stage = Stages(device)
+        stage = StageTimer(device)
         ready = prepare(recipe, store, device, ranks, stage, say)
         base, schedule, parameters, fits = ready.base, ready.schedule, ready.parameters, ready.fits
         carried = ready.carried
@@ -186,13 +190,13 @@ def run(
             )
             with stage("search"):
                 searched = searching.run(ready.model, ready.skipping(), ready.asked, store, key, say, ranks)
-            if ranks.leads:
+            if ranks.is_main:
                 search_report.save(searched, folder, config.num_hidden_layers)
             schedule = _found(searched, recipe.search, folder, config.num_hidden_layers)
             fits = [fit for fit in fits if fit["layer"] >= schedule.start]
             parameters = {n: t for n, t in parameters.items() if int(n.split(".")[2]) >= schedule.start}
             ready = replace(ready, parameters=parameters)
-        if not ranks.leads:
+        if not ranks.is_main:
             return None
         if recipe.export.break_even:
             schedule = _from_break_even(ready, schedule, device, store, say)
@@ -211,13 +215,16 @@ def run(
         for fit in fits:
             if found := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = found
-        report = {"proxies": fits, "search": searched, "stages": stage.found, **measured}
+        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / "README.md").write_text(card.render(base, schedule, fits, report))
-        (staging / "recipe.yaml").write_text(verbatim)
-        (staging / "recipe.resolved.yaml").write_text(_resolved(recipe, base, schedule))
-        if searched is not None and (folder / "search.png").exists():
-            shutil.copyfile(folder / "search.png", staging / "search.png")
+        speed, quality = columns.speed_table(report), columns.score_tables(report)
+        found = None if searched is None else search_report.as_text(searched)
+        proxies = columns.proxy_table(fits)
+        (staging / CARD).write_text(card.render(base, schedule, report, speed, quality, proxies, found))
+        (staging / RECIPE).write_text(verbatim)
+        (staging / RESOLVED_RECIPE).write_text(_resolved(recipe, base, schedule))
+        if searched is not None and (plot := folder / SEARCH_PLOT).exists():
+            shutil.copyfile(plot, staging / SEARCH_PLOT)
         write_manifest(staging, carried.names)
     return report
 
@@ -242,9 +249,9 @@ def fit_proxies(
         counts = schedule.counts(layer, max(recipe.report.lengths))
         shares[layer] = counts.ffn_tokens / counts.candidates_in
     keys = {layer: fingerprint(data_key, recipe.proxy.model_dump(), layer, shares[layer], relative) for layer in layers}
-    missing = ranks.agree([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
+    missing = ranks.broadcast([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     if missing:
-        everything, places = sequences.fit + sequences.held_out, write.norms_of(base.family)
+        everything, places = sequences.fit + sequences.held_out, norms_of(base.family)
         fitted, kept = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
         for layer, states, norms in capture.feed_forward(model, everything, missing, store, data_key, ranks, places):
             ffn = FeedForward.of(model.model.layers[layer], base.config, places)
@@ -258,7 +265,7 @@ def fit_proxies(
             # one unit, so that no kill can part what was tried from what was chosen
             choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
             store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
-    ranks.wait()
+    ranks.barrier()
     parameters, fits, sizes = {}, [], []
     for layer in layers:
         unit = store.tensors(f"proxy-{layer}", keys[layer])
@@ -301,7 +308,7 @@ def _from_break_even(
 ) -> Schedule:
     """The schedule with prompts dense up to where skipping begins to pay; what was timed is kept."""
     key = fingerprint(ready.base.key, schedule.to_dict(), hardware(device), str(ready.model.dtype), environment())
-    found = store.json("break-even", key, lambda: break_even(ready.model, ready.skipping(schedule)))
+    found = store.json("break-even", key, lambda: shortest_paying_length(ready.model, ready.skipping(schedule)))
     if found is None:
         say("skipping does not pay here at any length tried, so min_length stays; the KV cache is smaller all the same")
         return schedule

@@ -1,9 +1,12 @@
 """Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
@@ -345,11 +348,31 @@ def find(name: str) -> Path:
     )
 
 
-def shipped_recipes() -> list[Path]:
-    """Recipe files that come with the package (from a wheel) or with the source tree."""
+def _shipped() -> Path:
+    """The folder of recipes that comes with the package (from a wheel) or with the source tree."""
     inside = Path(str(resources.files("spts_compress"))) / "recipes"
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-    return sorted(folder.glob("*.yaml"))
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[Path]:
+    """Recipe files that come with the toolkit."""
+    return sorted(_shipped().glob("*.yaml"))
+
+
+def load_study(name: str) -> ModuleType:
+    """The script `name` of the studies that lie beside the recipes, as a module.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    module_name, path = f"spts_studies_{name}", _shipped() / "studies" / f"{name}.py"
+    if module_name not in sys.modules:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; install the toolkit again")
+        spec: Any = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[module_name]
 
 
 class _StrictLoader(yaml.SafeLoader):

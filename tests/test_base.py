@@ -10,11 +10,12 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEXT, tiny_base, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from spts_compress.calibrate.base_model import MODEL_FOR_CAUSAL_LM_MAPPING, context_of, resolve_config
+from spts_compress.calibrate.base_model import resolve_config
+from spts_compress.checkpoint import loadable
+from spts_compress.checkpoint.families import context_of
 from spts_compress.cli import main
-from spts_compress.evaluate.inspect import loadable
 from spts_compress.evaluate.report import check_prompts
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig
 from spts_compress.recipe import ModelSection, ReportSection

@@ -327,6 +327,7 @@ def command(tmp_path_factory):
             "calibration": {"source": "files", "path": str(path), "tokens": 1200, "length": 128, **calibration},
             "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 5},
             "schedule": {"start": 2, "stages": [{"end": 3, "budget": 40, "prune_to": 48}, {"end": 4, "budget": 24}]},
+            "report": {"lengths": [300], "pairs": 1, "needles": 0, "answers": 0},
             "export": {"path": str(folder / "out")},
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(data))

@@ -14,8 +14,8 @@ from tiny import FAMILIES, SCHEDULE, stock_twin, tiny_base, tiny_config, tiny_mo
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spts_compress.calibrate.base_model import ALIASES
-from spts_compress.calibrate.base_model import FAMILIES as SUPPORTED
+from spts_compress.checkpoint.families import ALIASES
+from spts_compress.checkpoint.families import FAMILIES as SUPPORTED
 from spts_compress.modeling.selection import probe_scores
 from spts_compress.modeling.stock_layer import cos_sin_of
 

@@ -1,7 +1,9 @@
 """Malformed recipes, bases, calibration files and command lines: exit 2, a line for each fault, nothing left behind."""
 
 import copy
+import gzip
 import json
+import lzma
 import shutil
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, tiny_base
+from tiny_checkpoint import BLOCK, tiny_checkpoint
 
 from spts_compress.cli import main
 
@@ -65,6 +68,14 @@ def places(data, path=()):
         yield from places(value, (*path, key))
 
 
+def mutations(section):
+    """A whole recipe, and paths of values of one of its sections with what to put there: half of `BAD` in turn."""
+    without_schedule = {key: value for key, value in RECIPE.items() if key != "schedule"}
+    whole = {**without_schedule, "search": SEARCH} if section == "search" else RECIPE
+    inner = [path for path in places(whole) if path[0] == section]
+    return whole, [(path, bad) for number, path in enumerate(inner) for bad in (*BAD[number % 2 :: 2], ...)]
+
+
 def changed(data, path, change):
     """A copy of the data with the value at `path` replaced, or gone if `change` is `...`."""
     made = copy.deepcopy(data)
@@ -105,21 +116,14 @@ def outcome(folder, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("section", [*RECIPE, "search"])
 def test_every_value_of_a_recipe_replaced_by_what_it_can_not_be(folder, monkeypatch, section):
-    whole = (
-        RECIPE if section != "search" else {**{k: v for k, v in RECIPE.items() if k != "schedule"}, "search": SEARCH}
-    )
-    refused = tried = 0
+    refused = 0
     path = folder / "recipe.yaml"
     path.touch()
-    for place in places(whole):
-        if place[0] != section:
-            continue
-        for bad in (*BAD, ...):
-            path.write_text(yaml.safe_dump(changed(whole, place, bad)))
-            code, _ = outcome(folder, monkeypatch, "recipe", path, "--dry-run")
-            refused, tried = refused + (code == 2), tried + 1
-    assert tried >= 15
-    assert refused > tried / 3  # some of them are fine for some values: 0 tokens to keep, no cap
+    whole, tried = mutations(section)
+    for place, bad in tried:
+        path.write_text(yaml.safe_dump(changed(whole, place, bad)))
+        refused += outcome(folder, monkeypatch, "recipe", path, "--dry-run")[0] == 2
+    assert refused > len(tried) / 3  # some of them are fine for some values: 0 tokens to keep, no cap
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,16 @@ def without(name):
     return lambda base: (base / name).unlink()
 
 
+def index(content):
+    """An index, and no file of the plain name, which would hide it."""
+
+    def change(base):
+        (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+        (base / "model.safetensors.index.json").write_text(content)
+
+    return change
+
+
 def tensors(change):
     """Change the base's tensors by name."""
 
@@ -257,16 +271,15 @@ BASES = {
     "a tensor of whole numbers": tensors(lambda made: {**made, UP: made[UP].int()}),
     "a tensor that is not finite": tensors(lambda made: {**made, NORM: made[NORM] * float("nan")}),
     "no tensors": tensors(lambda made: {NORM: made[NORM]}),
-    "index cut short": put("model.safetensors.index.json", '{"weight_map"'),
-    "index without a map": put("model.safetensors.index.json", "{}"),
-    "index is a list": put("model.safetensors.index.json", "[]"),
-    "index of a file that is gone": put("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'),
-    "index out of the folder": put("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
-    "index of a number": put("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+    "index cut short": index('{"weight_map"'),
+    "index without a map": index("{}"),
+    "index is a list": index("[]"),
+    "index of a file that is gone": index('{"weight_map": {"a": "gone.safetensors"}}'),
+    "index out of the folder": index('{"weight_map": {"a": "../x.safetensors"}}'),
+    "index of a number": index('{"weight_map": {"a": 3}}'),
     "no tokenizer": lambda base: [path.unlink() for path in base.glob("tokenizer*")],
     "tokenizer cut short": put("tokenizer.json", '{"version": "1.0"'),
     "tokenizer is text": put("tokenizer.json", "words"),
-    "tokenizer of no class": edit("tokenizer_config.json", tokenizer_class="NoSuchTokenizer", auto_map=...),
     "tokenizer of code that is gone": edit(
         "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_gone.Gone", None]}, tokenizer_class="Gone"
     ),
@@ -319,6 +332,20 @@ TEXTS = {
     "picture.png": b"\x89PNG\r\n\x1a\n" + bytes(500),
     "page.html": "<html><body><p>" + TEXT * 40 + "</p></body></html>",
     "short.txt": "A few words.",
+    "deep.json": "[" * 100_000,
+    "open-quote.csv": 'text\n"open\n',
+    "more-fields.csv": "text,id\nfine,1\nfine,2,3\n",
+    "none.csv": "id,text\n1,None\n",
+    "cut.txt.gz": gzip.compress(TEXT.encode() * 99)[:-9],
+    "cut.json.xz": lzma.compress(json.dumps([TEXT] * 99).encode())[:-9],
+    "bytes.bz2": b"BZh91AY&SY no bzip2",
+    "cut-utf16.txt": (TEXT * 40).encode("utf-16")[:-1],
+    "file.pdf": b"%PDF-1.7 words",
+    "archive.zip": b"PK\x03\x04 words",
+    "pointer.jsonl": "version https://git-lfs.github.com/spec/v1\n",
+    "turn.jsonl": '{"messages": [{"role": "user", "content": null}]}\n',
+    "turns.jsonl": '{"messages": ["hello"]}\n',
+    "printed.txt": "{'text': 'a'}\n{'text': 'b'}\n",
 }
 
 
@@ -330,3 +357,67 @@ def test_files_that_hold_no_text(folder, monkeypatch, tmp_path, name):
     code, said = outcome(folder, monkeypatch, "recipe", "recipe.yaml", "--device", "cpu")
     assert code == 2, said
     assert name in said or "calibration" in said
+
+
+MANIFEST, SPTS_INDEX = "spts_files.json", "model.safetensors.index.json"
+EXPORTS = {
+    "no manifest": without(MANIFEST),
+    "manifest cut short": put(MANIFEST, '{"sha256"'),
+    "manifest is a list": put(MANIFEST, "[]"),
+    "manifest without hashes": edit(MANIFEST, sha256=...),
+    "manifest with a list of hashes": edit(MANIFEST, sha256=["config.json"]),
+    "manifest with no hash": edit(MANIFEST, sha256={}),
+    "manifest with a name outside": edit(MANIFEST, sha256={"../x": "0"}),
+    "manifest without the base's names": edit(MANIFEST, base=...),
+    "manifest with a list of names": edit(MANIFEST, base=["config.json"]),
+    "manifest with a number for a name": edit(MANIFEST, base={"config.json": 3}),
+    "no config": without("config.json"),
+    "config cut short": put("config.json", '{"model_type": "spts_lla'),
+    "config is a list": put("config.json", "[]"),
+    "config is nested too deeply": put("config.json", "[" * 100_000),
+    "no spts block": edit("config.json", spts=...),
+    "spts block is a list": edit("config.json", spts=[]),
+    "spts block is empty": edit("config.json", spts={}),
+    "spts block with an unknown key": edit("config.json", spts={**BLOCK, "more": 1}),
+    "spts block of text": edit("config.json", spts={**BLOCK, "start": "one"}),
+    "spts block beyond the model": edit("config.json", spts={**BLOCK, "start": 99}),
+    "spts block without stages": edit("config.json", spts={**BLOCK, "stages": []}),
+    "unknown model type": edit("config.json", model_type="spts_mamba"),
+    "model type is a list": edit("config.json", model_type=["spts_llama"]),
+    "other code": edit("config.json", auto_map={"AutoConfig": "other.Config"}),
+    "another width": edit("config.json", hidden_size=64),
+    "width is text": edit("config.json", hidden_size="wide"),
+    "no weights": without("base_model.safetensors"),
+    "weights cut short": lambda out: put("base_model.safetensors", (out / "base_model.safetensors").read_bytes()[:-9])(
+        out
+    ),
+    "no proxies": without("spts-proxies.safetensors"),
+    "proxies are text": put("spts-proxies.safetensors", "no proxies"),
+    "no index": without(SPTS_INDEX),
+    "index is a list": put(SPTS_INDEX, "[]"),
+    "index out of the folder": put(SPTS_INDEX, '{"weight_map": {"a": "../x.safetensors"}}'),
+    "code changed": put("configuration_spts.py", "print('other')"),
+    "no code": without("modeling_spts_llama.py"),
+    "a file more": put("more.model", "words"),
+    "a link to nothing": lambda out: (out / "link").symlink_to("nowhere"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_export(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("export"))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_checkpoints_that_are_broken(folder, whole_export, monkeypatch, tmp_path, name):
+    shutil.copytree(whole_export, tmp_path, dirs_exist_ok=True)
+    EXPORTS[name](tmp_path)
+    assert outcome(folder, monkeypatch, "verify", tmp_path)[0] == 2
+    assert outcome(folder, monkeypatch, "strip", tmp_path, "--output", "out")[0] == 2
+    outcome(folder, monkeypatch, "inspect", tmp_path)
+
+
+def test_they_are_many():
+    """Distinct malformed inputs; of each value's mutations as many as the file has time for."""
+    recipes = {repr((section, each)) for section in [*RECIPE, "search"] for each in mutations(section)[1]}
+    assert len(recipes) > 400 and len(recipes) + len(EDITS) + len(BASES) + len(TEXTS) + len(EXPORTS) > 600

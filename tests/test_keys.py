@@ -14,10 +14,10 @@ from tiny_checkpoint import BLOCK, tiny_checkpoint
 
 from spts_compress import pipeline
 from spts_compress.calibrate.base_model import resolve
+from spts_compress.checkpoint import keys
 from spts_compress.checkpoint.keys import environment, folder_key, tensors_key
 from spts_compress.cli import main
 from spts_compress.evaluate import suites
-from spts_compress.evaluate.inspect import keys
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection, Recipe
 from spts_compress.utils.errors import UserError
@@ -104,7 +104,7 @@ def test_weights_change_every_key_and_links_none(folder):
         (link / path.name).symlink_to(path)
     assert (folder_key(link), folder_key(link, dense=True)) == before[1:]
     weights(folder / "base/model.safetensors")
-    weights(out / "base.safetensors")
+    weights(out / "base_model.safetensors")
     assert base.key_now() != before[0]
     assert folder_key(out) != before[1] and folder_key(out, dense=True) != before[2]
     assert folder_key(link) == folder_key(out)
@@ -148,10 +148,10 @@ def test_versions_are_in_the_environment(package, monkeypatch):
 
 def test_the_code_is_in_the_environment(monkeypatch, tmp_path):
     before = environment()
-    copy = shutil.copytree(Path(keys.__file__).parent, tmp_path / "copy")
-    monkeypatch.setattr(keys, "__file__", str(copy / "keys.py"))
+    copy = shutil.copytree(Path(keys.__file__).parent.parent, tmp_path / "copy")
+    monkeypatch.setattr(keys, "__file__", str(copy / "checkpoint/keys.py"))
     found = []
-    for name in (None, "evaluation/runner.py", "modeling/spts.py", "proxies.py"):
+    for name in (None, "tasks/runner.py", "modeling/selection.py", "plan.py"):
         if name:
             (copy / name).write_text((copy / name).read_text() + "# another\n")
         environment.cache_clear()
@@ -179,7 +179,7 @@ def recipe_of(folder, **changes):
         "calibration": {"source": "files", "path": str(folder / "text.jsonl"), "tokens": 600, "length": 64},
         "proxy": {"channels": 4, "rank": 1, "max_flop_fraction": 1.0, "steps": 1},
         "schedule": {"start": 4, "stages": [{"end": 4, "budget": 24}]},
-        "report": {"lengths": [300], "needles": 1, "answers": 1},
+        "report": {"lengths": [300], "needles": 1, "answers": 1, "quality_length": 400},
         "export": {"path": str(folder / "new")},
         **changes,
     }
@@ -210,10 +210,10 @@ def test_measurements_of_the_report_and_the_break_even_are_made_anew(folder, mon
         count[0] += 1
         return count[0]
 
-    monkeypatch.setattr(pipeline.export, "load", lambda *_: None)
+    monkeypatch.setattr(pipeline.write, "load", lambda *_: None)
     monkeypatch.setattr(pipeline, "stock_twin", lambda _: None)
     monkeypatch.setattr(pipeline, "measure_all", lambda *values: values[-1]("speed", measured))
-    monkeypatch.setattr(pipeline, "break_even", measured)
+    monkeypatch.setattr(pipeline, "shortest_paying_length", measured)
     machine = {"device": "a CPU"}
     monkeypatch.setattr(pipeline, "hardware", lambda _: machine)
     store, proxies = Store(folder / "work"), {"a": torch.ones(2)}

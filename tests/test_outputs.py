@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path):
 def test_what_appears_during_a_run_is_not_replaced(force, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"out exists and is no checkpoint.* with --work w"):  # noqa: SIM117
-        with new_folder(out, force, kept=" with --work w") as made:
+        with new_folder(out, force, hint=" with --work w") as made:
             (made / "config.json").touch()
             out.mkdir()
             (out / "weeks of work").touch()
@@ -218,18 +219,21 @@ def test_a_second_run_into_one_output_stops_at_its_start(tmp_path):
 
 
 def _killed_at(number: int, out: Path) -> bool:
-    """Replace `out` in a process that is killed instead of its rename `number`; whether it came there."""
+    """Replace `out` in a process that is killed instead of its rename or deletion `number`; whether it came there."""
     child = os.fork()
     if child == 0:
-        whole, done = Path.rename, [0]
+        done = [0]
 
-        def rename(self, target):
-            done[0] += 1
-            if done[0] == number:
-                os._exit(9)
-            return whole(self, target)
+        def killed(step):
+            def counted(*arguments, **options):
+                done[0] += 1
+                if done[0] == number:
+                    os._exit(9)
+                return step(*arguments, **options)
 
-        Path.rename = rename
+            return counted
+
+        Path.rename, shutil.rmtree = killed(Path.rename), killed(shutil.rmtree)
         with new_folder(out, True) as made:
             (made / "config.json").write_text("new")
             (made / "spts_files.json").write_text('{"sha256": {"config.json": "0"}}')
@@ -389,4 +393,4 @@ def test_a_model_without_a_cache_is_not_measured(name, folder, tmp_path):
             shown = invoke("evaluate", folder / "out", "--output", folder / "results", code=2)
             assert not (folder / "results").exists()
         path.write_text(before)
-        assert f"{path}: use_cache is false" in shown
+        assert f"{name}: use_cache is false" in shown

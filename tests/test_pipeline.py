@@ -47,7 +47,7 @@ def test_the_checkpoint_is_complete(built):
     assert list(report["stages"]) == ["model and text", "proxies", "export", "check"]
     assert all(cost["seconds"] > 0 for cost in report["stages"].values())
     assert [f["layer"] for f in report["proxies"]] == [2, 3, 4]
-    assert report["speed"][0]["kv_bytes"]["spts"] < report["speed"][0]["kv_bytes"]["dense"]
+    assert report["speed"][0]["spts"]["kv_bytes"] < report["speed"][0]["dense"]["kv_bytes"]
     card = (out / "README.md").read_text()
     assert card.startswith("---\n")
     assert "2601.13155" in card
@@ -292,7 +292,9 @@ def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
 def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corpus, tmp_path, monkeypatch):
     _, base, _, _ = built
     recipe, timed = recipe_for(base, corpus, tmp_path), []
-    monkeypatch.setattr("spts_compress.pipeline.break_even", lambda dense, spts: timed.append(type(spts)) or 128)
+    monkeypatch.setattr(
+        "spts_compress.pipeline.shortest_paying_length", lambda dense, spts: timed.append(type(spts)) or 128
+    )
     run("recipe", recipe, "--set", "export.break_even=true")
     run("recipe", recipe, "--set", "export.break_even=true", "--force")
     assert len(timed) == 1 and "spts" in timed[0].__module__  # kept, as all finished work
@@ -363,7 +365,7 @@ def anonymous():
 before = anonymous()
 model = base.load("bfloat16", "cpu")
 total = sum(float(p.detach().sum()) for p in model.parameters())  # all pages are read
-print(base.size, anonymous() - before)
+print(sum((base.folder / name).stat().st_size for name in base.weights), anonymous() - before)
 """
 
 

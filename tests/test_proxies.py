@@ -14,7 +14,7 @@ from spts_compress.fit import ltp, metrics, refine, size
 from spts_compress.modeling.configuration_spts import Proxy
 from spts_compress.modeling.selection import FeedForwardProxy
 from spts_compress.recipe import ProxySection
-from spts_compress.utils.distributed import ALONE
+from spts_compress.utils.distributed import SINGLE_PROCESS
 from spts_compress.utils.store import Store
 
 
@@ -245,7 +245,7 @@ def test_captured_norms_are_those_of_the_whole_model(tmp_path):
     base = tiny_base(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     sequences = [torch.arange(3, 40), torch.arange(5, 30)]
-    found = list(capture.feed_forward(model, sequences, [1, 3], Store(tmp_path / "work"), "key", ALONE))
+    found = list(capture.feed_forward(model, sequences, [1, 3], Store(tmp_path / "work"), "key", SINGLE_PROCESS))
     assert [layer for layer, _, _ in found] == [1, 3]
     for number, states_, norms in found:
         outputs = []

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_base
 
-from spts_compress.utils.distributed import Ranks, _in_order
+from spts_compress.utils.distributed import Ranks, interleaved
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5))
 def test_shares_are_put_together_in_order(items, size):
-    parts = [Ranks(rank, size).mine(items) for rank in range(size)]
-    assert _in_order(parts) == items
+    parts = [Ranks(rank, size).shard(items) for rank in range(size)]
+    assert interleaved(parts) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -8,7 +8,7 @@ import click
 import pytest
 import yaml
 
-from spts_compress.calibrate.base_model import ALIASES, FAMILIES
+from spts_compress.checkpoint.families import ALIASES, FAMILIES
 from spts_compress.cli import main
 from spts_compress.recipe import find, load
 

@@ -14,10 +14,10 @@ from spts_compress.schedule import faults
 from spts_compress.search import dense_reference, halving, prompts, run, space
 from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
 from spts_compress.tasks import agreement
-from spts_compress.tasks.example import Item
-from spts_compress.tasks.runner import encode
+from spts_compress.tasks.example import Example
+from spts_compress.tasks.runner import encode, ways_of
 from spts_compress.timing.latency_table import grid
-from spts_compress.utils.distributed import ALONE
+from spts_compress.utils.distributed import SINGLE_PROCESS
 from spts_compress.utils.store import Store
 
 TOKENIZER = tiny_tokenizer()
@@ -42,7 +42,7 @@ def schedule(start, **changes):
 def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads, tmp_path):
     searched = schedule(start, probe={"window_size": 4, "heads": heads, "score_carry": 1.0, "kernel_size": 3})
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
-    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
     dense = dense_reference.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
     assert dense.kept_before(start) == kept
@@ -51,7 +51,8 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
     whole.config.spts = searched.to_dict()
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
     own = stock_twin(whole).generate(ids, do_sample=False, max_new_tokens=6)
-    logs = [agreement.log_probabilities(whole, own[:, :-1], own.shape[1] - ids.shape[1], s) for s in (False, None)]
+    count = own.shape[1] - ids.shape[1]
+    logs = [agreement.log_probabilities(way, own[:, :-1], count) for way in ways_of(whole).values()]
     expected = agreement.agreement(*logs)
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 0
     assert found["top1"] == pytest.approx(expected["top1"]) and found["same"] == (expected["top1"] == 1)
@@ -131,7 +132,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     section = SearchSection(
         lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, require_dense_correct=True
     )
-    asked = run.Asked(section, TOKENIZER, prose).first(ALONE)
+    asked = run.Asked(section, TOKENIZER, prose).first(SINGLE_PROCESS)
     assert len(asked.items) == 16 and len({item.text for item in asked.items}) == 16
     assert [item.limit for item in asked.items] == [5000, 6000] * 8
     never, second = asked.items[3], asked.make(5, 1)
@@ -141,7 +142,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(dense_reference.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
-    done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, ALONE)
+    done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, SINGLE_PROCESS)
     expected = [*asked.items]
     expected[5], expected[3] = second, asked.make(3, run.ATTEMPTS - 1)
     assert [d.item for d in done] == expected and second.text != asked.items[5].text
@@ -153,7 +154,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     ("said", "outputs", "right"), [("the 12 and 7", ["12", "7"], True), ("12", ["12", "7"], False), ("so", [], True)]
 )
 def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
-    item = Item("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
+    item = Example("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
     answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
     assert dense_reference.Dense(item, answer, None, None, "key", []).right(TOKENIZER) == right
 
@@ -189,7 +190,7 @@ def test_single_tasks_are_kinds_of_their_own():
 def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(family, tmp_path):
     """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
-    item = Item("free_answer", 0, TEXT * 2, [], 0, 0, 6)
+    item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
     dense = dense_reference.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
     found = reliability(whole, TOKENIZER, dense, Probe())
@@ -212,7 +213,7 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     stock = stock_twin(whole)
     dense = dense_reference.dense(
-        stock, TOKENIZER, Item("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
+        stock, TOKENIZER, Example("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
     )
     ids = encode(TOKENIZER, [dense.item.text], whole.device)["input_ids"]
     length = ids.shape[1]

@@ -28,7 +28,8 @@ def tiny_checkpoint(folder):
         for name, shape in (("down", (1, 32)), ("square", (32,)), ("constants", (2,)))
     }
     (folder / "out").mkdir()
-    write.write(base, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
+    carried = write.carry(base)
+    write.write(base, carried, Schedule.from_dict(BLOCK, 5), parameters, folder / "out")
     (folder / "out/README.md").write_text("# A card\n")
-    write_manifest(folder / "out")
+    write_manifest(folder / "out", carried.names)
     return folder / "out"

@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from spts_compress import pipeline
 from spts_compress.cost import predicted
-from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.configuration_spts import Amount, Schedule
 from spts_compress.recipe import load
 from spts_compress.search import dense_reference, halving, prompts
 from spts_compress.search.run import Bench
 from spts_compress.tasks.recovery import interval
 from spts_compress.tasks.runner import Answers
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import table
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from spts_compress import pipeline
-from spts_compress.evaluate.report import hardware
-from spts_compress.evaluate.suites import Request, free_items
+from spts_compress.evaluate.suites import EvalConfig, free_examples
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import load
 from spts_compress.search import dense_reference
 from spts_compress.search.run import Bench, quality
 from spts_compress.tasks.runner import Answers
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import table
 
@@ -37,8 +37,8 @@ recipe, store = load(args.recipe), Store(args.work)
 ready = pipeline.prepare(recipe, store, args.device)
 key = fingerprint(ready.base.key, recipe.model.dtype, args.device, "front")
 lengths = tuple(int(n) for n in args.lengths.split(","))
-request = Request(lengths=lengths, items=args.items, longbench=args.longbench)
-items = [item for item in free_items(request, ready.tokenizer, ready.sequences.unseen) if item.task != "free_answer"]
+config = EvalConfig(lengths=lengths, items=args.items, longbench=args.longbench)
+items = [item for item in free_examples(config, ready.tokenizer, ready.sequences.unseen) if item.task != "free_answer"]
 points = [point for path in args.searches for point in json.loads(path.read_text())["points"]]
 winners = [Schedule.from_dict(p["winner"]["schedule"], ready.base.config.num_hidden_layers) for p in points]
 firsts = sorted({winner.start - 1 for winner in winners})

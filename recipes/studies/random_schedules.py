@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from spts_compress import pipeline
 from spts_compress.cost import predicted
-from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import load
 from spts_compress.search import dense_reference, halving, prompts, space
 from spts_compress.search.run import Bench, quality, starts_of
 from spts_compress.tasks.runner import Answers
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.store import Store, fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

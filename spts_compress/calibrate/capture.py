@@ -1,6 +1,8 @@
 """What feed-forward networks do on calibration text, layer by layer: the dense model, one layer at a time."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,72 +24,31 @@ def feed_forward(
     store: Store,
     key: str,
     ranks: Ranks,
-    places: Norms | None = None,
+    norms: Norms | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each of `layers` in turn: (layer, residual states in front of the feed-forward network and its norm (N, D),
+    """For each of `layers` in turn: (layer, residual states before the feed-forward network and its norm (N, D),
     norms of what it adds to them (N,) in float32) for the N tokens of `sequences`.
 
-    Only one layer's inputs and one hidden state a token are held. Hidden states in front of the layer being worked on
-    are kept in `store`, so that a killed run goes on there. Of several processes each runs its share of the sequences,
-    and gets every so manieth of the layers, for which the others' shares are sent to it.
+    Only one layer's inputs and one hidden state a token are held. Hidden states before the layer being worked on are
+    kept in `store`, so that a killed run goes on there. Of `ranks.size` processes each runs its share of the sequences,
+    and gets every `ranks.size`-th of the layers, for which the others' shares are sent to it.
 
     Raises:
         UserError: if the model's states are not finite, or there are more processes than sequences.
     """
-    decoder, places = model.model, places or Norms()
     if len(sequences) < ranks.size:
         raise UserError(f"{ranks.size} processes for {len(sequences)} calibration sequences: start fewer")
-    share = ranks.mine(sequences)
-    sizes = [len(s) for s in share]
     if ranks.size > 1:
         key = f"{key}-{ranks.rank}of{ranks.size}"
-    first = next((n for n in range(min(layers), 0, -1) if store.path(f"{HIDDEN}-{n}", key, ".safetensors").exists()), 0)
-    if len(set(ranks.all([first]))) > 1:
-        first = 0
-    kept = store.tensors(f"{HIDDEN}-{first}", key) if first else None
-    if kept is None:
-        first = 0
-        states = torch.cat([decoder.embed_tokens(s.to(model.device)[None])[0] for s in share])
-    else:
-        states = kept["states"].to(model.device)
-    kinds, rotary, masks = layer_kinds(model.config), {}, {}
-    for size in set(sizes):
-        shape = states.new_empty(1, size, model.config.hidden_size)
-        positions = torch.arange(size, device=model.device)[None]
-        rotary[size] = position_tables(decoder.rotary_emb, model.config, shape, positions)
-        masks[size] = {kind: MASKS[kind](model.config, shape, None, None) for kind in set(kinds)}
-    held: tuple[int, torch.Tensor, torch.Tensor] | None = None
-    saved = first
-    for number in tqdm(
-        range(first, max(layers) + 1), desc="calibrating", unit="layer", initial=first, total=max(layers) + 1
-    ):
-        layer, kind = decoder.layers[number], kinds[number]
-        inputs: list[torch.Tensor] = []
-        norms: list[torch.Tensor] = []
-        handles = [
-            getattr(layer, places.before_feed_forward or "mlp").register_forward_pre_hook(
-                lambda _, args, kept=inputs: kept.append(args[0][0])
-            ),
-            getattr(layer, places.after_feed_forward or "mlp").register_forward_hook(
-                lambda _, args, output, kept=norms: kept.append(
-                    torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32)
-                )
-            ),
-        ]
-        try:
-            states = torch.cat(
-                [
-                    layer(
-                        part[None],
-                        attention_mask=masks[len(part)][kind],
-                        position_embeddings=rotary[len(part)][kind],
-                    )[0]
-                    for part in states.split(sizes)
-                ]
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
+    own = ranks.shard(sequences)
+    first, states = _resumed(model, own, min(layers), store, key, ranks)
+    arguments = _layer_arguments(model, {len(s) for s in own})
+    captured: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    last, stored = max(layers), first
+    for number in tqdm(range(first, last + 1), desc="calibrating", unit="layer", initial=first, total=last + 1):
+        layer, parts = model.model.layers[number], states.split([len(s) for s in own])
+        with _hooks(layer, norms or Norms()) as (inputs, sizes):
+            states = torch.cat([layer(part[None], **arguments[len(part)][number])[0] for part in parts])
         if not torch.isfinite(states).all():
             raise UserError(
                 f"layer {number}: the model's states are not finite on the calibration text; check its weights"
@@ -96,15 +57,61 @@ def feed_forward(
             continue
         owner = layers.index(number) % ranks.size
         if ranks.size > 1:  # each may have a device of its own
-            inputs, norms = [part.cpu() for part in inputs], [part.cpu() for part in norms]
-        if (made := ranks.to(owner, list(zip(inputs, norms, strict=True)))) is not None:
-            captured, norm = (torch.cat(parts).to(model.device) for parts in zip(*made, strict=True))
-            held = number, captured, norm
-        if owner == ranks.size - 1 or number == max(layers):  # each has one layer, or there are no more
-            if held is not None:
-                yield held
-            held = None
+            inputs, sizes = [part.cpu() for part in inputs], [part.cpu() for part in sizes]
+        if (gathered := ranks.gather(list(zip(inputs, sizes, strict=True)), owner)) is not None:
+            before, added = (torch.cat(parts).to(model.device) for parts in zip(*gathered, strict=True))
+            captured = number, before, added
+        if owner == ranks.size - 1 or number == last:  # each has one layer, or there are no more
+            if captured is not None:
+                yield captured
+            captured = None
             store.put_tensors(f"{HIDDEN}-{number + 1}", key, {"states": states})
-            store.drop(f"{HIDDEN}-{saved}", key)
-            saved = number + 1
-    store.drop(f"{HIDDEN}-{saved}", key)
+            store.drop(f"{HIDDEN}-{stored}", key)
+            stored = number + 1
+    store.drop(f"{HIDDEN}-{stored}", key)
+
+
+def _resumed(
+    model: Any, sequences: list[torch.Tensor], latest: int, store: Store, key: str, ranks: Ranks
+) -> tuple[int, torch.Tensor]:
+    """The layer to go on with, at most `latest` and the same for all processes, and the hidden states before it."""
+    numbers = (n for n in range(latest, 0, -1) if store.path(f"{HIDDEN}-{n}", key, ".safetensors").exists())
+    first = next(numbers, 0)
+    unit = store.tensors(f"{HIDDEN}-{first}", key) if first else None
+    if len(set(ranks.all_gather([first if unit else 0]))) == 1 and unit:
+        return first, unit["states"].to(model.device)
+    return 0, torch.cat([model.model.embed_tokens(s.to(model.device)[None])[0] for s in sequences])
+
+
+def _layer_arguments(model: Any, sizes: set[int]) -> dict[int, list[dict[str, Any]]]:
+    """What each layer is called with beside the states, for sequences of each of `sizes` tokens."""
+    kinds, arguments = layer_kinds(model.config), {}
+    for size in sizes:
+        shape = torch.empty(1, size, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        positions = torch.arange(size, device=model.device)[None]
+        rotary = position_tables(model.model.rotary_emb, model.config, shape, positions)
+        masks = {kind: MASKS[kind](model.config, shape, None, None) for kind in set(kinds)}
+        arguments[size] = [{"attention_mask": masks[k], "position_embeddings": rotary[k]} for k in kinds]
+    return arguments
+
+
+@contextmanager
+def _hooks(layer: torch.nn.Module, norms: Norms) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Collects what comes to a layer's feed-forward network, and the norms of what that adds."""
+    inputs: list[torch.Tensor] = []
+    sizes: list[torch.Tensor] = []
+
+    def size(_: Any, __: Any, output: torch.Tensor) -> None:
+        sizes.append(torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32))
+
+    handles = [
+        getattr(layer, norms.before_feed_forward or "mlp").register_forward_pre_hook(
+            lambda _, arguments: inputs.append(arguments[0][0])
+        ),
+        getattr(layer, norms.after_feed_forward or "mlp").register_forward_hook(size),
+    ]
+    try:
+        yield inputs, sizes
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,7 +3,8 @@
 import hashlib
 import random
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 
 from ..recipe import CalibrationSection
-from ..utils.errors import UserError
-from .corpus import COLUMNS, Conversation, Skipped, cut, first_line, from_files, of_dataset, texts
+from ..utils.errors import UserError, reason
+from . import corpus
+from .corpus import COLUMNS, Conversation, Skipped, cut, dataset_records, from_files
 
 
 def python_docs() -> list[str]:
@@ -22,7 +24,8 @@ def python_docs() -> list[str]:
     seen: set[str] = set()
     documents = []
     for name in sorted(topics, key=lambda name: -len(topics[name])):
-        paragraphs = [p for p in topics[name].split("\n\n") if p.strip() and not (p in seen or seen.add(p))]  # type: ignore[func-returns-value]
+        paragraphs = [p for p in dict.fromkeys(topics[name].split("\n\n")) if p.strip() and p not in seen]
+        seen.update(paragraphs)
         if paragraphs:
             documents.append("\n\n".join(paragraphs))
     return documents
@@ -34,53 +37,31 @@ def python_code() -> list[str]:
     return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 
-def documents(section: CalibrationSection, say: Callable[[str], None] = lambda _: None) -> list[list[str]]:
+def documents(section: CalibrationSection, log: Callable[[str], None] = lambda _: None) -> list[list[str]]:
     """Documents of each source, in the source's order, as many as `section.tokens` can need. What is said in a chat is
     a `Conversation`.
 
     Args:
-        say: told how many rows were left out.
+        log: told how many rows were left out.
 
     Raises:
         UserError: if a source is missing, empty or malformed, with file and line.
     """
     columns = (section.column,) if section.column else COLUMNS
     skipped = Skipped()
-    takes = skipped if section.invalid == "skip" else None
-    found = []
-    for source in section.source:
-        if source == "python-docs":
-            found.append(python_docs())
-        elif source == "python-code":
-            found.append(python_code())
-        elif source == "files":
-            found.append(list(_enough(from_files(Path(section.path or ""), columns, takes), section.tokens)))
-        else:
-            found.append(list(_enough(_from_dataset(section, columns, takes), section.tokens)))
-            if not found[-1]:
-                rest = f": {skipped}" if skipped.count else ""
-                raise UserError(f"calibration.dataset: {section.dataset} holds no text{rest}")
+    options = columns, skipped if section.invalid == "skip" else None
+    dataset = f"calibration.dataset: {section.dataset}"
+    records = dataset_records(dataset, str(section.dataset), section.config, section.split)
+    readers: dict[str, Callable[[], Iterable[str]]] = {
+        "python-docs": python_docs,
+        "python-code": python_code,
+        "files": lambda: _enough(from_files(Path(str(section.path)), *options), section.tokens),
+        "dataset": lambda: _enough(corpus.documents(records, dataset, *options), section.tokens),
+    }
+    sources = [list(readers[source]()) for source in section.source]
     if skipped.count:
-        say(f"calibration: {skipped}")
-    return found
-
-
-class Seen:
-    """Documents met so far, compared without regard to white space. `again`: how many were met again."""
-
-    def __init__(self) -> None:
-        self._keys: set[bytes] = set()
-        self.again = 0
-
-    def new(self, texts: Iterable[str]) -> Iterator[str]:
-        """Those of `texts` that were not met before."""
-        for text in texts:
-            key = hashlib.blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).digest()
-            if key in self._keys:
-                self.again += 1
-                continue
-            self._keys.add(key)
-            yield text
+        log(f"calibration: {skipped}")
+    return sources
 
 
 def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
@@ -91,11 +72,6 @@ def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
         characters += len(text)
         if characters > 32 * tokens:
             return
-
-
-def _from_dataset(section: CalibrationSection, columns: Sequence[str], skipped: Skipped | None) -> Iterator[str]:
-    name = section.dataset or ""
-    return texts(of_dataset(f"calibration.dataset: {name}", name, section.config, section.split), columns, skipped)
 
 
 @dataclass(frozen=True)
@@ -109,12 +85,17 @@ class Blocks:
     held_out: list[torch.Tensor]
     unseen: str
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens to fit on and to check on."""
+        return sum(map(len, self.fit)), sum(map(len, self.held_out))
+
 
 def blocks(
     section: CalibrationSection,
     sources: list[list[str]],
     tokenizer: Any,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Blocks:
     """Tokenise documents in a seeded order into blocks of at most `section.length` tokens, `section.tokens` in all.
 
@@ -122,76 +103,84 @@ def blocks(
     book, is cut into pieces that don't overlap. Conversations go through the tokenizer's chat template.
 
     Args:
-        say: told how many documents were left out.
+        log: told how many documents were left out.
 
     Raises:
         UserError: if there are too few tokens for both parts, or no chat template that can render what needs one.
     """
-    seen = Seen()
-    sources = [list(seen.new(texts)) for texts in sources]
-    if seen.again:
-        equal = "document that equals another" if seen.again == 1 else "documents that equal others"
-        say(f"calibration: {seen.again} {equal} left out")
-    chats = any(isinstance(text, Conversation) for texts in sources for text in texts)
+    seen: set[bytes] = set()
+    unique = [_distinct(texts, seen) for texts in sources]
+    if repeated := sum(map(len, sources)) - sum(map(len, unique)):
+        equal = "document that equals another" if repeated == 1 else "documents that equal others"
+        log(f"calibration: {repeated} {equal} left out")
+    chats = any(isinstance(text, Conversation) for texts in unique for text in texts)
     if (section.chat_template or chats) and not getattr(tokenizer, "chat_template", None):
         asks = "calibration.chat_template is set" if section.chat_template else "the calibration text has conversations"
         raise UserError(f"{asks}, but the base's tokenizer has no chat template: give plain text, or a base with one")
-    made = [_of_one_source(section, texts, tokenizer, section.tokens // len(sources), seen) for texts in sources]
-    fit = [sequence for part in made for sequence in part.fit]
-    held_out = [sequence for part in made for sequence in part.held_out]
-    have, kept = (sum(map(len, part)) for part in (fit, held_out))
-    if have < 256 or kept < 64:
+    parts = [_of_one_source(section, texts, tokenizer, section.tokens // len(unique), seen) for texts in unique]
+    fit, held_out = ([block for part in parts for block in getattr(part, name)] for name in ("fit", "held_out"))
+    joined = Blocks(fit, held_out, parts[0].unseen)
+    to_fit, to_check = joined.sizes
+    if to_fit < 256 or to_check < 64:
         raise UserError(
-            f"calibration: only {have} tokens to fit on and {kept} to check on; at least 256 and 64 are needed: "
+            f"calibration: only {to_fit} tokens to fit on and {to_check} to check on; at least 256 and 64 are needed: "
             "give more or longer documents (equal ones count once), or raise calibration.tokens"
         )
-    return Blocks(fit, held_out, made[0].unseen)
+    return joined
 
 
-def _of_one_source(section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, seen: Seen) -> Blocks:
+def _distinct(texts: Iterable[str], seen: set[bytes]) -> list[str]:
+    """Those that are not in `seen` by their words, which then holds them."""
+    new = []
+    for text in texts:
+        key = hashlib.blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).digest()
+        if key not in seen:
+            seen.add(key)
+            new.append(text)
+    return new
+
+
+def _of_one_source(
+    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, seen: set[bytes]
+) -> Blocks:
     """Blocks of whole documents; of pieces, where whole ones leave less than half of what is wanted to fit on."""
-    whole = _share(section, texts, tokenizer, tokens)
-    if 2 * sum(map(len, whole.fit)) >= tokens * (1 - section.held_out):
+    whole = _shared_out(section, texts, tokenizer, tokens)
+    if 2 * whole.sizes[0] >= tokens * (1 - section.held_out):
         return whole
     size = max(256, min(sum(map(len, texts)) // 20, 4 * section.length))
-    pieces = [piece for text in texts for piece in _pieces(text, size, seen)]
-    return max(whole, _share(section, pieces, tokenizer, tokens), key=lambda made: sum(map(len, made.fit)))
+    pieces: list[str] = []
+    for text in texts:
+        short = len(text) <= size or isinstance(text, Conversation)
+        pieces += [text] if short else _distinct(filter(str.strip, cut(text, size)), seen)
+    return max(whole, _shared_out(section, pieces, tokenizer, tokens), key=lambda blocks: blocks.sizes[0])
 
 
-def _pieces(text: str, size: int, seen: Seen) -> Iterable[str]:
-    if len(text) <= size or isinstance(text, Conversation):
-        return [text]
-    return seen.new(piece for piece in cut(text, size) if piece.strip())
+def _shared_out(section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int) -> Blocks:
+    shuffled = list(texts)
+    random.Random(section.seed).shuffle(shuffled)
+    waiting = deque(shuffled)
+    for_check = round(tokens * section.held_out)
+    held_out = list(_filled(section, waiting, tokenizer, for_check))
+    checked = shuffled[: len(shuffled) - len(waiting)]
+    fit = list(_filled(section, waiting, tokenizer, tokens - for_check))
+    return Blocks(fit, held_out, "\n\n".join([*checked, *waiting]))
 
 
-def _share(section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int) -> Blocks:
-    order = list(range(len(texts)))
-    random.Random(section.seed).shuffle(order)
-    wanted = {"held_out": round(tokens * section.held_out)}
-    wanted["fit"] = tokens - wanted["held_out"]
-    parts: dict[str, list[torch.Tensor]] = {"held_out": [], "fit": []}
-    remaining = iter(order)
-    fitted: set[int] = set()
-    for part, goal in wanted.items():
-        running: list[int] = []
-        have = 0
-        while have < goal and (number := next(remaining, None)) is not None:
-            if part == "fit":
-                fitted.add(number)
-            ids = _tokens(texts[number], tokenizer, section.chat_template)
-            running = running + ids if section.pack else ids[: section.length]
-            while running and have < goal and (len(running) >= section.length or not section.pack):
-                size = min(section.length, goal - have)
-                if size < 16:
-                    have = goal
-                    break
-                parts[part].append(torch.tensor(running[:size]))
-                have += len(parts[part][-1])
-                running = running[size:] if section.pack else []
-        if running and section.pack and have < goal and len(running) >= 16:
-            parts[part].append(torch.tensor(running[: goal - have]))
-    unseen = "\n\n".join(texts[number] for number in order if number not in fitted)
-    return Blocks(parts["fit"], parts["held_out"], unseen)
+def _filled(section: CalibrationSection, waiting: deque[str], tokenizer: Any, room: int) -> Iterator[torch.Tensor]:
+    """Blocks of `room` tokens in all, of documents taken from `waiting`; none is shorter than 16 tokens, unless a
+    document that is not packed with others is."""
+    running: list[int] = []
+    while room > 0 and waiting:
+        running += _tokens(waiting.popleft(), tokenizer, section.chat_template)
+        while room > 0 and len(running) >= (section.length if section.pack else 1):
+            if room < 16:
+                return
+            block = running[: min(section.length, room)]
+            running = running[len(block) :] if section.pack else []
+            room -= len(block)
+            yield torch.tensor(block)
+    if room > 0 and len(running) >= 16:
+        yield torch.tensor(running[:room])
 
 
 def _tokens(text: str, tokenizer: Any, chat: bool) -> list[int]:
@@ -204,6 +193,6 @@ def _tokens(text: str, tokenizer: Any, chat: bool) -> list[int]:
         )
     except Exception as error:  # a template is a program, and fails as it likes
         start = f"{text[:40]}..." if len(text) > 40 else text
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"calibration: the base's chat template can't render {start!r}: {reason}") from None
+        fault = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"calibration: the base's chat template can't render {start!r}: {fault}") from None
     return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]

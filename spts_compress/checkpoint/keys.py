@@ -1,7 +1,6 @@
 """What an answer depends on beside its prompt: a model's folder, and the program that runs it."""
 
 import hashlib
-import json
 import platform
 from functools import cache
 from importlib.metadata import version
@@ -12,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..utils.store import file_hash, fingerprint
-from .layout import INDEX, LEFT, NOTES, PROXIES, SUBFOLDERS, matches
+from .layout import CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
 
 # About the model, or another form of its weights; any other file of a folder may decide what is answered, since
 # vocabularies and code have names of any kind.
@@ -31,17 +30,17 @@ def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool 
         weights = {p.name: file_hash(p) for p in folder.glob("*.safetensors")}
     if dense:
         weights = {name: digest for name, digest in weights.items() if name != PROXIES}
-    found = {}
-    for path in (*folder.iterdir(), *(path for pattern in SUBFOLDERS for path in folder.glob(pattern))):
-        name = path.relative_to(folder).as_posix()
+    others = {}
+    for name in model_files(folder):
+        path = folder / name
         if path.is_file() and not matches(name, BESIDE_THE_POINT):
-            found[name] = _without_skipping(path) if dense and name in ("config.json", INDEX) else file_hash(path)
-    return fingerprint(weights, found)
+            others[name] = _without_skipping(path) if dense and name in (CONFIG, INDEX) else file_hash(path)
+    return fingerprint(weights, others)
 
 
-def _without_skipping(path: Path) -> Any:
+def _without_skipping(path: Path) -> dict[str, Any]:
     """What a config or an index says of the model that does not skip."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     if path.name == INDEX:
         return {name: file for name, file in data["weight_map"].items() if file != PROXIES}
     return {name: value for name, value in data.items() if name != "spts"}

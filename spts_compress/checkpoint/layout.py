@@ -4,24 +4,23 @@ import json
 import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from .. import modeling
 from ..utils.errors import UserError
 
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROXIES = "spts-proxies.safetensors"
+CODE = tuple(sorted(path.name for path in Path(modeling.__file__).parent.glob("*.py")))
 MANIFEST = "spts_files.json"
-CODE = tuple(
-    sorted(path.name for path in resources.files("spts_compress.modeling").iterdir() if path.name.endswith(".py"))
-)
-FREE = (  # what tells of a checkpoint and decides nothing
-    "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json", "spts_evaluation.json", "search.png",
-    MANIFEST,
-)  # fmt: skip
+CARD, RECIPE, RESOLVED_RECIPE, REPORT = "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json"
+CERTIFICATE, SEARCH_PLOT = "spts_evaluation.json", "search.png"
+FREE = (CARD, RECIPE, RESOLVED_RECIPE, REPORT, CERTIFICATE, SEARCH_PLOT, MANIFEST)  # tells of it and decides nothing
 # Names that the export needs for itself: a base's file of such a name travels under another one. A plain
 # model.safetensors is among them, since it would hide the index.
-OWN = ("config.json", WEIGHTS, INDEX, PROXIES, *CODE, *FREE)
+OWN = (CONFIG, WEIGHTS, INDEX, PROXIES, *CODE, *FREE)
 # Where `*` also matches a slash, as in the Hub's client. What no loader reads:
 BESIDE = (
     ".*", "*/.*", "*.pyc", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4", "*.mp3", "*.wav",
@@ -50,29 +49,63 @@ def inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
-def weight_files(folder: Path, explicit: str | None = None) -> list[str]:
-    """Names of the files that transformers reads a checkpoint's weights from, in its own order of preference: one that
-    has the plain name hides an index.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a checkpoint is.
+
+    Raises:
+        UserError: if it is none, or can't be read.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; give the folder of a checkpoint") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: can't be read: not a JSON object")
+    return data
+
+
+def all_files(folder: Path) -> list[str]:
+    """Names of all files in a folder and below it. A link counts as a file, whatever it leads to, and so does a folder
+    that can't be read."""
+    names: list[str] = []
+    unread = lambda error: names.append(os.path.relpath(error.filename, folder))  # noqa: E731
+    for place, folders, files in os.walk(folder, onerror=unread):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        names += [(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(names)
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files of a folder that may be a model's, in those of its subfolders that may be."""
+    paths = [*folder.iterdir(), *(path for pattern in SUBFOLDERS for path in folder.glob(pattern))]
+    return sorted({path.relative_to(folder).as_posix() for path in paths if not path.is_dir()})
+
+
+def first_weights(folder: Path, explicit: str | None = None) -> str:
+    """The file that transformers begins to load with: weights, or an index, which a file of the plain name hides.
 
     Args:
         explicit: the config's `transformers_weights`, a file or an index of another name.
+    """
+    return explicit or (INDEX if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS)
+
+
+def weight_files(folder: Path, explicit: str | None = None) -> list[str]:
+    """Names of the files that transformers reads a checkpoint's weights from, see `first_weights`.
 
     Raises:
         UserError: if an index can't be read or names files outside the folder.
     """
-    named = named_weights(folder, explicit)
-    if not named.endswith(".index.json"):
-        return [named]
-    names = sorted(set(weight_map(folder, named).values()))
+    first = first_weights(folder, explicit)
+    if not first.endswith(".index.json"):
+        return [first]
+    names = sorted(set(weight_map(folder, first).values()))
     for name in names:
         if not inside(name):
-            raise UserError(f"{folder}: {named}: {name} points outside the folder")
+            raise UserError(f"{folder}: {first}: {name} points outside the folder")
     return names
-
-
-def named_weights(folder: Path, explicit: str | None) -> str:
-    """The file that loading begins with: of weights, or an index."""
-    return explicit or (INDEX if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS)
 
 
 def weight_map(folder: Path, index: str) -> dict[str, str]:
@@ -82,12 +115,12 @@ def weight_map(folder: Path, index: str) -> dict[str, str]:
         UserError: if it can't be read.
     """
     try:
-        found = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        files = read_json(folder / index)["weight_map"]
+    except (UserError, KeyError):
+        files = None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{folder}: {index}: not a JSON object with a weight_map from tensors to files")
-    return found
+    return files
 
 
 def travelling(folder: Path, needed: Iterable[str] = ()) -> list[str]:
@@ -99,9 +132,8 @@ def travelling(folder: Path, needed: Iterable[str] = ()) -> list[str]:
     Raises:
         UserError: naming a file that can't be copied, such as a link to nothing.
     """
-    found = [*folder.iterdir(), *(path for pattern in SUBFOLDERS for path in folder.glob(pattern))]
-    names = {path.relative_to(folder).as_posix() for path in found if not path.is_dir()}
-    names = {name for name in names if not matches(name, (*LEFT, "*.safetensors", "*/__pycache__/*"))} | set(needed)
+    left = (*LEFT, "*.safetensors", "*/__pycache__/*")
+    names = {name for name in model_files(folder) if not matches(name, left)} | set(needed)
     for name in sorted(names):
         path = folder / name
         if path.is_symlink() and not path.exists():

@@ -5,7 +5,6 @@ One idea of it for the base and for what is exported, and it is transformers' ow
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..utils.errors import UserError, reason
-from .layout import named_weights, weight_files, weight_map
+from ..utils.errors import UserError, reason, some
+from .layout import CONFIG, first_weights, weight_files, weight_map
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 UNQUANTISED = "start from the unquantised checkpoint"
@@ -49,56 +48,46 @@ def faults(folder: Path, model_class: Any, config: Any) -> list[str]:
     """Everything that keeps `folder` from being loaded as a `model_class` of `config`, or makes it load other than it
     says: a line each, without the folder's name; a few names of each kind of fault."""
     explicit = getattr(config, "transformers_weights", None)
+    first = first_weights(folder, explicit)
     try:
         names = weight_files(folder, explicit)
     except UserError as error:
         return [str(error).removeprefix(f"{folder}: ")]
-    first = named_weights(folder, explicit)
     if absent := [name for name in names if not (folder / name).is_file()]:
-        return _absent(folder, first, absent)
-    stored, found = _read(folder, names)
-    if found:
-        return found  # what lies in unreadable files would be missing, too
+        if first not in absent:
+            return [f"{first} names {some(absent)}, which is not there"]
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        advice = "; pickled weights are not read: load them with transformers and save_pretrained them"
+        return [f"no {first}; the base must be a safetensors checkpoint{advice if pickled else ''}"]
+    stored, faults = _read(folder, names)
+    if faults:
+        return faults  # what lies in unreadable files would be missing, too
     if first not in names:
-        found = _index_faults(stored, weight_map(folder, first), first)
+        listed = weight_map(folder, first)
+        if unlisted := [name for name, tensor in stored.items() if listed.get(name) != tensor.file]:
+            faults.append(f"{first} does not say where these tensors lie: {some(unlisted)}")
+        if nowhere := [name for name in listed if name not in stored]:
+            faults.append(f"{first} lists tensors that are in no file: {some(nowhere)}")
     if quantised := [name for name in stored if QUANTISED.search(name)]:
-        return [*found, f"quantised weights ({some(quantised)}), which are not supported; {UNQUANTISED}"]
-    return found + _tensor_faults(folder, stored, model_class, config)
-
-
-def _absent(folder: Path, first: str, absent: list[str]) -> list[str]:
-    """Files of weights that are not there."""
-    if first not in absent:
-        return [f"{first} names {some(absent)}, which is not there"]
-    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-    advice = "; pickled weights are not read: load them with transformers and save_pretrained them" if pickled else ""
-    return [f"no {first}; the base must be a safetensors checkpoint{advice}"]
+        return [*faults, f"quantised weights ({some(quantised)}), which are not supported; {UNQUANTISED}"]
+    return faults + _tensor_faults(folder, stored, model_class, config)
 
 
 def _read(folder: Path, names: list[str]) -> tuple[dict[str, Stored], list[str]]:
     """What the headers of the files say, and files that can't be read or repeat a tensor."""
     stored: dict[str, Stored] = {}
-    found = []
+    faults = []
     for file in names:
         try:
             with safe_open(folder / file, "pt") as opened:
                 for name in list(opened.keys()):
                     part = opened.get_slice(name)
                     if name in stored:
-                        found.append(f"{name} lies in {stored[name].file} and in {file}; only one of them can count")
+                        faults.append(f"{name} lies in {stored[name].file} and in {file}; only one of them can count")
                     stored[name] = Stored(file, part.get_shape(), part.get_dtype())
         except (OSError, SafetensorError) as error:
-            found.append(f"{file}: can't be read, damaged or cut short: {error}")
-    return stored, found
-
-
-def _index_faults(stored: dict[str, Stored], listed: dict[str, str], index: str) -> list[str]:
-    unlisted = [name for name, tensor in stored.items() if listed.get(name) != tensor.file]
-    absent = [name for name in listed if name not in stored]
-    return [
-        *([f"{index} does not say where these tensors lie: {some(unlisted)}"] if unlisted else []),
-        *([f"{index} lists tensors that are in no file: {some(absent)}"] if absent else []),
-    ]
+            faults.append(f"{file}: can't be read, damaged or cut short: {error}")
+    return stored, faults
 
 
 def _tensor_faults(folder: Path, stored: dict[str, Stored], model_class: Any, config: Any) -> list[str]:
@@ -107,27 +96,23 @@ def _tensor_faults(folder: Path, stored: dict[str, Stored], model_class: Any, co
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # whatever a constructor stumbles over
-        return [f"config.json: no model can be built from it: {reason(error)}"]
+        return [f"{CONFIG}: no model can be built from it: {reason(error)}"]
     tied = dict(model.all_tied_weights_keys or {})
     info, passed = _load(model, stored)
-    strange, found = set(info.unexpected_keys), []
-    for pattern, what in STRANGE.items():
-        if kind := {name for name in strange if pattern.search(name)}:
-            found.append(f"{some(kind)}: {what}")
-            strange -= kind
-    if strange:
-        found.append(f"tensors that are no tensor of this model, by its config: {some(strange)}")
-    if info.missing_keys:
-        found.append(f"missing tensors: {some(info.missing_keys)}")
+    kinds = {what: {name for name in info.unexpected_keys if kind.search(name)} for kind, what in STRANGE.items()}
+    faults = [f"{some(names)}: {what}" for what, names in kinds.items() if names]
+    strange = set(info.unexpected_keys).difference(*kinds.values())
+    odd = [f"{name} ({t.dtype})" for name, t in stored.items() if t.dtype not in FLOATS and name not in passed]
+    for what, names, advice in (
+        ("tensors that are no tensor of this model, by its config", strange, ""),
+        ("missing tensors", info.missing_keys, ""),
+        ("tensors that don't fit together", info.conversion_errors, ""),
+        ("weights that are no plain floating-point numbers", odd, f"; {UNQUANTISED}"),
+    ):
+        faults += [f"{what}: {some(names)}{advice}"] if names else []
     for name, shape, wanted in sorted(info.mismatched_keys)[:3]:
-        found.append(f"{name} has the shape {list(shape)}, the config asks for {list(wanted)}")
-    if len(info.mismatched_keys) > 3:
-        found.append(f"{len(info.mismatched_keys) - 3} more tensors of a shape that the config does not ask for")
-    if info.conversion_errors:
-        found.append(f"tensors that don't fit together: {some(info.conversion_errors)}")
-    if odd := [f"{name} ({t.dtype})" for name, t in stored.items() if t.dtype not in FLOATS and name not in passed]:
-        found.append(f"weights that are no plain floating-point numbers: {some(odd)}; {UNQUANTISED}")
-    return found or _untied(folder, stored, tied)
+        faults.append(f"{name} has the shape {list(shape)}, the config asks for {list(wanted)}")
+    return faults or _untied(folder, stored, tied)
 
 
 def _load(model: Any, stored: dict[str, Stored]) -> tuple[Any, set[str]]:
@@ -144,23 +129,13 @@ def _load(model: Any, stored: dict[str, Stored]) -> tuple[Any, set[str]]:
 
 def _untied(folder: Path, stored: dict[str, Stored], tied: dict[str, str]) -> list[str]:
     """Tensors that are one by the config and two in the files: transformers then keeps them apart."""
-    found = []
-    for name, source in tied.items():
-        if (
-            name in stored
-            and source in stored
-            and not torch.equal(*(_tensor(folder, stored, n) for n in (name, source)))
-        ):
-            found.append(f"{name} differs from {source}, but the config ties them; set tie_word_embeddings to false")
-    return found
 
+    def tensor(name: str) -> torch.Tensor:
+        with safe_open(folder / stored[name].file, "pt") as opened:
+            return opened.get_tensor(name)
 
-def _tensor(folder: Path, stored: dict[str, Stored], name: str) -> torch.Tensor:
-    with safe_open(folder / stored[name].file, "pt") as opened:
-        return opened.get_tensor(name)
-
-
-def some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+    return [
+        f"{name} differs from {source}, but the config ties them; set tie_word_embeddings to false"
+        for name, source in tied.items()
+        if name in stored and source in stored and not torch.equal(tensor(name), tensor(source))
+    ]

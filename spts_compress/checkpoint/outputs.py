@@ -1,23 +1,20 @@
 """The folders that a run makes: what may stand in their place, and how a finished one gets its name."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, some
 from ..utils.store import claimed, full_disk_named
-from .layout import FREE, MANIFEST
-
-NEW, OLD, GONE = "new", "old", "gone"  # being written; renamed away while the new one gets its name; to be deleted
+from .layout import CONFIG, FREE, MANIFEST, all_files, read_json
 
 
 def refuse_inside(output: Path, checkpoint: Path) -> None:
     """Raises UserError if `output` is the checkpoint's own folder or lies in it, since it would no longer be whole."""
-    if (checkpoint / "config.json").exists() and _place(output).is_relative_to(checkpoint.resolve()):
+    if (checkpoint / CONFIG).exists() and _place(output).is_relative_to(checkpoint.resolve()):
         beside = checkpoint.resolve().with_name(checkpoint.resolve().name + "-results")
         raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
 
@@ -51,9 +48,8 @@ def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ())
         raise UserError(f"{output} exists; {other}")
     if (listed := _listed(place)) is None:
         raise UserError(f"{output} exists and is no checkpoint made here, so nothing replaces it; {other}")
-    if foreign := sorted(_names(place) - listed):
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise UserError(f"{output} exists and holds files of others: {', '.join(foreign[:3])}{more}; {other}")
+    if foreign := set(all_files(place)) - listed:
+        raise UserError(f"{output} exists and holds files of others: {some(foreign)}; {other}")
     if not force:
         raise UserError(f"{output} exists; {other}, or --force to replace it")
 
@@ -74,26 +70,13 @@ def _real(path: Path) -> list[Path]:
 def _listed(folder: Path) -> set[str] | None:
     """The files that a checkpoint made here may hold; None if it is none."""
     try:
-        return {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"], *FREE}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {*read_json(folder / MANIFEST)["sha256"], *FREE}
+    except (UserError, KeyError, TypeError):
         return None
 
 
-def _names(folder: Path) -> set[str]:
-    """Files and links in a folder and all below it; of folders that can't be read, their own names."""
-    found = set[str]()
-
-    def unread(error: OSError) -> None:
-        found.add(os.path.relpath(error.filename, folder))
-
-    for place, folders, files in os.walk(folder, onerror=unread):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found |= {(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)}
-    return found
-
-
 @contextmanager
-def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] = (), kept: str = "") -> Iterator[Path]:
+def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] = (), hint: str = "") -> Iterator[Path]:
     """Yields an empty folder to fill, which takes the name `output` in the end, if nothing that `refuse` protects is
     there. Until then one run alone may make `output`, and an old checkpoint keeps its name.
 
@@ -101,7 +84,7 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
 
     Args:
         force, inputs: see `refuse`.
-        kept: what to say of finished work, if something came to be at `output` meanwhile.
+        hint: what to say of finished work, if something came to be at `output` meanwhile.
 
     Raises:
         UserError: at once or in the end, see `refuse`; or if another run is making `output`, or the disk is full.
@@ -110,46 +93,31 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
     refuse(output, force, inputs)
     place = _place(output)
     hidden = place.with_name(f".{place.name}.spts-compress")
-    new, old, gone = hidden / NEW, hidden / OLD, hidden / GONE
-    try:
-        with claimed(hidden, (NEW, OLD, GONE), f"{output} as its output"):
-            _tidy(place, new, old, gone)
+    new, old = hidden / "new", hidden / "old"  # being written; renamed away while the new one gets its name
+
+    def tidy() -> None:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with claimed(hidden, (new.name, old.name), f"{output} as its output"):
+        tidy()
+        try:
             refuse(output, force, inputs)
+            new.mkdir()
+            with full_disk_named(place):
+                yield new
             try:
-                new.mkdir()
-                with full_disk_named(place):
-                    yield new
-                try:
-                    refuse(output, force, inputs)
-                    _give_name(new, place, old)
-                except UserError as error:
-                    raise UserError(f"{error}{kept}") from None
-            finally:
-                _tidy(place, new, old, gone)
-    finally:
-        with suppress(OSError):  # another run's by now
-            hidden.rmdir()
-
-
-def _tidy(place: Path, new: Path, old: Path, gone: Path) -> None:
-    """Put an old checkpoint back that has lost its name, and delete the rest; all has another name before it is half
-    deleted."""
-    if old.exists() and not place.exists():
-        old.rename(place)
-    for folder in (gone, old, new):
-        if folder.exists():
-            if folder != gone:
-                folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-
-
-def _give_name(new: Path, place: Path, old: Path) -> None:
-    """Rename `new` to `place`, whose checkpoint is renamed to `old` just before."""
-    if place.exists() and any(place.iterdir()):
-        place.rename(old)
-    try:
-        new.rename(place)  # takes the place of nothing but an empty folder
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{place}: something was put there during the run; give another --output") from None
-        raise
+                refuse(output, force, inputs)
+                if place.exists() and any(place.iterdir()):
+                    place.rename(old)
+                new.rename(place)  # takes the place of nothing but an empty folder
+            except UserError as error:
+                raise UserError(f"{error}{hint}") from None
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise UserError(f"{place}: something was put there during the run; give another --output") from None
+                raise
+        finally:
+            tidy()

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.base_model import FAMILIES
-from ..export.write import model_class
-from ..pipeline import REPORT
+from ..checkpoint.families import FAMILIES, model_class
+from ..checkpoint.layout import CONFIG, REPORT, read_json
 from ..plan import describe
-from ..utils.errors import UserError
+from ..search.report import as_text
+from ..utils.errors import UserError, reason
 from ..utils.tables import size
-from .report import fidelity_table, quality_table, speed_table
+from .columns import proxy_table, score_tables, speed_table
 
 
 def read_config(folder: Path) -> Any:
@@ -19,17 +19,19 @@ def read_config(folder: Path) -> Any:
     Raises:
         UserError: if the folder holds no checkpoint of this toolkit, or one of a family that this release doesn't know.
     """
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: no readable config.json; give the folder of an exported checkpoint") from None
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no readable {CONFIG}; give the folder of an exported checkpoint")
+    data = read_json(path)
     if not isinstance(data.get("spts"), dict):
         raise UserError(f"{path}: no spts block, so this is not a checkpoint made by spts-compress")
     family = str(data.get("model_type", "")).removeprefix("spts_")
     if family not in FAMILIES:
         raise UserError(f"{path}: family {family} is unknown to this release; it knows {', '.join(FAMILIES)}")
-    return model_class(family).config_class.from_dict(data)
+    try:
+        return model_class(family).config_class.from_dict(data)
+    except Exception as error:  # each family has checks of its own
+        raise UserError(f"{path}: not a usable configuration: {reason(error)}") from None
 
 
 def inspect(folder: Path) -> str:
@@ -38,15 +40,14 @@ def inspect(folder: Path) -> str:
     try:
         schedule = config.schedule()
     except ValueError as error:
-        raise UserError("\n".join(f"{folder / 'config.json'}: {fault}" for fault in error.args)) from None
+        raise UserError("\n".join(f"{folder / CONFIG}: {fault}" for fault in error.args)) from None
     files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())
-    report_file = folder / REPORT
-    report = json.loads(report_file.read_text()) if report_file.is_file() else None
+    path = folder / REPORT
+    report = json.loads(path.read_text()) if path.is_file() else None
     lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
     if report:
-        parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
-        if report.get("search"):
-            parts.append(report.as_text(report["search"]))
-    return "\n\n".join(parts)
+        parts += [proxy_table(report["proxies"]), speed_table(report), score_tables(report)]
+        parts += [as_text(report["search"])] if report.get("search") else []
+    return "\n\n".join(part for part in parts if part)

@@ -77,9 +77,9 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     )
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
     """Names of the facts that differ."""
-    return sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    return sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
 
 
 def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
@@ -87,7 +87,8 @@ def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
 
     Args:
         tensors: safetensors file with token ids, and the logits and states that they are to give.
-        facts: `dtype`; `config`, `generation` and `tokenizer`: the base's; `trust`: how the tokenizer is loaded.
+        facts: `dtype`; `weights`: the files of tensors; `config`, `generation` and `tokenizer`: the base's; `trust`:
+            how the tokenizer is loaded.
     """
     import torch
     from safetensors import safe_open
@@ -100,8 +101,7 @@ def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
     model, info = loaded
     faults = [f"{key}: {value}" for key, value in info.items() if value]
     state = model.eval().state_dict()
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    for file in sorted(set(index.values())):
+    for file in facts["weights"]:
         with safe_open(folder / file, "pt") as opened:
             for name in list(opened.keys()):
                 if name in state and not torch.equal(state[name], opened.get_tensor(name).to(state[name].dtype)):
@@ -120,8 +120,8 @@ def main(folder: Path, tensors: Path, facts: dict[str, Any]) -> list[str]:
         if not torch.equal(body(ids).last_hidden_state[:, -1], expected["state"]):
             faults.append("AutoModel gives other states")
     for trust in facts["trust"]:
-        found = tokenizer_facts(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
-        faults += [f"tokenizer: {key} not the base's" for key in differences(facts["tokenizer"], found)]
+        actual = tokenizer_facts(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
+        faults += [f"tokenizer: {key} not the base's" for key in differences(facts["tokenizer"], actual)]
     return faults
 
 

@@ -1,11 +1,11 @@
 """The exported checkpoint: the base's files untouched, the modelling code, the proxies, and one clear `spts` block."""
 
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,29 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from ..calibrate.base_model import FAMILIES, Base, as_stock
-from ..checkpoint.layout import INDEX, PROXIES, exported, travelling
-from ..modeling import code_files
+from ..calibrate.base_model import Base
+from ..checkpoint.families import code_files, exported_config, model_class
+from ..checkpoint.layout import CONFIG, INDEX, PROXIES, TOKENIZER, exported, read_json, travelling
 from ..modeling.configuration_spts import Schedule
-from ..modeling.stock_layer import Norms
-from ..utils.errors import UserError
+from ..utils.errors import UserError, reason
 from . import fresh
 from .fresh import differences, settings, tokenizer_facts
 
-TOKENIZER = "tokenizer_config.json"
 # Paths that may be left in that file and that transformers replaces by what it finds in the folder.
 REPLACED = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "added_tokens_file")
-
-
-def model_class(family: str) -> Any:
-    """The family's causal language model class, the same code that is exported."""
-    module, prefix = FAMILIES[family]
-    return getattr(importlib.import_module(f"spts_compress.modeling.{module}"), f"{prefix}ForCausalLM")
-
-
-def norms_of(family: str) -> Norms:
-    """Where the norms of a family's decoder layers stand."""
-    return model_class(family).model_class.layer_class.norms
 
 
 def load(folder: Path, family: str, device: str, dtype: str) -> Any:
@@ -46,13 +33,6 @@ def load(folder: Path, family: str, device: str, dtype: str) -> Any:
     cls = model_class(family)
     model = cls.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     return model.to(torch.device(device)).eval()
-
-
-def auto_map(family: str) -> dict[str, str]:
-    """The exported config's entry for the classes that `trust_remote_code` runs."""
-    module, prefix = FAMILIES[family]
-    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-    return {name: f"{module}.{prefix}{kind}" for name, kind in classes.items()}
 
 
 @dataclass(frozen=True)
@@ -78,30 +58,26 @@ def carry(base: Base) -> Carried:
         UserError: naming what can't travel.
     """
     tokenizer = base.tokenizer()
-    reads = [name for name in map(str, type(tokenizer).vocab_files_names.values()) if (base.folder / name).is_file()]
+    vocabularies = type(tokenizer).vocab_files_names
+    reads = [name for name in map(str, vocabularies.values()) if (base.folder / name).is_file()]
     names = travelling(base.folder, [*base.weights, *reads])
-    untrusted = () if base.trusted else ("custom_generate/*",)
-    path = base.folder / TOKENIZER
-    stated = json.loads(path.read_text()) if path.is_file() else {}
+    stated = read_json(base.folder / TOKENIZER) if TOKENIZER in names else {}
     own_code = base.trusted and "auto_map" in stated
     if own_code:
-        _check_own_code(base, stated, (*REPLACED, *type(tokenizer).vocab_files_names))
-    safe = stated if base.trusted else {key: value for key, value in stated.items() if key != "auto_map"}
-    # transformers chooses a tokenizer's class by the model's type, too, and the export has another type
-    named = {**safe, "tokenizer_class": type(tokenizer).__name__}
+        _check_own_code(base, stated, (*REPLACED, *vocabularies))
     trust, facts = ((True,) if own_code else (True, False)), tokenizer_facts(tokenizer)
-    faults = ""
-    for config in (safe, named):
+    safe = {key: value for key, value in stated.items() if base.trusted or key != "auto_map"}
+    # transformers chooses a tokenizer's class by the model's type, too, and the export has another type
+    for config in (safe, {**safe, "tokenizer_class": type(tokenizer).__name__}):
         new = None if config == stated else config
-        taken = (*untrusted, TOKENIZER) if new is not None else untrusted
+        taken = [*([] if base.trusted else ["custom_generate/*"]), *([] if new is None else [TOKENIZER])]
         carried = Carried(exported(names, taken), new, trust, facts)
         if not (faults := _tokenizer_faults(base, carried)):
             return carried
-    sent = {name.split("/")[0] for name in names}
-    left = ", ".join(sorted(p.name for p in base.folder.iterdir() if p.name not in sent)) or "none"
+    left = {path.name for path in base.folder.iterdir()} - {name.split("/")[0] for name in names}
     raise UserError(
         f"{base.name}: its tokenizer would not be the same in the checkpoint: {faults}; files and folders that don't "
-        f"travel: {left}"
+        f"travel: {', '.join(sorted(left)) or 'none'}"
     )
 
 
@@ -125,35 +101,33 @@ def _check_own_code(base: Base, stated: dict[str, Any], replaced: tuple[str, ...
 
 def _tokenizer_faults(base: Base, carried: Carried) -> str:
     """In what the tokenizer of what travels differs from the base's; empty if in nothing."""
-    kind = model_class(base.family).config_class
-    plain = _config(base)
-    config = kind(**{key: value for key, value in plain.items() if key not in ("model_type", "auto_map")})
     with TemporaryDirectory() as scratch:
-        for name, new in carried.names.items():
-            if name not in base.weights:
-                (Path(scratch) / new).parent.mkdir(parents=True, exist_ok=True)
-                (Path(scratch) / new).symlink_to((base.folder / name).absolute())
-        _write_json(Path(scratch) / "config.json", plain)
-        if carried.tokenizer_config is not None:
-            _write_json(Path(scratch) / TOKENIZER, carried.tokenizer_config)
+        stated = _lay_out(base, carried, Path(scratch), os.symlink)
+        del stated["model_type"], stated["auto_map"]
+        config = model_class(base.family).config_class(**stated)
         for trust in carried.trust:
             options = {"config": config} if trust else {}  # not by the config's own code, which needs no trust here
             try:
-                found = tokenizer_facts(AutoTokenizer.from_pretrained(scratch, trust_remote_code=trust, **options))
+                facts = tokenizer_facts(AutoTokenizer.from_pretrained(scratch, trust_remote_code=trust, **options))
             except Exception as error:  # a tokenizer's own code may raise anything
-                return f"it does not load: {(str(error) or type(error).__name__).splitlines()[0]}"
-            if names := differences(carried.facts, found):
+                return f"it does not load: {reason(error)}"
+            if names := differences(carried.facts, facts):
                 return f"{', '.join(names)} differ"
     return ""
 
 
-def _config(base: Base) -> dict[str, Any]:
-    """The exported config, but for its schedule."""
-    config = as_stock(json.loads((base.folder / "config.json").read_text()))
-    config.pop("transformers_weights", None)  # the export has an index of the usual name
-    config["model_type"] = f"spts_{base.family}"
-    config["architectures"] = [f"{FAMILIES[base.family][1]}ForCausalLM"]
-    config["auto_map"] = auto_map(base.family)
+def _lay_out(
+    base: Base, carried: Carried, target: Path, place: Callable[[Path, Path], Any], spts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Give the base's files their names in `target`, by copying or linking, beside the export's configs, of which the
+    model's is returned."""
+    for name, new in carried.names.items():
+        (target / new).parent.mkdir(parents=True, exist_ok=True)
+        place((base.folder / name).absolute(), target / new)
+    config = exported_config(read_json(base.folder / CONFIG)) | ({"spts": spts} if spts else {})
+    _write_json(target / CONFIG, config)
+    if carried.tokenizer_config is not None:
+        _write_json(target / TOKENIZER, carried.tokenizer_config)
     return config
 
 
@@ -168,9 +142,7 @@ def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, t
         carried: what of the base goes with them, see `carry`.
         proxies: parameters by their name in the model, such as `model.layers.12.proxy.down`.
     """
-    for name, new in carried.names.items():
-        (target / new).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.folder / name, target / new)
+    _lay_out(base, carried, target, shutil.copyfile, schedule.to_dict())
     save_file({name: tensor.contiguous() for name, tensor in proxies.items()}, target / PROXIES, {"format": "pt"})
     (target / PROXIES).chmod(0o644)  # safetensors makes it private
     weight_map, total = {}, 0
@@ -179,10 +151,7 @@ def write(base: Base, carried: Carried, schedule: Schedule, proxies: dict[str, t
             weight_map.update(dict.fromkeys(opened.keys(), new))
         total += (target / new).stat().st_size
     _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    _write_json(target / "config.json", {**_config(base), "spts": schedule.to_dict()})
-    if carried.tokenizer_config is not None:
-        _write_json(target / TOKENIZER, carried.tokenizer_config)
-    for file in code_files(FAMILIES[base.family][0]):
+    for file in code_files(base.family):
         shutil.copyfile(file, target / file.name)
 
 
@@ -191,15 +160,14 @@ def _generation(base: Base) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(base.folder)
     except OSError:
-        return GenerationConfig.from_pretrained(base.folder, "config.json", _from_model_config=True)
+        return GenerationConfig.from_pretrained(base.folder, CONFIG, _from_model_config=True)
 
 
 @torch.no_grad()
 def expected(folder: Path, base: Base, carried: Carried, schedule: Schedule, dtype: str) -> tuple[dict, dict]:
     """Tensors and facts that `fresh.main` is to find again: what this process gets, and what the base says."""
     model = load(folder, base.family, "cpu", dtype)
-    smallest = min(stage.budget.at(0) for stage in schedule.stages)
-    length = max(96, smallest + 32)
+    length = max(96, 32 + min(stage.budget.at(0) for stage in schedule.stages))
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     tensors = {
         "ids": ids,
@@ -209,6 +177,7 @@ def expected(folder: Path, base: Base, carried: Carried, schedule: Schedule, dty
     }
     facts = {
         "dtype": dtype,
+        "weights": [*(carried.names[name] for name in base.weights), PROXIES],
         "config": settings(base.config),
         "generation": settings(_generation(base)),
         "tokenizer": carried.facts,
@@ -235,7 +204,7 @@ def check(folder: Path, base: Base, carried: Carried, schedule: Schedule, dtype:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
     line = next((text for text in done.stdout.splitlines() if text.startswith("FAULTS ")), None)
     if line is None:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{folder}: the exported checkpoint does not load in a fresh process: {reason}")
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{folder}: the exported checkpoint does not load in a fresh process: {last}")
     if faults := json.loads(line.removeprefix("FAULTS ")):
         raise UserError(f"{folder}: the exported checkpoint is not what was built: {'; '.join(faults)}")

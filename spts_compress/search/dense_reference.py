@@ -10,7 +10,7 @@ import torch
 from ..modeling.calls import SkipRequest
 from ..modeling.configuration_spts import Schedule
 from ..tasks.agreement import GREEDY, agreement
-from ..tasks.example import Item
+from ..tasks.example import Example
 from ..tasks.recovery import score_rows
 from ..tasks.runner import encode
 from ..timing.pairs import share_buffers
@@ -25,7 +25,7 @@ class Dense:
     (1, n + a - 1, D) in front of the `layers` are kept.
     """
 
-    item: Item
+    item: Example
     answer: torch.Tensor
     final: torch.Tensor
     store: Store
@@ -35,7 +35,7 @@ class Dense:
     def right(self, tokenizer: Any) -> bool:
         """Whether the answer is the known one, if one is known."""
         said = tokenizer.decode(self.answer, skip_special_tokens=True)
-        return not self.item.outputs or score_rows([{**self.item.plain(), "answer": said}])[0]["score"] == 1
+        return not self.item.outputs or score_rows([{**self.item.to_row(), "answer": said}])[0]["score"] == 1
 
     def kept_before(self, layer: int) -> int:
         """The last layer before `layer` that the states in front of are kept."""
@@ -70,7 +70,7 @@ def _watching(model: Any, layers: list[int]) -> Iterator[tuple[dict[int, list], 
 
 
 @torch.no_grad()
-def dense(model: Any, tokenizer: Any, item: Item, layers: list[int], store: Store, key: str) -> Dense:
+def dense(model: Any, tokenizer: Any, item: Example, layers: list[int], store: Store, key: str) -> Dense:
     """Answer `item` with the stock `model`, and keep the states in front of `layers`; what is kept is not run again.
 
     Args:

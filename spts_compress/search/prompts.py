@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..tasks import agreement, ruler, synthetic
-from ..tasks.example import Item, about, chat, counted, sentences
+from ..tasks.example import Example, ask_about, sentences
 
 # What is asked, by kind; prompts of a kind take these in turn.
 RETRIEVAL = (
@@ -24,14 +24,14 @@ FREE = (
 
 def make(
     kinds: Sequence[str], tokenizer: Any, prose: str, length: int, count: int, tokens: int, seed: int
-) -> list[Item]:
+) -> list[Example]:
     """`count` items of each kind, see `one`; kinds take turns."""
     return [one(kind, index, tokenizer, prose, length, tokens, seed) for index in range(count) for kind in kinds]
 
 
 def one(
     kind: str, index: int, tokenizer: Any, prose: str, length: int, tokens: int, seed: int, attempt: int = 0
-) -> Item:
+) -> Example:
     """The item `index` of a kind ("free", one of `GROUPS` or one of their tasks), of at most `length` tokens with
     `tokens` for the answer. Each `attempt` gives another prompt of the same task.
 
@@ -43,30 +43,23 @@ def one(
     tasks = GROUPS.get(kind, (kind,))
     task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
     if task in ruler.TASKS:
-        return ruler.items(task, tokenizer, prose, length, 1, seed, tokens)[0]
-    return synthetic.items(task, tokenizer, prose, length, 1, seed)[0]
+        return ruler.examples(task, tokenizer, prose, length, 1, seed, tokens)[0]
+    return synthetic.examples(task, tokenizer, prose, length, 1, seed)[0]
 
 
-def kind_of(item: Item, kinds: Sequence[str]) -> str:
+def kind_of(item: Example, kinds: Sequence[str]) -> str:
     """Which of `kinds` an item was made for."""
     if item.task == agreement.TASK:
         return "free"
     return next((kind for kind in kinds if kind == item.task or item.task in GROUPS.get(kind, ())), item.task)
 
 
-def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Item:
+def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Example:
     """A question about a stretch of `prose` from a random place."""
     rng = random.Random(f"{seed} {index} {length}")
     parts = sentences(prose)
     start = rng.randrange(len(parts))
     words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
     term = rng.choice([word for word in words if len(word) > 6] or words)
-    question = FREE[index % len(FREE)]
-
-    def ask(context: str) -> str:
-        return chat(tokenizer, question.format(context=context, term=term))
-
-    text = about(parts, start, tokenizer, length - tokens, ask)
-    return Item(
-        agreement.TASK, index, text, [], counted(agreement.TASK, tokenizer, text, length, tokens), length, tokens
-    )
+    question = FREE[index % len(FREE)].replace("{term}", term)
+    return ask_about(agreement.TASK, index, tokenizer, parts, start, question, length, tokens)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..calibrate.base_model import context_of
+from ..checkpoint.families import context_of
 from ..cost import predicted
-from ..evaluate.report import hardware
 from ..modeling.configuration_spts import Amount, Proxy, Schedule
 from ..recipe import SearchSection
 from ..schedule import faults
-from ..tasks.example import Item
+from ..tasks.example import Example
 from ..tasks.recovery import interval
 from ..tasks.runner import Answers
-from ..timing.latency_table import Prices, grid, measure
-from ..utils.distributed import ALONE, Ranks
+from ..timing.latency_table import LatencyTable, grid, measure
+from ..utils.devices import hardware
+from ..utils.distributed import SINGLE_PROCESS, Ranks
 from ..utils.errors import UserError
 from ..utils.store import Store, fingerprint
 from . import dense_reference, halving, prompts, space
@@ -46,17 +46,17 @@ class Bench:
     key: str
     progress: Any
     kinds: Sequence[str]
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     evaluated: int = 0
 
     def __post_init__(self) -> None:
-        self.ranks.wait()  # for all to have read what was kept, before anyone adds to it
+        self.ranks.barrier()  # for all to have read what was kept, before anyone adds to it
 
     def rows(self, schedule: Schedule, tried: list[dense_reference.Dense]) -> Rows:
         keys = [fingerprint(self.key, schedule.to_dict(), prompt.key) for prompt in tried]
         missing = {key: p for key, p in zip(keys, tried, strict=True) if key not in self.kept.rows}
-        made = [self._add(key, schedule, missing[key]) for key in self.ranks.mine(list(missing))]
-        self.kept.rows.update({row["key"]: row for row in self.ranks.all(made)})
+        made = [self._add(key, schedule, missing[key]) for key in self.ranks.shard(list(missing))]
+        self.kept.rows.update({row["key"]: row for row in self.ranks.all_gather(made)})
         self.evaluated += len(missing)
         return [self.kept.rows[key] for key in keys]
 
@@ -107,7 +107,7 @@ class Asked:
     section: SearchSection
     tokenizer: Any
     prose: str
-    items: tuple[Item, ...] = ()
+    items: tuple[Example, ...] = ()
 
     @property
     def slots(self) -> list[tuple[int, int, str, int]]:
@@ -116,7 +116,7 @@ class Asked:
         seeds = section.seed, section.seed + 1
         return list(product(seeds, range(section.prompts), section.kinds, section.lengths))
 
-    def make(self, number: int, attempt: int = 0) -> Item:
+    def make(self, number: int, attempt: int = 0) -> Example:
         """The prompt `number`; each `attempt` gives another one of the same task and length.
 
         Raises:
@@ -126,7 +126,7 @@ class Asked:
         tokens = self.section.answer_tokens
         return prompts.one(kind, index, self.tokenizer, self.prose, length, tokens, seed, attempt)
 
-    def another(self, number: int, attempt: int) -> Item:
+    def another(self, number: int, attempt: int) -> Example:
         """As `make`; where a later attempt does not fit, which is a matter of a few tokens, the first prompt again."""
         with suppress(UserError):
             return self.make(number, attempt)
@@ -134,8 +134,8 @@ class Asked:
 
     def first(self, ranks: Ranks) -> "Asked":
         """With the `items` that are tried first, which all of `ranks` make together."""
-        mine = tqdm(ranks.mine(range(len(self.slots))), desc="prompts", unit="prompt")
-        return replace(self, items=tuple(ranks.all([self.make(number) for number in mine])))
+        mine = tqdm(ranks.shard(range(len(self.slots))), desc="prompts", unit="prompt")
+        return replace(self, items=tuple(ranks.all_gather([self.make(number) for number in mine])))
 
 
 def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
@@ -168,7 +168,7 @@ def signs(best: Candidate, held: Rows, lengths: list[int]) -> list[str]:
     return found
 
 
-def _cost(config: Any, length: int, table: Prices | None) -> Callable[[Schedule], dict[str, float]]:
+def _cost(config: Any, length: int, table: LatencyTable | None) -> Callable[[Schedule], dict[str, float]]:
     """What a schedule costs: counted, with the speed-up that measured prices allow in its place if there are any."""
 
     def cost(schedule: Schedule) -> dict[str, float]:
@@ -198,7 +198,7 @@ def _scaling(
     return scaled
 
 
-def _prices(model: Any, length: int) -> Prices:
+def _prices(model: Any, length: int) -> LatencyTable:
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return measure(model, ids.to(model.device), grid(length))
 
@@ -272,11 +272,11 @@ def _answered(
     items, missing, picky = asked.items, list(range(len(asked.items))), asked.section.require_dense_correct
     for attempt in range(ATTEMPTS if picky else 1):
         mine = [
-            (number, asked.another(number, attempt) if attempt else items[number]) for number in ranks.mine(missing)
+            (number, asked.another(number, attempt) if attempt else items[number]) for number in ranks.shard(missing)
         ]
         for _, item in tqdm(mine, desc="dense answers", unit="prompt"):
             dense_reference.dense(model, asked.tokenizer, item, layers, store, key)
-        for number, item in ranks.all(mine):
+        for number, item in ranks.all_gather(mine):
             done[number] = dense_reference.dense(model, asked.tokenizer, item, layers, store, key)
         missing = [number for number in missing if picky and not done[number].right(asked.tokenizer)]
         if not missing:
@@ -296,9 +296,9 @@ def _mean(
     ranks: Ranks,
 ) -> torch.Tensor:
     """The mean over prompts of what is made of each, which is kept."""
-    mine = tqdm(ranks.mine(of), desc=name, unit="prompt")
+    mine = tqdm(ranks.shard(of), desc=name, unit="prompt")
     made = [store.json(name, fingerprint(key, prompt.key), partial(make, prompt)) for prompt in mine]
-    return torch.tensor(ranks.all(made)).mean(dim=0)
+    return torch.tensor(ranks.all_gather(made)).mean(dim=0)
 
 
 def _heads(worth: torch.Tensor, first: int) -> space.Heads:
@@ -350,9 +350,9 @@ def run(
     shared_seconds = time.monotonic() - begin
     table = None
     if section.cost == "measured":
-        with ranks.leader_first():
+        with ranks.main_first():
             machine = fingerprint(key, hardware(str(model.device)), longest)
-            table = Prices(**store.json("prices", machine, lambda: _prices(model, longest).plain()))
+            table = LatencyTable(**store.json("prices", machine, lambda: asdict(_prices(model, longest))))
     cost = _cost(config, longest, table)
 
     points: list[dict[str, Any]] = []
@@ -396,7 +396,7 @@ def run(
         "chosen": meets[-1] if meets and section.decides else None,
         "reliability": rankings,
         "heads": heads and sorted(([*pair, worth] for pair, worth in heads.items()), key=lambda row: -row[2]),
-        "prices": None if table is None else table.plain(),
+        "prices": None if table is None else asdict(table),
         "evaluations": bench.evaluated,
         "candidates": sum(len(p["tried"]) for p in points),
         "seconds": {"dense": shared_seconds, "all": time.monotonic() - begin},

@@ -13,7 +13,7 @@ def expand(path: str) -> str:
         raise ValueError("is empty; give a path")
     if "\0" in path:
         raise ValueError("has a null character, which no path may have")
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
         raise ValueError(f"is {path}, and there is no such user; a file of that name is ./{path}")
-    return found.rstrip("/") or "/"
+    return expanded.rstrip("/") or "/"

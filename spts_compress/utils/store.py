@@ -79,52 +79,45 @@ def claimed(folder: Path, names: Iterable[str] = (), use: str = "this folder") -
     Raises:
         UserError: if another run holds it, it can't be written to, or one of `names` is there and no run made it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    # a claim that is there already was left by a killed run, which made the folder, too
+    to_remove = [path for path in (folder, *folder.parents) if not path.exists() or (path / CLAIM).exists()]
     claim = folder / CLAIM
     try:
         with _locked(claim, use) as stream:
+            stream.seek(0)
+            ours = set(stream.read().splitlines())
             try:
-                stream.seek(0)
-                ours = set(stream.read().splitlines())
                 for name in names:
                     if name not in ours and os.path.lexists(folder / name):
                         raise UserError(f"{folder / name} exists and was not made by this toolkit; give another folder")
                 stream.writelines(f"{name}\n" for name in names if name not in ours)
                 stream.flush()
+                ours |= set(names)
                 yield
             finally:  # while it is locked, so that nobody else's is removed
-                ours = set(claim.read_text().splitlines()) if claim.exists() else set()
                 if not any((folder / name).exists() for name in ours):
                     claim.unlink(missing_ok=True)
     finally:
         with suppress(OSError):  # not empty
-            for path in made:
+            for path in to_remove:
                 path.rmdir()
 
 
-@contextmanager
-def _locked(path: Path, use: str) -> Iterator[IO[str]]:
-    """Yields the file, held by this process alone."""
+def _locked(path: Path, use: str) -> IO[str]:
+    """The file, held by this process alone until it is closed."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stream = path.open("a+")
-        except FileNotFoundError:  # the run that had it has just removed the folder
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                return stream
+        except FileNotFoundError:  # the run that had it has just removed it
             continue
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: another run is using {use}; wait for it to end") from None
         except OSError as error:
             raise UserError(f"{path.parent}: can't be written to: {error.strerror}") from None
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{path.parent}: another run is using {use}; wait for it to end") from None
-            try:
-                same = os.path.samestat(path.stat(), os.fstat(stream.fileno()))
-            except FileNotFoundError:
-                same = False
-            if same:
-                yield stream
-                return
 
 
 class Store:
@@ -157,10 +150,8 @@ class Store:
                 return json.loads(path.read_text())
             except ValueError:
                 path.unlink()
-        return self.put_json(name, key, make())
-
-    def put_json(self, name: str, key: str, data: Any) -> Any:
-        with writing(self.path(name, key, ".json")) as partial:
+        data = make()
+        with writing(path) as partial:
             partial.write_text(json.dumps(data))
         return data
 

@@ -1,0 +1,78 @@
+"""The model families that skipping is written for: their modelling code, their classes, and what their configs say."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from .. import modeling
+from ..modeling.stock_layer import Norms
+
+# Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
+# such a file, a line here, one in the tests' tiny.py and one in the README's table.
+FAMILIES = {
+    "deepseek_v2": ("modeling_spts_deepseek", "SptsDeepseekV2"),
+    "deepseek_v3": ("modeling_spts_deepseek", "SptsDeepseekV3"),
+    "gemma3_text": ("modeling_spts_gemma3", "SptsGemma3"),
+    "llama": ("modeling_spts_llama", "SptsLlama"),
+    "ministral": ("modeling_spts_ministral", "SptsMinistral"),
+    "mistral": ("modeling_spts_mistral", "SptsMistral"),
+    "mixtral": ("modeling_spts_mixtral", "SptsMixtral"),
+    "olmo2": ("modeling_spts_olmo2", "SptsOlmo2"),
+    "phi3": ("modeling_spts_phi3", "SptsPhi3"),
+    "qwen2": ("modeling_spts_qwen2", "SptsQwen2"),
+    "qwen3": ("modeling_spts_qwen3", "SptsQwen3"),
+    "qwen3_moe": ("modeling_spts_qwen3_moe", "SptsQwen3Moe"),
+}
+# Families whose own code is remote -> the stock family with the same parts and names of weights, and what their config
+# calls otherwise. openPangu-Embedded is a Llama with biases in its attention.
+ALIASES = {"PanguEmbedded": ("llama", {"bias": "attention_bias"})}
+
+
+def model_class(family: str) -> Any:
+    """The family's causal language model class, the same code that is exported."""
+    module, prefix = FAMILIES[family]
+    return getattr(importlib.import_module(f"spts_compress.modeling.{module}"), f"{prefix}ForCausalLM")
+
+
+def norms_of(family: str) -> Norms:
+    """Where the norms of a family's decoder layers stand."""
+    return model_class(family).model_class.layer_class.norms
+
+
+def code_files(family: str) -> list[Path]:
+    """The modelling code that a checkpoint of a family carries, in this package."""
+    return modeling.code_files(FAMILIES[family][0])
+
+
+def exported_config(plain: dict[str, Any]) -> dict[str, Any]:
+    """What a base's `config.json` becomes in an export, but for the schedule: its `auto_map` names the classes that
+    `trust_remote_code` runs."""
+    config = as_stock(plain)
+    config.pop("transformers_weights", None)  # the export has an index of the usual name
+    family = config["model_type"]
+    module, prefix = FAMILIES[family]
+    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    return {
+        **config,
+        "model_type": f"spts_{family}",
+        "architectures": [f"{prefix}ForCausalLM"],
+        "auto_map": {name: f"{module}.{prefix}{kind}" for name, kind in classes.items()},
+    }
+
+
+def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` of a family with remote code of its own as that of the stock family it is built like."""
+    if plain.get("model_type") not in ALIASES:
+        return dict(plain)
+    stock, renamed = ALIASES[plain["model_type"]]
+    config = {renamed.get(name, name): value for name, value in plain.items() if name != "auto_map"}
+    return {**config, "model_type": stock}
+
+
+def context_of(config: Any) -> int:
+    """Tokens that the model's positions are made for, where stretched positions reach further those as well."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    each = [r for r in (ropes, *ropes.values()) if isinstance(r, dict)]
+    pairs = [(r.get("original_max_position_embeddings"), r.get("factor")) for r in each]
+    stretched = [int(length * factor) for length, factor in pairs if isinstance(length, int) and factor]
+    return max([config.max_position_embeddings, *stretched])
