@@ -1,6 +1,6 @@
-"""What a prefill costs, counted: floating-point operations and cached tokens, layer by layer.
+"""What a prefill costs by the FLOP count, and the tokens it caches, layer by layer.
 
-A multiply-add counts as 2 operations; causal attention counts half of the score matrix. Norms, activations and the
+A multiply-add counts as 2 FLOPs; causal attention counts half of the score matrix. Norms, activations and the
 language-model head (one position) are left out.
 """
 
@@ -23,7 +23,7 @@ class LayerShape:
 
     `hidden`: D. `intermediate`: D_ff, of all experts that work on one token together; `stored`: of all there are.
     `key`, `value`, `query`, `output`: weights of these projections. Of latent attention, `key` makes the latents and
-    `value` keys and values out of them. `pair`: multiply-adds of all heads for one query and one key, of scores and
+    `expand` keys and values out of them. `pair`: multiply-adds of all heads for one query and one key, of scores and
     weighted values. `probed`: those for a probe's query and a candidate.
     """
 
@@ -32,6 +32,7 @@ class LayerShape:
     stored: int = 0
     key: int = 0
     value: int = 0
+    expand: int = 0
     query: int = 0
     output: int = 0
     pair: int = 0
@@ -48,31 +49,32 @@ class LayerShape:
             experts = getattr(config, "num_local_experts", None) or config.num_experts
             width, stored = one * (config.num_experts_per_tok + shared), one * (experts + shared)
         if latent := getattr(config, "kv_lora_rank", None):
-            made, size, rank = heads * config.qk_head_dim, config.v_head_dim, config.q_lora_rank
+            queries, size, rank = heads * config.qk_head_dim, config.v_head_dim, config.q_lora_rank
             cached = latent + config.qk_rope_head_dim
             return cls(
                 hidden,
                 width,
                 stored,
                 key=hidden * cached,
-                value=latent * heads * (config.qk_nope_head_dim + size),
-                query=hidden * made if rank is None else (hidden + made) * rank,
+                expand=latent * heads * (config.qk_nope_head_dim + size),
+                query=hidden * queries if rank is None else (hidden + queries) * rank,
                 output=heads * size * hidden,
-                pair=made + heads * size,
+                pair=queries + heads * size,
                 probed=heads * cached,
             )
         size = getattr(config, "head_dim", None) or hidden // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         keys, queries = hidden * kv_heads * size, hidden * heads * size
-        return cls(hidden, width, stored, keys, keys, queries, queries, pair=2 * heads * size, probed=heads * size)
+        pair, probed = 2 * heads * size, heads * size
+        return cls(hidden, width, stored, keys, keys, query=queries, output=queries, pair=pair, probed=probed)
 
     @property
     def weights(self) -> int:
         """All weights, but for a router's."""
-        return self.key + self.value + self.query + self.output + 3 * self.hidden * self.stored
+        return self.key + self.value + self.expand + self.query + self.output + 3 * self.hidden * self.stored
 
     def attention(self, tokens: int, window: int | None = None) -> float:
-        """Operations of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
+        """FLOPs of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
         weighted values."""
         reach = tokens if window is None else min(tokens, window)
         return 2.0 * self.pair * (tokens - reach / 2) * reach
@@ -81,25 +83,43 @@ class LayerShape:
         return 6.0 * tokens * self.hidden * self.intermediate
 
     def proxy(self, size: Proxy) -> float:
-        """Operations of a proxy, a token."""
+        """FLOPs of a proxy for one token."""
         return 4.0 * size.rank * (self.hidden + size.channels) + 5.0 * self.hidden
 
+    def update(self, rank: int) -> float:
+        """FLOPs of an update for one token."""
+        return 4.0 * rank * self.hidden
+
     def dense(self, tokens: int, window: int | None = None) -> float:
-        """Operations of one stock layer."""
-        projections = 2.0 * tokens * (self.key + self.value + self.query + self.output)
+        """FLOPs of one stock layer."""
+        projections = 2.0 * tokens * (self.key + self.value + self.expand + self.query + self.output)
         return projections + self.attention(tokens, window) + self.feed_forward(tokens)
 
 
-def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
-    """Operations of a proxy as a share of the dense feed-forward network's."""
+def proxy_flop_fraction(hidden: int, intermediate: int, size: Proxy) -> float:
+    """FLOPs of a proxy over those of the dense feed-forward network."""
     shape = LayerShape(hidden, intermediate)
     return shape.proxy(size) / shape.feed_forward(1)
 
 
+def suitable_proxy(shape: LayerShape, max_fraction: float, channels: int | None, rank: int | None) -> Proxy:
+    """The largest proxy that a layer needs, where `channels` or `rank` are not given: an eighth of the network's
+    channels, at most 512; and up to 3/8 of that as its rank, as far as `max_fraction` of the dense FLOPs allows."""
+    if channels is None:
+        quarter = max(1, shape.intermediate // 4)
+        channels = min(512, quarter, max(64, shape.intermediate // 8 // 64 * 64))
+    if rank is None:
+        one, free = shape.proxy(Proxy(channels, 1)), shape.proxy(Proxy(channels, 0))
+        affordable = int((max_fraction * shape.feed_forward(1) - free) / (one - free))
+        rank = max(0, min(affordable, 3 * channels // 8, shape.hidden))
+        rank = rank // 16 * 16 or rank
+    return Proxy(channels, rank)
+
+
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of one prefill: tokens (see `Counts`; `cached` of the active ones) and operations by part. Where there
-    is a window, active tokens are counted as if all inside one were neighbours: the most operations there can be."""
+    """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and FLOPs by part. Where there
+    is a window, active tokens are counted as if all inside one were neighbours: the most FLOPs there can be."""
 
     candidates_in: int
     active: int
@@ -109,10 +129,11 @@ class LayerCost:
     probing: float
     attention: float
     feed_forward: float
+    update: float
 
     @property
     def total(self) -> float:
-        return self.probing + self.attention + self.feed_forward
+        return self.probing + self.attention + self.feed_forward + self.update
 
 
 def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]:
@@ -120,24 +141,30 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
     costs = []
     for layer, window in enumerate(layer_windows(config)):
         shape = LayerShape.of(config, layer)
-        candidates_in, active, ffn_tokens, candidates_out = schedule.counts(layer, length)
+        candidates_in, active, ffn_tokens, candidates_out, cached = schedule.counts(layer, length)
         probing = 0.0
         carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
         if schedule.probe.heads_of(layer) and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
             probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed
         if ffn_tokens < candidates_in and schedule.ffn_selection in ("proxy", "relative"):
             probing += candidates_in * shape.proxy(schedule.proxy_of(layer))
-        projections = 2.0 * (candidates_in * shape.key + active * (shape.value + shape.query + shape.output))
-        attention = projections + shape.attention(active, window)
+        update = 0.0
+        if schedule.update and layer >= schedule.start:
+            ranks = schedule.update_of(layer)
+            update += candidates_in * shape.update(ranks.attention_rank) if active < candidates_in else 0.0
+            update += candidates_in * shape.update(ranks.ffn_rank) if ffn_tokens < candidates_in else 0.0
+        projections = candidates_in * shape.key + cached * shape.value
+        projections += active * (shape.expand + shape.query + shape.output)
+        attention = 2.0 * projections + shape.attention(active, window)
         spare = schedule.always_last if layer >= schedule.start and schedule.skips(length) else 0
-        cached = active if window is None else min(active, window - 1 + spare)
+        cached = cached if window is None else min(cached, window - 1 + spare)
         tokens = candidates_in, active, ffn_tokens, candidates_out, cached
-        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(ffn_tokens)))
+        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(ffn_tokens), update))
     return costs
 
 
 def predicted(config: Any, schedule: Schedule, length: int) -> dict[str, float]:
-    """Dense over SPTS operations, share of the KV cache kept, and share of probing in the SPTS prefill."""
+    """Dense over SPTS FLOPs, share of the KV cache kept, and share of probing in the SPTS prefill."""
     costs = layer_costs(config, schedule, length)
     windows = layer_windows(config)
     dense = sum(LayerShape.of(config, layer).dense(length, window) for layer, window in enumerate(windows))

@@ -12,7 +12,7 @@ from spts_compress.cli import main
 from spts_compress.evaluate import benchmark
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.timing import breakdown, latency_table, pairs
-from spts_compress.timing.break_even import break_even
+from spts_compress.timing.break_even import shortest_paying_length
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -65,8 +65,8 @@ def test_the_break_even_is_the_first_length_that_pays(monkeypatch, overhead, con
         skipped.append(spts)
         return {1: overhead + 0.5 * ids.shape[1] if spts else ids.shape[1]}
 
-    monkeypatch.setattr("spts_compress.timing.break_even.seconds", seconds)
-    assert break_even(pairs.stock_twin(model), model, pairs=3) == expected
+    monkeypatch.setattr("spts_compress.timing.pairs.seconds", seconds)
+    assert shortest_paying_length(pairs.stock_twin(model), model, pairs=3) == expected
     assert {"min_length": 0} in skipped and skipped[0] is None
 
 
@@ -86,17 +86,20 @@ def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
 
 
 def test_break_even_lies_between_the_lengths_that_lose_and_win():
-    rows = [{"batch": 1, "tokens": n, "ttft_ratio": {"median": r}} for n, r in ((4000, 1.5), (1000, 0.8), (2000, 1.2))]
-    assert benchmark.break_even(rows) == 1500
-    assert benchmark.break_even(rows[:1]) is None
+    rows = [
+        {"batch": 1, "tokens": n, "spts": {"speedup": [{"median": r}]}}
+        for n, r in ((4000, 1.5), (1000, 0.8), (2000, 1.2))
+    ]
+    assert benchmark.crossing(rows) == 1500
+    assert benchmark.crossing(rows[:1]) is None
 
 
 def test_growth_finds_the_linear_and_the_quadratic_term():
     rows = [
-        {"batch": 1, "tokens": n, "dense": {"ttft": n / 1e3 + 3 * (n / 1e3) ** 2}, "spts": {"ttft": n / 2e3}}
+        {"batch": 1, "tokens": n, "dense": {"seconds": [n / 1e3 + 3 * (n / 1e3) ** 2]}, "spts": {"seconds": [n / 2e3]}}
         for n in (1000, 2000, 4000)
     ]
-    found = benchmark.growth([*rows, {**rows[0], "batch": 4, "dense": {"ttft": 1e9}}])
+    found = benchmark.growth([*rows, {**rows[0], "batch": 4, "dense": {"seconds": [1e9]}}])
     assert found["dense"] == pytest.approx([1, 3]) and found["spts"] == pytest.approx([0.5, 0], abs=1e-9)
     assert benchmark.growth(rows[:2]) is None
 
@@ -108,8 +111,9 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
     result = json.loads((tmp_path / "bench.json").read_text())
     assert [(row["batch"], row["tokens"]) for row in result["rows"]] == [(1, 150), (1, 400), (2, 150), (2, 400)]
     row = result["rows"][1]
-    assert row["spts"]["kv_bytes"] / row["dense"]["kv_bytes"] == pytest.approx(row["counted"]["kv_share"])
-    assert row["calibrated"] > 0 and row["ttft_ratio"]["range"][0] <= row["ttft_ratio"]["median"]
+    assert row["spts"]["kv_bytes"] / row["dense"]["kv_bytes"] == pytest.approx(row["flops"]["kv_share"])
+    speedup = row["spts"]["speedup"][0]
+    assert row["calibrated"] > 0 and speedup["range"][0] <= speedup["median"] <= speedup["range"][1]
     assert (tmp_path / "bench.md").read_text().startswith("`spts-compress bench out") and (
         tmp_path / "bench.png"
     ).exists()
@@ -120,7 +124,7 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
 def test_prices_are_read_between_the_measured_numbers_and_make_a_ratio():
     config = tiny_model().config
     linear = [float(n) for n in (10, 100, 1000)]
-    made = latency_table.Prices(
+    made = latency_table.LatencyTable(
         [10, 100, 1000], {"full_attention": [n * n for n in linear], "feed_forward": linear, "keys": linear}
     )
     assert made.of("full_attention", 50) == pytest.approx(2500) and made.of("keys", 5) == 5 and made.of("keys", 0) == 0

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
+from spts_compress.evaluate.suites import stale
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
-from spts_compress.tasks.example import Item, token_count
+from spts_compress.tasks.example import Example, token_count
 from spts_compress.tasks.scorers import score
 from spts_compress.utils.errors import UserError
 
@@ -22,7 +23,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def made(task, length=6000, count=2, seed=3):
-    maker = ruler.items if task in ruler.TASKS else synthetic.items
+    maker = ruler.examples if task in ruler.TASKS else synthetic.examples
     return maker(task, TOKENIZER, PROSE, length, count, seed)
 
 
@@ -76,7 +77,7 @@ def test_needles_follow_the_published_definition(task):
 
 
 def test_depths_spread_and_are_where_they_say():
-    items = ruler.items("niah_single_2", TOKENIZER, PROSE, 4000, 40, 0)
+    items = ruler.examples("niah_single_2", TOKENIZER, PROSE, 4000, 40, 0)
     depths = [item.depth for item in items]
     assert min(depths) < 0.15 and max(depths) > 0.85
     for item in items:
@@ -180,12 +181,12 @@ def bench_folder(folder, rows=3):
 def test_longbench_is_cut_in_the_middle_and_dressed_by_rule(tmp_path):
     bench = longbench.LongBench(str(bench_folder(tmp_path)))
     assert bench.tasks() == ["qasper", "trec"]
-    [item] = bench.items("qasper", TOKENIZER, 400, 1)
+    [item] = bench.examples("qasper", TOKENIZER, 400, 1)
     assert item.text.startswith("<s>") and item.text.endswith("Q: Who?") and "<s>The quick" in item.text
     assert 380 <= item.tokens <= 392 and item.scorer == "f1"
-    [plain] = bench.items("trec", TOKENIZER, 400, 5)
+    [plain] = bench.examples("trec", TOKENIZER, 400, 5)
     assert not plain.text.startswith("<s>") and plain.classes == ["fox", "owl"]
-    [whole] = bench.items("trec", TOKENIZER, 100_000, 1)
+    [whole] = bench.examples("trec", TOKENIZER, 100_000, 1)
     assert whole.text == TEXT * 30 + "\nQ: Who?"
 
 
@@ -196,11 +197,11 @@ def test_faults_of_longbench_files_are_named(tmp_path):
         longbench.LongBench(str(tmp_path))
     bench = longbench.LongBench(str(bench_folder(tmp_path)))
     with pytest.raises(UserError, match=r"lcc is not in .*; it has qasper, trec"):
-        bench.items("lcc", TOKENIZER, 400, 1)
+        bench.examples("lcc", TOKENIZER, 400, 1)
     with (tmp_path / "qasper.jsonl").open("a") as stream:
         stream.write('\n{"input": "x"}\nnot json')
     with pytest.raises(UserError, match=r"qasper\.jsonl:4: no context, answers, all_classes"):
-        bench.items("qasper", TOKENIZER, 400, 9)
+        bench.examples("qasper", TOKENIZER, 400, 9)
 
 
 def test_recovery_and_its_interval():
@@ -239,17 +240,18 @@ def test_answers_survive_a_torn_line_and_are_not_made_twice(tmp_path):
 
 
 def item_of(text, index=0, tokens=6, **more):
-    return Item("qasper", index, text, ["x"], 10, 64, tokens, **more)
+    return Example("qasper", index, text, ["x"], 10, 64, tokens, **more)
 
 
 def test_batches_answer_as_single_prompts_do(tmp_path):
     model = tiny_model(vocab_size=300).eval()
     items = [item_of(TEXT[: 40 + 20 * i], i, tokens=4 + i) for i in range(3)]
-    modes = {"dense": False, "spts": None}
     found = []
     for batch in (1, 3):
         kept = runner.Answers(tmp_path / f"{batch}.jsonl")
-        found.append(list(runner.run(model, TOKENIZER, items, dict.fromkeys(modes, "k") | {"spts": "s"}, kept, batch)))
+        found.append(
+            list(runner.run(runner.ways_of(model), TOKENIZER, items, {"dense": "k", "spts": "s"}, kept, batch))
+        )
     answers = [{(row["mode"], row["index"]): row["answer"] for row in rows} for rows in found]
     assert len(answers[0]) == 6 and answers[0] == answers[1]
 
@@ -258,8 +260,8 @@ def test_batches_answer_as_single_prompts_do(tmp_path):
 def test_a_further_turn_runs_on_the_first_ones_cache(spts):
     model = tiny_model(vocab_size=300).eval()
     item = item_of(TEXT[:60], follow_up=" And then?")
-    [answer] = runner.answers(model, TOKENIZER, [item], spts)
     extra = {} if spts is None else {"spts": spts}
+    [answer] = runner.answers(model, TOKENIZER, [item], **extra)
     ids = runner.encode(TOKENIZER, [item.text], model.device)["input_ids"]
     with torch.no_grad():
         out = model(ids, logits_to_keep=1, use_cache=True, **extra)
@@ -341,7 +343,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert counting == {"score with spts=False": 100.0, "score with skipping": 0.0}
     run(*common, *options, *suites, "--rescore", "--certify")
     assert (folder / "README.md").read_text() == card
-    assert suites.stale(folder) is None
+    assert stale(folder) is None
     config = json.loads((folder / "config.json").read_text())
     config["spts"]["sink_tokens"] = 3
     (folder / "config.json").write_text(json.dumps(config))
@@ -367,8 +369,8 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
     assert list(rows) == names and all(name in shown for name in names)
-    counted = [rows[name]["counted"] for name in names[:4]]
-    assert counted == sorted(counted) and counted[0] == 1
+    flops = [rows[name]["flop_speedup"] for name in names[:4]]
+    assert flops == sorted(flops) and flops[0] == 1
     kv = [rows[name]["kv_bytes"] for name in names]
     assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
-    assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and set(rows["+PAP"]["seconds"]) == {"1", "2"}
+    assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and len(rows["+PAP"]["seconds"]) == 2

@@ -54,8 +54,8 @@ def test_needles_are_found_as_by_the_dense_model(models):
     stock, model, tokenizer = models
     prose = "\n\n".join(data.python_docs())
     dense = kept = 0
-    for item in ruler.items("niah_single_2", tokenizer, prose, 3000, 3, seed=5, answer_tokens=32):
-        found = [item.outputs[0] in runner.answers(m, tokenizer, [item], None)[0] for m in (stock, model)]
+    for item in ruler.examples("niah_single_2", tokenizer, prose, 3000, 3, seed=5, answer_tokens=32):
+        found = [item.outputs[0] in runner.answers(m, tokenizer, [item])[0] for m in (stock, model)]
         dense += found[0]
         kept += found[0] * found[1]
     assert dense >= 2

@@ -33,9 +33,9 @@ from spts_compress import pipeline
 from spts_compress.calibrate import data
 from spts_compress.checkpoint.families import FAMILIES
 from spts_compress.cost import has_experts
-from spts_compress.evaluate.report import hardware
 from spts_compress.modeling.stock_layer import FULL, SLIDING, layer_kinds
 from spts_compress.recipe import load
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.tables import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

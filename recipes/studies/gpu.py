@@ -21,6 +21,7 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from spts_compress.cost import predicted  # noqa: E402
 from spts_compress.modeling import modeling_spts_llama, modeling_spts_qwen2  # noqa: E402
 from spts_compress.timing import pairs  # noqa: E402
 
@@ -118,6 +119,12 @@ def check(name):
     }
 
 
+def compare(stock, model, ids, rounds):
+    """TTFT and 16 new tokens of dense and SPTS in turn, memory, and what the FLOPs allow."""
+    row = pairs.compare({"dense": (stock, {}), "spts": (model, {})}, ids, rounds, (1, 16))
+    return {**row, "flops": predicted(model.config, model.config.schedule(), ids.shape[1])}
+
+
 def profile(model, ids):
     """Where one SPTS prefill's device time goes, and how often the host waits for the device inside it."""
     with torch.no_grad():
@@ -177,26 +184,19 @@ def main():
             if stage == "headline":
                 rows = []
                 for length in args.lengths:
-                    pairs = args.pairs if length <= 65536 else 1
-                    row = pairs.compare(stock, model, prompts(model, length // scale), pairs, 16)
-                    rows.append(row)
-                    print(
-                        name,
-                        length,
-                        json.dumps({k: row[k] for k in ("ttft_ratio", "end_to_end_ratio", "counted")}),
-                        flush=True,
-                    )
-                    print("  ", row["dense"], row["spts"], flush=True)
+                    rounds = args.pairs if length <= 65536 else 1
+                    rows.append(compare(stock, model, prompts(model, length // scale), rounds))
+                    print(name, length, json.dumps(rows[-1]), flush=True)
             elif stage == "batch":
-                rows = [pairs.compare(stock, model, prompts(model, 16384 // scale, b), 3, 16) for b in (1, 2, 4)]
+                rows = [compare(stock, model, prompts(model, 16384 // scale, b), 3) for b in (1, 2, 4)]
                 for row in rows:
-                    print(name, "batch", row["batch"], row["ttft_ratio"], row["end_to_end_ratio"], flush=True)
+                    print(name, "batch", row["batch"], row["spts"]["speedup"], flush=True)
             elif stage == "ablation":
                 rows, full = {}, model.config.spts
                 for part, block in variants(model).items():
                     model.config.spts = block
-                    rows[part] = pairs.compare(stock, model, prompts(model, 32768 // scale), args.pairs, 16)
-                    print(name, part, rows[part]["ttft_ratio"], rows[part]["counted"], flush=True)
+                    rows[part] = compare(stock, model, prompts(model, 32768 // scale), args.pairs)
+                    print(name, part, rows[part]["spts"]["speedup"], rows[part]["flops"], flush=True)
                 model.config.spts = full
             elif stage == "profile":
                 rows = profile(model, prompts(model, 32768 // scale))

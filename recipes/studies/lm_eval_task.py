@@ -26,7 +26,7 @@ args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
 prose = "\n\n".join(data.python_docs())
-items = ruler.items("niah_single_2", tokenizer, prose, args.length, args.items, seed=3, answer_tokens=32)
+items = ruler.examples("niah_single_2", tokenizer, prose, args.length, args.items, seed=3, answer_tokens=32)
 args.folder.mkdir(parents=True, exist_ok=True)
 data = args.folder.absolute() / "hidden_number.jsonl"
 data.write_text("".join(json.dumps({"prompt": item.text, "answer": item.outputs[0]}) + "\n" for item in items))

@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from spts_compress.evaluate.report import hardware
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.tables import size, table
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 2560, 8960, 20, 4

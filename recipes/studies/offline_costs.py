@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from spts_compress.evaluate.report import hardware
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.tables import size, table
 
 BASE = {"layers": 8, "hidden": 512, "tokens": 16384}

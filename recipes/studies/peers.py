@@ -30,12 +30,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from spts_compress.calibrate import data
 from spts_compress.cost import predicted
-from spts_compress.evaluate.report import hardware
 from spts_compress.evaluate.suites import load
 from spts_compress.tasks import ruler
 from spts_compress.tasks.runner import encode
 from spts_compress.tasks.scorers import score
 from spts_compress.timing.pairs import kv_bytes, stock_twin, synchronize
+from spts_compress.utils.devices import hardware
 from spts_compress.utils.tables import table
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
@@ -188,7 +188,7 @@ else:
     print("kvpress is not installed, so its presses are left out", file=sys.stderr)
 
 prose = "\n\n".join(data.from_files(Path(args.haystack)) if args.haystack else data.python_docs())
-made = {task: ruler.items(task, tokenizer, prose, lengths[0], args.items, seed=7) for task in TASKS}
+made = {task: ruler.examples(task, tokenizer, prose, lengths[0], args.items, seed=7) for task in TASKS}
 rows: dict[str, dict] = {name: {"scores": {task: [] for task in TASKS}, "ttft": {}, "kv": {}} for name in methods}
 with tqdm(total=len(methods) * len(TASKS) * args.items, desc="retrieval") as progress:
     for task, items in made.items():
@@ -198,7 +198,7 @@ with tqdm(total=len(methods) * len(TASKS) * args.items, desc="retrieval") as pro
                 rows[name]["scores"][task].append(score(item.scorer, found, item.outputs, item.classes))
                 progress.update()
 for length in lengths:
-    [item] = ruler.items("niah_single_2", tokenizer, prose, length, 1, seed=8)
+    [item] = ruler.examples("niah_single_2", tokenizer, prose, length, 1, seed=8)
     ids = encode(tokenizer, [item.text], dense.device)["input_ids"]
     for name, (_, prefill) in methods.items():
         with torch.no_grad():

@@ -10,7 +10,7 @@ from ..plan import describe
 from ..search.report import as_text
 from ..utils.errors import UserError, reason
 from ..utils.tables import size
-from .report import fidelity_table, quality_table, speed_table
+from .columns import proxy_table, score_tables, speed_table
 
 
 def read_config(folder: Path) -> Any:
@@ -42,13 +42,12 @@ def inspect(folder: Path) -> str:
     except ValueError as error:
         raise UserError("\n".join(f"{folder / CONFIG}: {fault}" for fault in error.args)) from None
     files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())
-    report_file = folder / REPORT
-    report = json.loads(report_file.read_text()) if report_file.is_file() else None
+    path = folder / REPORT
+    report = json.loads(path.read_text()) if path.is_file() else None
     lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
     if report:
-        parts += [fidelity_table(report["proxies"]), speed_table(report), quality_table(report)]
-        if report.get("search"):
-            parts.append(as_text(report["search"]))
-    return "\n\n".join(parts)
+        parts += [proxy_table(report["proxies"]), speed_table(report), score_tables(report)]
+        parts += [as_text(report["search"])] if report.get("search") else []
+    return "\n\n".join(part for part in parts if part)

@@ -1,11 +1,10 @@
 """Evaluating a checkpoint: suites of tasks, dense beside SPTS, with tables, pictures and a certificate."""
 
-import importlib.util
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,26 +13,30 @@ from tqdm import tqdm
 from ..calibrate import data
 from ..calibrate.base_checks import setting_faults
 from ..checkpoint.keys import environment, folder_key
+from ..checkpoint.layout import CARD, CERTIFICATE
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
-from ..tasks.example import Item, sentences
-from ..tasks.runner import MODES, Answers, answer_key, run
+from ..tasks.example import Example, sentences
+from ..tasks.runner import MODES, Answers, answer_key, run, ways_of
+from ..utils import tables
+from ..utils.devices import hardware
 from ..utils.distributed import SINGLE_PROCESS, Ranks
 from ..utils.errors import UserError
 from ..utils.store import fingerprint, writing
-from ..utils.tables import table
+from ..utils.tables import COLOURS, LABELS, plot_interval
+from .columns import score_tables
 from .inspect import read_config
-from .report import hardware, mean
 
 FILES = ("answers.jsonl", "setting.json", "evaluation.json", "evaluation.md", "evaluation.png")  # in the output
 SUITES = ("ruler", "longbench", "diversity", "fidelity")
-CERTIFICATE = "spts_evaluation.json"
 MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
 FREE_TOKENS = 64
+HAYSTACK, LONGBENCH = "haystack", "LongBench"  # where prompts for free answers come from
+BANDS = 5  # of needle depth
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalConfig:
     """What to run. `tasks`: only these (none: all of the suites). `lengths` in tokens, answers included. `items` a task
     and length. `haystack`: a file or folder of text (none: CPython's language reference). `longbench`:
     LongBench's folder. `batch`: prompts at a time; rows equal their own runs."""
@@ -47,63 +50,53 @@ class Request:
     longbench: str | None = None
     batch: int = 1
 
-    def checked(self) -> "Request":
+    def checked(self) -> "EvalConfig":
         """Raises UserError for unknown or contradictory values."""
-        for suite in self.suites:
-            if suite not in SUITES:
-                raise UserError(f"--suite {suite}: unknown; there are {', '.join(SUITES)}")
         known = [*ruler.TASKS, *synthetic.TASKS, *longbench.TASKS]
-        for task in self.tasks:
-            if task not in known:
-                raise UserError(f"--task {task}: unknown; there are {', '.join(known)}")
+        for option, values, allowed in (("suite", self.suites, SUITES), ("task", self.tasks, known)):
+            for value in values:
+                if value not in allowed:
+                    raise UserError(f"--{option} {value}: unknown; there are {', '.join(allowed)}")
         if "longbench" in self.suites and self.longbench is None:
             raise UserError("--suite longbench needs --longbench FOLDER, where LongBench's files are")
         if min(self.lengths) < 256 or self.items < 1 or self.batch < 1:
             raise UserError("--lengths must be at least 256, --items and --batch at least 1")
         return self
 
-
-def prose_of(request: Request) -> str:
-    """The haystack."""
-    parts = data.from_files(Path(request.haystack)) if request.haystack else data.python_docs()
-    return "\n\n".join(parts)
+    def text(self) -> str:
+        """The haystack."""
+        return "\n\n".join(data.from_files(Path(self.haystack)) if self.haystack else data.python_docs())
 
 
-def all_items(request: Request, tokenizer: Any) -> list[Item]:
-    """Every item of the suites but `fidelity`, made anew from the request alone."""
-    prose, made = prose_of(request), []
-    bench = longbench.LongBench(request.longbench) if request.longbench else None
-    for length in request.lengths:
-        wanted: list[tuple[str, Iterable[str]]] = [
-            ("ruler", ruler.TASKS),
-            ("diversity", synthetic.TASKS),
-            ("longbench", bench.tasks() if bench else ()),
-        ]
-        for suite, tasks in wanted:
-            if suite not in request.suites:
-                continue
-            for task in tasks:
-                if request.tasks and task not in request.tasks:
-                    continue
-                if suite == "longbench" and bench is not None:
-                    made += bench.items(task, tokenizer, length, request.items)
-                else:
-                    maker = ruler.items if suite == "ruler" else synthetic.items
-                    made += maker(task, tokenizer, prose, length, request.items, request.seed)
-    return made
+def _longbench_examples(config: EvalConfig, tokenizer: Any, length: int) -> Iterator[Example]:
+    if config.longbench is not None:
+        bench = longbench.LongBench(config.longbench)
+        for task in bench.tasks():
+            if not config.tasks or task in config.tasks:
+                yield from bench.examples(task, tokenizer, length, config.items)
 
 
-def free_items(request: Request, tokenizer: Any, prose: str) -> list[Item]:
-    """The prompts of the suite `fidelity`: about the haystack `prose`, and LongBench's if its folder is given."""
-    made: list[Item] = []
-    bench = longbench.LongBench(request.longbench) if request.longbench else None
-    tasks = [task for task in (bench.tasks() if bench else ()) if not request.tasks or task in request.tasks]
-    for length in request.lengths:
-        made += agreement.items(tokenizer, prose, length, request.items, FREE_TOKENS)
-        if bench is not None:
-            found = (item for task in tasks for item in bench.items(task, tokenizer, length, request.items))
-            made += [replace(item, answer_tokens=FREE_TOKENS) for item in found]
-    return made
+def all_examples(config: EvalConfig, tokenizer: Any) -> list[Example]:
+    """Every example of the suites but `fidelity`, made anew from the configuration alone."""
+    haystack, examples = config.text(), list[Example]()
+    for length in config.lengths:
+        for suite, source in (("ruler", ruler), ("diversity", synthetic)):
+            for task in source.TASKS if suite in config.suites else ():
+                if not config.tasks or task in config.tasks:
+                    examples += source.examples(task, tokenizer, haystack, length, config.items, config.seed)
+        if "longbench" in config.suites:
+            examples += _longbench_examples(config, tokenizer, length)
+    return examples
+
+
+def free_examples(config: EvalConfig, tokenizer: Any, haystack: str) -> list[Example]:
+    """The prompts of the suite `fidelity`: about the `haystack`, and LongBench's if its folder is given."""
+    examples = list[Example]()
+    for length in config.lengths:
+        examples += agreement.examples(tokenizer, haystack, length, config.items, FREE_TOKENS)
+        bench = _longbench_examples(config, tokenizer, length)
+        examples += [replace(example, answer_tokens=FREE_TOKENS) for example in bench]
+    return examples
 
 
 def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
@@ -133,41 +126,44 @@ def computed_how(model: Any) -> list[str]:
     return [str(model.dtype), model.device.type, model.config._attn_implementation, environment()]
 
 
-def free_key(spts_key: str, item: Item) -> str:
+def free_key(spts_key: str, example: Example) -> str:
     """Where the measures of a free answer are kept."""
-    return fingerprint("fidelity", spts_key, item.text, FREE_TOKENS)
+    return fingerprint("fidelity", spts_key, example.text, FREE_TOKENS)
 
 
 def collect(
-    model: Any, tokenizer: Any, folder: Path, request: Request, output: Path, ranks: Ranks = SINGLE_PROCESS
+    model: Any, tokenizer: Any, folder: Path, config: EvalConfig, output: Path, ranks: Ranks = SINGLE_PROCESS
 ) -> None:
     """Run everything; each answer is in `output`/answers.jsonl at once (of several processes each has its own
     answers.N.jsonl, and its share of the prompts), and what is there is not run again.
 
     `output`/setting.json says beforehand which answers belong to this evaluation, so that a stopped one can be scored.
+
+    Raises:
+        UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile.
     """
-    kept = Answers(output / "answers.jsonl", ranks.rank)
+    done = Answers(output / "answers.jsonl", ranks.rank)
     how = computed_how(model)
-    keys = mode_keys(folder, how)
-    items, free, prose = all_items(request, tokenizer), [], ""
-    if "fidelity" in request.suites:
-        prose = prose_of(request)
-        free, prose = free_items(request, tokenizer, prose), "\n\n".join(sentences(prose))
-    wanted = {mode: [answer_key(key, item) for item in items] for mode, key in keys.items()}
-    wanted["fidelity"] = [free_key(keys["spts"], item) for item in free]
-    setting = {"keys": keys, "request": asdict(request), "hardware": hardware(str(model.device)), "how": how}
+    keys, ways = mode_keys(folder, how), ways_of(model)
+    examples, free, text = all_examples(config, tokenizer), list[Example](), ""
+    if "fidelity" in config.suites:
+        haystack = config.text()
+        free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
+    wanted = {mode: [answer_key(key, example) for example in examples] for mode, key in keys.items()}
+    wanted["fidelity"] = [free_key(keys["spts"], example) for example in free]
+    setting = {"keys": keys, "request": asdict(config), "hardware": hardware(str(model.device)), "how": how}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted}))
-    for _ in run(model, tokenizer, ranks.shard(items), keys, kept, request.batch):
+    for _ in run(ways, tokenizer, ranks.shard(examples), keys, done, config.batch):
         pass
-    asked = ranks.shard(list(zip(free, wanted["fidelity"], strict=True)))
-    for item, key in tqdm(asked, desc="fidelity", unit="prompt", disable=not free):
-        if key not in kept.rows:
-            begin = item.index * len(prose) // request.items
-            following = prose[begin:] + prose[:begin] if item.task == agreement.TASK else None
-            found = agreement.measure(model, tokenizer, item, following)
-            kept.add({"key": key, "mode": "fidelity", **item.plain(), **found})
+    shard = ranks.shard(list(zip(free, wanted["fidelity"], strict=True)))
+    for example, key in tqdm(shard, desc="fidelity", unit="prompt", disable=not free):
+        if key not in done.rows:
+            begin = example.index * len(text) // config.items
+            following = text[begin:] + text[:begin] if example.task == agreement.TASK else None
+            measures = agreement.measure(ways, tokenizer, example, following)
+            done.add({"key": key, "mode": "fidelity", **example.to_row(), **measures})
     if mode_keys(folder, how) != keys:
         raise UserError(f"{folder} was changed during the run, so the answers may be of either: give a new --output")
     ranks.barrier()
@@ -184,132 +180,94 @@ def summarise(output: Path) -> dict[str, Any]:
         wanted = setting.pop("answers")
     except (OSError, ValueError, KeyError, AttributeError):
         raise UserError(f"{output}: no evaluation there") from None
-    kept = Answers(output / "answers.jsonl").rows
-    found = {mode: [kept[key] for key in keys if key in kept] for mode, keys in wanted.items()}
-    missing = sum(len(keys) for keys in wanted.values()) - sum(len(rows) for rows in found.values())
-    rows = [{**row, "mode": mode} for mode in ("dense", "spts") for row in found[mode]]
-    scored = recovery.score_rows(rows)
-    result: dict[str, Any] = {"setting": setting, "missing": missing, "tasks": recovery.summary(scored)}
-    result["fidelity"] = [
-        {"length": length, "prompts": source, **_fidelity(measured)}
-        for length in setting["request"]["lengths"]
-        for source in ("haystack", "LongBench")
-        if (measured := [r for r in found["fidelity"] if r["limit"] == length and _source(r) == source])
-    ]
-    result["depths"] = [
-        {k: row[k] for k in ("task", "limit", "depth", "mode", "score")} for row in scored if row["depth"] is not None
-    ]
-    return result
-
-
-def _source(row: dict) -> str:
-    return "haystack" if row["task"] == agreement.TASK else "LongBench"
-
-
-def _fidelity(rows: list[dict]) -> dict[str, Any]:
-    modes = ("dense", "spts")
-    tasks = dict.fromkeys(row["task"] for row in rows)
-    losses = [r["loss"] for r in rows if r["loss"]]
+    answers = Answers(output / "answers.jsonl").rows
+    rows = {mode: [answers[key] for key in keys if key in answers] for mode, keys in wanted.items()}
+    scored = recovery.score_rows([{**row, "mode": mode} for mode in MODES for row in rows[mode]])
+    free: dict[tuple[int, str], list[dict]] = {
+        (length, source): [] for length in setting["request"]["lengths"] for source in (HAYSTACK, LONGBENCH)
+    }
+    for row in rows["fidelity"]:
+        free[row["limit"], HAYSTACK if row["task"] == agreement.TASK else LONGBENCH].append(row)
     return {
-        "items": len(rows),
-        "kl": mean([r["kl"] for r in rows]),
-        "top1": mean([r["top1"] for r in rows]),
-        "interval": recovery.interval([1.0] * len(rows), [r["top1"] for r in rows]),
-        "tasks": {task: mean([r["top1"] for r in rows if r["task"] == task]) for task in tasks},
-        "repeats": {m: sum(r["repeats"][m] for r in rows) for m in modes},
-        "perplexity": {m: math.exp(mean([loss[m] for loss in losses])) for m in modes} if losses else None,
+        "setting": setting,
+        "missing": sum(map(len, wanted.values())) - sum(map(len, rows.values())),
+        "tasks": recovery.summary(scored),
+        "fidelity": [
+            {"length": length, "prompts": source, **recovery.fidelity_summary(measured)}
+            for (length, source), measured in free.items()
+            if measured
+        ],
+        "depths": [
+            {name: row[name] for name in ("task", "limit", "depth", "mode", "score")}
+            for row in scored
+            if row["depth"] is not None
+        ],
     }
 
 
 def as_tables(result: dict[str, Any]) -> str:
     """The result as Markdown tables."""
-    lines = []
-    for row in result["tasks"]:
-        low_high = f" ({row['interval'][0]:.2f}-{row['interval'][1]:.2f})" if row["interval"] else ""
-        recovered = "" if row["recovery"] is None else f"{row['recovery']:.2f}{low_high}"
-        scores = (f"{100 * row[mode]:.1f}" for mode in ("dense", "spts"))
-        lines.append([row["task"], row["length"], row["items"], *scores, recovered])
-    heads = ["task", "tokens", "items", "dense", "SPTS", "recovery (95% interval)"]
-    parts = [table(heads, lines)] if lines else []
-    if result["missing"]:
-        parts.insert(0, f"Not finished: {result['missing']} answers are missing.")
-    if result["fidelity"]:
-        lines = [
-            [
-                row["prompts"],
-                row["length"],
-                row["items"],
-                f"{row['top1']:.1%}"
-                + (f" ({row['interval'][0]:.3f}-{row['interval'][1]:.3f})" if row["interval"] else ""),
-                f"{row['kl']:.3f}",
-                *(f"{row['repeats'][m]}" for m in ("dense", "spts")),
-                *(f"{row['perplexity'][m]:.2f}" if row["perplexity"] else "" for m in ("dense", "spts")),
-            ]
-            for row in result["fidelity"]
-        ]
-        heads = ["free answers about", "tokens", "items", "next token as dense (95% interval)", "KL, nats"]
-        heads += ["repeating, dense", "SPTS"]
-        parts.append(table([*heads, "perplexity of following text, dense", "SPTS"], lines))
-    return "\n\n".join(parts)
+    unfinished = f"Not finished: {result['missing']} answers are missing.\n\n" if result["missing"] else ""
+    return unfinished + score_tables(result)
 
 
 def save(result: dict[str, Any], output: Path) -> str:
     """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables."""
-    tables = as_tables(result)
-    (output / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "evaluation.md").write_text(tables + "\n")
-    (output / "evaluation.png").unlink(missing_ok=True)  # an earlier result's
-    if result["tasks"] and importlib.util.find_spec("matplotlib"):
-        draw(result, output / "evaluation.png")
-    return tables
+    drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
+    return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)
 
 
-def draw(result: dict[str, Any], target: Path) -> None:
-    """Scores of every task (by length where there are several), and needles by depth and length, dense beside SPTS."""
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(row["task"] for row in result["tasks"]))
-    figure = Figure(figsize=(11, 4 if not result["depths"] else 7.5), layout="constrained")
-    rows = 2 if result["depths"] else 1
-    axes = figure.subplots(rows, 2, squeeze=False)
-    several = len({row["length"] for row in result["tasks"]}) > 1
-    for axis, mode in zip(axes[0], ("dense", "spts"), strict=True):
-        axis.set_title(f"{mode}: score")
-        if several:
-            for task in tasks:
-                found = sorted((r["length"], r[mode]) for r in result["tasks"] if r["task"] == task)
-                axis.plot([str(x) for x, _ in found], [100 * y for _, y in found], "o-", label=task)
-            axis.set(xlabel="tokens", ylim=(-3, 103))
-        else:
-            bars = axis.barh([r["task"] for r in result["tasks"]], [100 * r[mode] for r in result["tasks"]])
-            axis.bar_label(bars, fmt="%.0f", padding=2)
-            axis.set(xlabel=f"{result['tasks'][0]['length']} tokens", xlim=(0, 110))
-            axis.invert_yaxis()
-    if several:
-        axes[0][1].legend(fontsize=6, ncol=2)
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """Scores of every task, dense beside SPTS, and the score of single needles by their depth."""
+    lengths = sorted({row["length"] for row in result["tasks"]})
+    figure.set_figheight(1.5 + 0.34 * len(result["tasks"]))
+    panels = figure.subplots(1, 2, squeeze=False, width_ratios=[3, 2])[0] if result["depths"] else [figure.subplots()]
+    _draw_scores(panels[0], result["tasks"], lengths)
     if result["depths"]:
-        lengths = sorted({row["limit"] for row in result["depths"]})
-        for axis, mode in zip(axes[1], ("dense", "spts"), strict=True):
-            grid = [
-                [
-                    mean(
-                        [
-                            r["score"]
-                            for r in result["depths"]
-                            if r["mode"] == mode and r["limit"] == n and int(min(r["depth"], 0.999) * 5) == d
-                        ]
-                    )
-                    for n in lengths
-                ]
-                for d in range(5)
-            ]
-            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            axis.set(title=f"{mode}: one needle by depth (grey: none there)", xlabel="tokens", ylabel="depth")
-            axis.set_facecolor("lightgrey")
-            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
-            axis.set_yticks(range(5), [f"{20 * d}-{20 * d + 20}%" for d in range(5)])
-        figure.colorbar(image, ax=list(axes[1]))
-    figure.savefig(target, dpi=120)
+        _draw_depths(panels[1], result["depths"], lengths)
+
+
+def _draw_scores(axis: Any, rows: list[dict], lengths: list[int]) -> None:
+    """A pair of points for each task and length, joined by a line; SPTS with the interval of its recovery."""
+    rows = sorted(rows, key=lambda row: (row["task"], row["length"]))
+    names = [row["task"] + (f", {row['length']}" if len(lengths) > 1 else "") for row in rows]
+    dense, spts = ([100 * row[mode] for row in rows] for mode in MODES)
+    ends = [[min(100.0, score * end) for end in row["interval"] or ()] for row, score in zip(rows, dense, strict=True)]
+    axis.hlines(names, dense, spts, color="#BBBBBB", zorder=0)
+    axis.plot(dense, names, "|", markersize=15, markeredgewidth=2, color=COLOURS["dense"], label="dense")
+    known = [end or [score, score] for end, score in zip(ends, spts, strict=True)]
+    plot_interval(axis, spts, names, known, linestyle="none", color=COLOURS["spts"], label="SPTS, 95% of its recovery")
+    axis.set(title=f"Score, {lengths[0]} prompt tokens" if len(lengths) == 1 else "Score, by prompt tokens")
+    axis.set(xlabel="score, %", xlim=(-3, 103))
+    axis.invert_yaxis()
+    axis.legend()
+
+
+def _draw_depths(axis: Any, rows: list[dict], lengths: list[int]) -> None:
+    """Mean score by depth of the needle: a line for each mode where there is one length, else a map of what SPTS loses
+    by length and depth."""
+    bands = [f"{100 * band // BANDS}-{100 * (band + 1) // BANDS}" for band in range(BANDS)]
+    scores: dict[tuple[str, int], list[list[float]]] = {(m, n): [[] for _ in bands] for m in MODES for n in lengths}
+    for row in rows:
+        scores[row["mode"], row["limit"]][min(int(row["depth"] * BANDS), BANDS - 1)].append(100 * row["score"])
+    if len(lengths) == 1:
+        for mode, style in (("dense", "--"), ("spts", "-")):
+            filled = {band: values for band, values in zip(bands, scores[mode, lengths[0]], strict=True) if values}
+            means = [fmean(values) for values in filled.values()]
+            ends = [recovery.interval([1.0] * len(values), values) or (min(values),) * 2 for values in filled.values()]
+            plot_interval(axis, [*filled], means, ends, linestyle=style, color=COLOURS[mode], label=LABELS[mode])
+        axis.set(title="One needle, by its depth (95% intervals)", xlabel="depth in the prompt, %", ylim=(-3, 105))
+        axis.set_ylabel("score, %")
+        axis.legend()
+        return
+    mean = {key: [fmean(values) if values else float("nan") for values in found] for key, found in scores.items()}
+    loss = [[mean["dense", n][band] - mean["spts", n][band] for n in lengths] for band in range(BANDS)]
+    image = axis.imshow(loss, vmin=-100, vmax=100, cmap="PuOr_r", aspect="auto")
+    axis.set(title="One needle: score, dense - SPTS", xlabel="prompt tokens", ylabel="depth in the prompt, %")
+    axis.set_facecolor("lightgrey")  # where there was no needle
+    axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axis.set_yticks(range(BANDS), bands)
+    axis.figure.colorbar(image, ax=axis, label="points lost")
 
 
 def certify(folder: Path, result: dict[str, Any]) -> None:
@@ -323,20 +281,21 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
         raise UserError(f"{folder}: these answers are another checkpoint's; run evaluate without --rescore")
     if result["missing"]:
         raise UserError(f"{folder}: {result['missing']} answers are missing; run evaluate without --rescore")
-    paths = {name: Path(value).name for name in ("haystack", "longbench") if (value := setting["request"][name])}
-    told = {**setting, "request": {**setting["request"], **paths}}  # where a user's files lie is nobody's business
-    data = {"checkpoint": key, "setting": told, "tasks": result["tasks"], "fidelity": result["fidelity"]}
+    request = setting["request"]
+    paths = {name: Path(value).name for name in ("haystack", "longbench") if (value := request[name])}
+    public = {**setting, "request": {**request, **paths}}  # where a user's files lie is nobody's business
+    certificate = {"checkpoint": key, "setting": public, "tasks": result["tasks"], "fidelity": result["fidelity"]}
     with writing(folder / CERTIFICATE) as partial:
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-    card = folder / "README.md"
-    whole = card.read_text(encoding="utf-8") if card.is_file() else ""
+        partial.write_text(json.dumps(certificate, indent=1) + "\n")
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
     begin, end = MARKS
-    if begin in whole and end in whole:
-        whole = whole[: whole.index(begin)].rstrip() + "\n" + whole[whole.index(end) + len(end) :]
-    machine, request = setting["hardware"], setting["request"]
+    if begin in text and end in text:
+        text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
+    machine = setting["hardware"]
     haystack = "a folder of the user's" if request["haystack"] else "the Python language reference"
-    tried = {row["task"] for row in result["tasks"]}
-    missing = [task for task in (*ruler.TASKS, *longbench.TASKS, *synthetic.TASKS) if task not in tried]
+    measured = {row["task"] for row in result["tasks"]}
+    missing = [task for task in (*ruler.TASKS, *longbench.TASKS, *synthetic.TASKS) if task not in measured]
     section = f"""{begin}
 ## Evaluation
 
@@ -347,16 +306,14 @@ Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: 
 
 Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolkit's own tasks"}; other lengths.
 {end}"""
-    made = with_results(f"{whole.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
+    text = with_results(f"{text.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
     with writing(card) as partial:
-        partial.write_text(made, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def stale(folder: Path) -> str | None:
     """A warning if the checkpoint was changed since its certificate was written."""
     path = folder / CERTIFICATE
-    if not path.is_file():
-        return None
-    if json.loads(path.read_text()).get("checkpoint") == folder_key(folder):
+    if not path.is_file() or json.loads(path.read_text()).get("checkpoint") == folder_key(folder):
         return None
     return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"

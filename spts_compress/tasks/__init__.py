@@ -1,1 +1,1 @@
-"""Prompts with known answers, and how answers are scored."""
+"""Prompts with known answers, how a model is asked, and how answers are scored and compared with dense."""

@@ -5,46 +5,43 @@
 - perplexity of the text that follows a long prompt.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .example import Item, about, chat, counted, sentences
+from ..timing.pairs import Way
+from .example import Example, ask_about, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
 TASK = "free_answer"
 GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": False}  # whatever the generation config says
 REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
+FOLLOWING = 128  # tokens of following text that are predicted
 
 
-def items(tokenizer: Any, prose: str, length: int, count: int, answer_tokens: int) -> list[Item]:
+def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_tokens: int) -> list[Example]:
     """`count` prompts of at most `length` tokens, answer included, that ask for a free answer about a stretch of
-    `prose`, each from another place.
+    `haystack`, each from another place.
 
     Raises:
-        UserError: if the question alone does not fit into `length`, or `prose` has no sentence.
+        UserError: if the question alone does not fit into `length`, or `haystack` has no sentence.
     """
-    parts, made = sentences(prose), []
-
-    def ask(context: str) -> str:
-        return chat(tokenizer, QUESTION.format(context=context))
-
-    for index in range(count):
-        start = index * len(parts) // count
-        text = about(parts, start, tokenizer, length - answer_tokens, ask)
-        made.append(
-            Item(TASK, index, text, [], counted(TASK, tokenizer, text, length, answer_tokens), length, answer_tokens)
-        )
-    return made
+    parts = sentences(haystack)
+    starts = (index * len(parts) // count for index in range(count))
+    return [
+        ask_about(TASK, index, tokenizer, parts, start, QUESTION, length, answer_tokens)
+        for index, start in enumerate(starts)
+    ]
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, ids: torch.Tensor, count: int, spts: Any) -> torch.Tensor:
+def log_probabilities(way: Way, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Log probabilities (count, vocabulary), in float32, at the last `count` positions of `ids` (1, n): what comes
     before them is the prompt, and they follow it on its cache."""
-    extra = {} if spts is None else {"spts": spts}
-    logits = model(input_ids=ids, use_cache=True, logits_to_keep=count, **extra).logits[0]
+    model, options = way
+    logits = model(input_ids=ids, use_cache=True, logits_to_keep=count, **options).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 
@@ -60,35 +57,44 @@ def repeats(tokens: list[int]) -> bool:
     return len(grams) >= 8 and len(set(grams)) < REPEATED * len(grams)
 
 
-def measure(model: Any, tokenizer: Any, item: Item, following: str | None) -> dict[str, Any]:
-    """All measures of one prompt.
+@torch.no_grad()
+def free_answer(way: Way, tokenizer: Any, example: Example) -> list[int]:
+    """The tokens of the greedy answer."""
+    model, options = way
+    inputs = encode(tokenizer, [example.text], model.device)
+    ids = model.generate(**inputs, **GREEDY, max_new_tokens=example.answer_tokens, **options)[0]
+    return ids[inputs["input_ids"].shape[1] :].tolist()
+
+
+def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answer: list[int]) -> dict[str, Any]:
+    """`agreement` of dense and SPTS along the dense model's own `answer`, and its number of `tokens`."""
+    prompt = encode(tokenizer, [example.text], ways["dense"][0].device)["input_ids"]
+    ids = torch.cat([prompt, prompt.new_tensor([answer[:-1]])], dim=1)
+    dense, spts = (log_probabilities(ways[name], ids, len(answer)) for name in ("dense", "spts"))
+    return {**agreement(dense, spts), "tokens": len(answer)}
+
+
+def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float]:
+    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length].to(ways["dense"][0].device)
+    target = ids[0, -FOLLOWING:, None]
+    return {
+        name: -float(log_probabilities(way, ids[:, :-1], FOLLOWING).gather(1, target).mean())
+        for name, way in ways.items()
+    }
+
+
+def measure(ways: Mapping[str, Way], tokenizer: Any, example: Example, following: str | None) -> dict[str, Any]:
+    """All measures of one prompt that asks for a free answer.
 
     Args:
-        item: a prompt that asks for a free answer.
-        following: text whose first part is taken as a prompt, and whose last 128 tokens are predicted after it; None
-            if `loss` is not wanted.
+        following: text of which a prompt as long as the example's is made for `following_loss`; None if that is not
+            wanted.
     """
-    inputs = encode(tokenizer, [item.text], model.device)
-    with torch.no_grad():
-        free = {
-            name: model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens, **options)[0]
-            for name, options in (("dense", {"spts": False}), ("spts", {}))
-        }
-    start = inputs["input_ids"].shape[1]
-    own = free["dense"]
-    logs = [log_probabilities(model, own[None, :-1], len(own) - start, spts) for spts in (False, None)]
-    losses = None
-    if following is not None:
-        ids = tokenizer(following, return_tensors="pt", verbose=False)["input_ids"][:, : item.tokens].to(model.device)
-        target = ids[0, -128:, None]
-        losses = {
-            name: -float(log_probabilities(model, ids[:, :-1], 128, spts).gather(1, target).mean())
-            for name, spts in (("dense", False), ("spts", None))
-        }
+    tokens = {name: free_answer(way, tokenizer, example) for name, way in ways.items()}
     return {
-        **agreement(*logs),
-        "tokens": len(own) - start,
-        "repeats": {name: repeats(row[start:].tolist()) for name, row in free.items()},
-        "answers": {name: tokenizer.decode(row[start:], skip_special_tokens=True) for name, row in free.items()},
-        "loss": losses,
+        **along_answer(ways, tokenizer, example, tokens["dense"]),
+        "repeats": {name: repeats(answer) for name, answer in tokens.items()},
+        "answers": {name: tokenizer.decode(answer, skip_special_tokens=True) for name, answer in tokens.items()},
+        "loss": None if following is None else following_loss(ways, tokenizer, following, example.tokens),
     }

@@ -1,7 +1,7 @@
 """What every task makes: prompts of a given length with known answers."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,14 +9,13 @@ from ..utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """One prompt with what its answer is judged by.
 
     `text` ends where the answer begins; it carries the chat template and, last, `answer_prefix`. `tokens` is its
     length, `limit` what it was made for (answer included). `outputs`: references. `scorer`: a name in
-    `scorers.SCORERS`.
-    `depth`: where in the text the needle lies (0 to 1), if there is one. `follow_up`: text of a further turn, sent on
-    the same cache after the first answer; then the second answer is the one that is judged.
+    `scorers.SCORERS`. `depth`: where in the text the needle lies (0 to 1), if there is one. `follow_up`: text of a
+    further turn, sent on the same cache after the first answer; then the second answer is the one that is judged.
     """
 
     task: str
@@ -32,7 +31,7 @@ class Item:
     follow_up: str | None = None
     classes: list[str] = field(default_factory=list)
 
-    def plain(self) -> dict[str, Any]:
+    def to_row(self) -> dict[str, Any]:
         """As plain data, without the prompt's text."""
         return {name: value for name, value in asdict(self).items() if name not in ("text", "follow_up")}
 
@@ -63,43 +62,68 @@ def longest(build: Callable[[int], str], tokenizer: Any, limit: int, most: int) 
     return low
 
 
-def filled(build: Callable[[int, str], str], filler: Callable[[int], str], tokenizer: Any, limit: int) -> str:
-    """The prompt that comes closest to `limit` tokens from below.
+def fit_example(
+    task: str,
+    index: int,
+    tokenizer: Any,
+    build: Callable[[int, str], str],
+    limit: int,
+    answer_tokens: int,
+    filler: Callable[[int], str] = lambda number: "",
+    room: int | None = None,
+    **fields: Any,
+) -> Example:
+    """The example whose prompt comes closest from below to `limit` tokens without its answer.
 
     Args:
         build: makes the prompt from a number of units and a rest, which is part of one more unit.
         filler: the unit with a given number; its words make up the rest.
+        room: tokens left free in place of `answer_tokens`.
+        fields: further values of the example.
+
+    Raises:
+        UserError: if even the shortest prompt does not fit.
     """
-    size = longest(lambda size: build(size, ""), tokenizer, limit, most=limit)
-    words = filler(size).split()
-    count = (
-        longest(lambda count: build(size, " ".join(words[:count])), tokenizer, limit, most=len(words)) if words else 0
-    )
-    return build(size, " ".join(words[:count]))
+    room = room or answer_tokens
+    count = longest(lambda count: build(count, ""), tokenizer, limit - room, most=limit - room)
+    words, more = filler(count).split(), 0
+    if words:
+        more = longest(lambda n: build(count, " ".join(words[:n])), tokenizer, limit - room, most=len(words))
+    text = build(count, " ".join(words[:more]))
+    if (tokens := token_count(tokenizer, text)) > limit - room:
+        raise UserError(f"{task} does not fit into {limit} tokens: the least it needs is {tokens + room}")
+    return Example(task, index, text, tokens=tokens, limit=limit, answer_tokens=answer_tokens, **fields)
 
 
-def about(parts: list[str], start: int, tokenizer: Any, limit: int, ask: Callable[[str], str]) -> str:
-    """`ask(context)` of at most `limit` tokens; the context is a stretch of the sentences `parts` from `start` on."""
+def hide(facts: Sequence[str], depths: Sequence[float], units: list[str]) -> list[str]:
+    """`units` of text with every fact put in at its depth, from 0 to 1; `depths` rise."""
+    count = len(units)
+    for depth, fact in reversed(list(zip(depths, facts, strict=True))):
+        units.insert(round(depth * count), fact)
+    return units
+
+
+def ask_about(
+    task: str,
+    index: int,
+    tokenizer: Any,
+    parts: list[str],
+    start: int,
+    question: str,
+    limit: int,
+    answer_tokens: int,
+) -> Example:
+    """A prompt for a free answer about a stretch of the sentences `parts` from `start` on, which stands in `question`
+    in the place of {context}."""
 
     def unit(number: int) -> str:
         return parts[(start + number) % len(parts)]
 
-    def build(size: int, rest: str) -> str:
-        return ask(" ".join([*map(unit, range(size)), *([rest] if rest else [])]))
+    def build(count: int, rest: str) -> str:
+        context = " ".join([*map(unit, range(count)), *([rest] if rest else [])])
+        return chat(tokenizer, question.replace("{context}", context))
 
-    return filled(build, unit, tokenizer, limit)
-
-
-def counted(task: str, tokenizer: Any, text: str, limit: int, room: int) -> int:
-    """Tokens of a prompt.
-
-    Raises:
-        UserError: if they leave less than `room` of `limit`.
-    """
-    tokens = token_count(tokenizer, text)
-    if tokens > limit - room:
-        raise UserError(f"{task} does not fit into {limit} tokens: the least it needs is {tokens + room}")
-    return tokens
+    return fit_example(task, index, tokenizer, build, limit, answer_tokens, unit, outputs=[])
 
 
 def sentences(prose: str) -> list[str]:
@@ -109,7 +133,7 @@ def sentences(prose: str) -> list[str]:
         UserError: if there is none.
     """
     parts = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", prose))
-    found = [s for s in parts if len(s) >= 20 and sum(c.isalpha() or c in " ,." for c in s) >= 0.92 * len(s)]
-    if not found:
+    plain = [s for s in parts if len(s) >= 20 and sum(c.isalpha() or c in " ,." for c in s) >= 0.92 * len(s)]
+    if not plain:
         raise UserError("the text that prompts are made of has no sentence in plain words; name another text for them")
-    return found
+    return plain

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from .example import Item, chat, token_count
+from .example import Example, chat, token_count
 
 SCORER = {
     **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"), "f1"),
@@ -46,35 +46,22 @@ class LongBench:
 
     def tasks(self) -> list[str]:
         """The tasks that are there."""
-        found = [name for name in TASKS if self.folder is None or (self.folder / f"{name}.jsonl").is_file()]
-        if not found:
+        there = [name for name in TASKS if self.folder is None or (self.folder / f"{name}.jsonl").is_file()]
+        if not there:
             raise UserError(f"{self.source}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
-        return found
+        return there
 
-    def items(self, task: str, tokenizer: Any, length: int, count: int) -> list[Item]:
-        """The first `count` items of a task, cut in the middle to at most `length` tokens, answer included."""
+    def examples(self, task: str, tokenizer: Any, length: int, count: int) -> list[Example]:
+        """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included."""
         if task not in self.tasks():
             raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
-        made = []
+        result, room = [], self.lengths[task]
         for index, row in zip(range(count), self._rows(task), strict=False):
-            prompt = self.prompts[task].format(**row)
-            template = task not in WITHOUT_CHAT
-            text = _cut(prompt, tokenizer, length - self.lengths[task], template)
-            tokens = token_count(tokenizer, text)
-            made.append(
-                Item(
-                    task,
-                    index,
-                    text,
-                    row["answers"],
-                    tokens,
-                    length,
-                    self.lengths[task],
-                    scorer=SCORER[task],
-                    classes=row["all_classes"] or [],
-                )
-            )
-        return made
+            text = _cut(self.prompts[task].format(**row), tokenizer, length - room, task not in WITHOUT_CHAT)
+            tokens, names = token_count(tokenizer, text), row["all_classes"] or []
+            how = SCORER[task]
+            result.append(Example(task, index, text, row["answers"], tokens, length, room, scorer=how, classes=names))
+        return result
 
     def _rows(self, task: str) -> Iterator[dict]:
         if self.folder is None:

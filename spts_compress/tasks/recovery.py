@@ -1,7 +1,9 @@
-"""Scores of two modes on the same items, and how much of the dense score is recovered."""
+"""Scores of two modes on the same examples, and how much of the dense score is recovered."""
 
+import math
 import warnings
 from collections import defaultdict
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ def score_rows(rows: list[dict]) -> list[dict]:
 
 def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[float, float] | None:
     """95% bootstrap interval (percentile, paired, 2000 resamples) of mean(other) / mean(dense); None where the dense
-    mean is 0 or there are fewer than 2 items."""
+    mean is 0 or there are fewer than 2 examples."""
     if len(dense) < 2 or not any(dense):
         return None
 
@@ -30,41 +32,51 @@ def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[flo
         return np.where(bottom > 0, np.mean(b, axis=axis) / np.where(bottom > 0, bottom, 1), np.nan)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # equal items have an interval of one point
-        made = bootstrap(
-            (np.array(dense), np.array(other)),
-            ratio,
-            paired=True,
-            vectorized=True,
-            n_resamples=2000,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-    drawn = made.bootstrap_distribution[np.isfinite(made.bootstrap_distribution)]
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # equal scores have an interval of one point
+        drawn = bootstrap(
+            (np.array(dense), np.array(other)), ratio, paired=True, vectorized=True, n_resamples=2000,
+            method="percentile", rng=np.random.default_rng(seed),
+        ).bootstrap_distribution  # fmt: skip
+    drawn = drawn[np.isfinite(drawn)]
     return (float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))) if len(drawn) else None
 
 
 def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:
-    """Per task and length: number of items, mean scores of dense and `mode`, recovery with its interval."""
-    found: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    """Per task and length: number of examples, mean scores of dense and `mode`, recovery with its interval."""
+    scores: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        found[row["task"], row["limit"]][row["mode"]][row["index"]] = row["score"]
-    made = []
-    for (task, limit), modes in found.items():
-        both = sorted(set(modes["dense"]) & set(modes[mode]))
-        if not both:
+        scores[row["task"], row["limit"]][row["mode"]][row["index"]] = row["score"]
+    result = []
+    for (task, limit), modes in scores.items():
+        if not (both := sorted(set(modes["dense"]) & set(modes[mode]))):
             continue
         dense, other = ([modes[name][i] for i in both] for name in ("dense", mode))
-        top = sum(dense) / len(dense)
-        made.append(
+        result.append(
             {
                 "task": task,
                 "length": limit,
                 "items": len(both),
-                "dense": top,
+                "dense": sum(dense) / len(dense),
                 mode: sum(other) / len(other),
-                "recovery": sum(other) / sum(dense) if top else None,
+                "recovery": sum(other) / sum(dense) if any(dense) else None,
                 "interval": interval(dense, other),
             }
         )
-    return made
+    return result
+
+
+def fidelity_summary(rows: list[dict]) -> dict[str, Any]:
+    """Means over the rows of free answers, see `agreement.measure`; what was not measured is None."""
+    modes, losses = ("dense", "spts"), [row["loss"] for row in rows if row.get("loss")]
+    top1: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        top1[row["task"]].append(row["top1"])
+    return {
+        "items": len(rows),
+        "kl": mean([row["kl"] for row in rows]),
+        "top1": mean([row["top1"] for row in rows]),
+        "interval": interval([1.0] * len(rows), [row["top1"] for row in rows]),
+        "tasks": {task: mean(values) for task, values in top1.items()},
+        "repeats": {m: sum(row["repeats"][m] for row in rows) for m in modes} if "repeats" in rows[0] else None,
+        "perplexity": {m: math.exp(mean([loss[m] for loss in losses])) for m in modes} if losses else None,
+    }

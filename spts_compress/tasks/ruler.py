@@ -6,12 +6,12 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from wonderwords import RandomWord
 
-from .example import Item, chat, counted, filled, sentences
+from .example import Example, chat, fit_example, hide, sentences
 
 NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -80,8 +80,8 @@ TASKS = tuple(ANSWER_TOKENS)
 def vocabulary() -> tuple[list[str], list[str]]:
     """Adjectives and nouns that keys are made of."""
     source = RandomWord()
-    found = (source.filter(include_categories=[kind]) for kind in ("adjective", "noun"))
-    adjectives, nouns = ([word for word in words if word.isalpha()] for words in found)
+    kinds = (source.filter(include_categories=[kind]) for kind in ("adjective", "noun"))
+    adjectives, nouns = ([word for word in words if word.isalpha()] for words in kinds)
     return adjectives, nouns
 
 
@@ -94,65 +94,63 @@ def _token(kind: str, rng: random.Random) -> str:
     return "-".join(rng.choice(words) for words in vocabulary())
 
 
-def _different(kind: str, count: int, rng: random.Random) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_token(kind, rng)] = None
-    return list(found)
+def _distinct(count: int, draw: Callable[[], str]) -> list[str]:
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw()] = None
+    return list(drawn)
 
 
-def items(
+def _letters(alphabet: str, count: int, rng: random.Random) -> str:
+    return "".join(rng.choices(alphabet, k=count))
+
+
+def examples(
     task: str,
     tokenizer: Any,
-    prose: str,
+    haystack: str,
     length: int,
     count: int,
     seed: int,
     answer_tokens: int | None = None,
     needles: Needles | None = None,
-) -> list[Item]:
+) -> list[Example]:
     """`count` prompts of a task, each of at most `length` tokens, answer included.
 
     Args:
         task: one of `TASKS`; any name with `needles`.
-        prose: haystack of the tasks that hide needles in prose; repeated if it is too short for `length`.
-        seed: equal seeds, equal items; every length has its own.
+        haystack: text of the tasks that hide needles in prose; repeated if it is too short for `length`.
+        seed: equal seeds, equal examples; every length has its own.
         answer_tokens: the answer's share of the length, by default the benchmark's.
         needles: a needle task of one's own.
+
+    Raises:
+        UserError: if the task does not fit into `length`.
     """
     needles = needles or NEEDLES.get(task)
-    make: Callable[..., Item]
+    make: Callable[..., Example]
     if needles is not None:
-        haystack = sentences(prose) if needles.haystack == "prose" else NOISE
-        make = partial(_needles, needles, haystack)
+        units = sentences(haystack) if needles.haystack == "prose" else NOISE
+        make = partial(_needles, needles, units)
     else:
         make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}[task]
-    answer = answer_tokens or ANSWER_TOKENS[task]
-    return [
-        make(task, index, tokenizer, length, answer, random.Random(f"{task} {needles} {length} {seed} {index}"))
-        for index in range(count)
-    ]
+    answer_tokens = answer_tokens or ANSWER_TOKENS[task]
+    result = []
+    for index in range(count):
+        rng = random.Random(f"{task} {needles} {length} {seed} {index}")
+        fit = partial(fit_example, task, index, tokenizer, limit=length, answer_tokens=answer_tokens)
+        result.append(make(fit, partial(chat, tokenizer), length, rng))
+    return result
 
 
-def _item(task: str, index: int, tokenizer: Any, text: str, limit: int, answer: int, **more: Any) -> Item:
-    tokens = counted(task, tokenizer, text, limit, answer)
-    return Item(task, index, text, tokens=tokens, limit=limit, answer_tokens=answer, **more)
+Fit = Callable[..., Example]  # `fit_example` for one task and length
+Dress = Callable[..., str]  # `chat` for one tokenizer
 
 
-def _needles(
-    needles: Needles,
-    haystack: list[str],
-    task: str,
-    index: int,
-    tokenizer: Any,
-    limit: int,
-    answer: int,
-    rng: random.Random,
-) -> Item:
-    keys = _different(needles.key_kind, needles.keys, rng)
-    values = dict(
-        zip(keys, _chunks(_different(needles.value_kind, needles.keys * needles.values, rng), keys), strict=True)
-    )
+def _needles(needles: Needles, haystack: list[str], fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
+    keys = _distinct(needles.keys, partial(_token, needles.key_kind, rng))
+    drawn = iter(_distinct(needles.keys * needles.values, partial(_token, needles.value_kind, rng)))
+    values = {key: list(islice(drawn, needles.values)) for key in keys}
 
     def needle(key: str, value: str) -> str:
         return NEEDLE.format(kind=needles.value_kind, key=key, value=value)
@@ -168,7 +166,7 @@ def _needles(
     offset = rng.randrange(len(haystack)) if needles.haystack == "prose" else 0
     depths = sorted(rng.random() for _ in hidden)
     others: list[str] = []  # a haystack of needles grows as it is asked for; no key or value is given twice
-    used = {*keys, *(value for made in values.values() for value in made)}
+    used = {*keys, *(value for of_key in values.values() for value in of_key)}
 
     def unit(number: int) -> str:
         if needles.haystack != "needles":
@@ -180,47 +178,37 @@ def _needles(
                 others.append(needle(key, value))
         return others[number]
 
-    def build(size: int, rest: str) -> str:
-        text = [unit(i) for i in range(size)]
-        for depth, line in sorted(zip(depths, hidden, strict=True), reverse=True):
-            text.insert(round(depth * size), line)
+    def build(count: int, rest: str) -> str:
+        text = hide(hidden, depths, [unit(i) for i in range(count)])
         context = " ".join([*text, rest] if rest else text)
-        return chat(tokenizer, template.format(kind=kind, context=context, query=query), prefix)
+        return dress(template.format(kind=kind, context=context, query=query), prefix)
 
-    text = filled(build, unit, tokenizer, limit - answer)
     outputs = [value for key in asked for value in values[key]]
     depth = depths[0] if len(hidden) == 1 else None
-    return _item(task, index, tokenizer, text, limit, answer, outputs=outputs, answer_prefix=prefix, depth=depth)
+    return fit(build, filler=unit, outputs=outputs, answer_prefix=prefix, depth=depth)
 
 
-def _chunks(values: list[str], keys: list[str]) -> list[list[str]]:
-    size = len(values) // len(keys)
-    return [values[i * size : (i + 1) * size] for i in range(len(keys))]
-
-
-def _variables(task: str, index: int, tokenizer: Any, limit: int, answer: int, rng: random.Random) -> Item:
+def _variables(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
     """One chain of five variables: the first gets the value, each further one the variable before it."""
-    names: dict[str, None] = {}
-    while len(names) < 5:
-        names["".join(rng.choices(string.ascii_uppercase, k=5))] = None
-    chain, value = list(names), str(rng.randint(10_000, 99_999))
-    lines = [f"VAR {chain[0]} = {value}"]
-    lines += [f"VAR {after} = VAR {before}" for before, after in pairwise(chain)]
+    chain = _distinct(5, partial(_letters, string.ascii_uppercase, 5, rng))
+    value = str(rng.randint(10_000, 99_999))
+    lines = [f"VAR {chain[0]} = {value}."]
+    lines += [f"VAR {after} = VAR {before}." for before, after in pairwise(chain)]
     depths = sorted(rng.random() for _ in lines)
     prefix = VT_PREFIX.format(count=len(chain), query=value)
 
-    def build(size: int, rest: str) -> str:
-        text = [NOISE[i % len(NOISE)] for i in range(size)]
-        for depth, line in reversed(list(zip(depths, lines, strict=True))):
-            text.insert(round(depth * size), line + ".")
+    def unit(number: int) -> str:
+        return NOISE[number % len(NOISE)]
+
+    def build(count: int, rest: str) -> str:
+        text = hide(lines, depths, [unit(i) for i in range(count)])
         context = " ".join([*text, rest] if rest else text)
-        return chat(tokenizer, VT.format(context=context, query=value), prefix)
+        return dress(VT.format(context=context, query=value), prefix)
 
-    text = filled(build, lambda i: NOISE[i % len(NOISE)], tokenizer, limit - answer)
-    return _item(task, index, tokenizer, text, limit, answer, outputs=chain, answer_prefix=prefix)
+    return fit(build, filler=unit, outputs=chain, answer_prefix=prefix)
 
 
-def _common_words(task: str, index: int, tokenizer: Any, limit: int, answer: int, rng: random.Random) -> Item:
+def _common_words(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
     """Ten words thirty times each among words that come three times, in a shuffled numbered list."""
     pool = sorted({word for words in vocabulary() for word in words})
     rng.shuffle(pool)
@@ -228,31 +216,26 @@ def _common_words(task: str, index: int, tokenizer: Any, limit: int, answer: int
     order = random.Random(rng.random())
     ranks = [order.random() for _ in range(limit)]  # the same shuffle at every size, so that sizes nest
 
-    def build(size: int, rest: str) -> str:
-        listed = common * 30 + [others[i // 3 % len(others)] for i in range(3 * (size - 1))]
+    def build(count: int, rest: str) -> str:
+        listed = common * 30 + [others[i // 3 % len(others)] for i in range(3 * (count - 1))]
         shuffled = [word for _, word in sorted(zip(ranks, listed, strict=False))]
         context = " ".join(f"{i}. {word}" for i, word in enumerate(shuffled, 1))
-        return chat(tokenizer, CWE.format(context=context), CWE_PREFIX)
+        return dress(CWE.format(context=context), CWE_PREFIX)
 
-    text = filled(build, lambda _: "", tokenizer, limit - answer)
-    return _item(task, index, tokenizer, text, limit, answer, outputs=common, answer_prefix=CWE_PREFIX)
+    return fit(build, outputs=common, answer_prefix=CWE_PREFIX)
 
 
-def _frequent_words(task: str, index: int, tokenizer: Any, limit: int, answer: int, rng: random.Random) -> Item:
+def _frequent_words(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
     """Coded words whose counts fall as 1 / rank^2; the most frequent "word" is dots, the answer ranks 2 to 4."""
-    words: dict[str, None] = {}
-    while len(words) < 2000:
-        words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
-    coded = ["...", *words]
+    coded = ["...", *_distinct(2000, partial(_letters, string.ascii_lowercase, 6, rng))]
     weights = [rank**-2.0 for rank in range(1, len(coded) + 1)]
     scale = 1 / sum(weights)
     ranks = [rng.random() for _ in range(2 * limit)]
 
-    def build(size: int, rest: str) -> str:
-        counts = [int(size * weight * scale) for weight in weights]
-        listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
+    def build(count: int, rest: str) -> str:
+        counts = [int(count * weight * scale) for weight in weights]
+        listed = [word for word, number in zip(coded, counts, strict=True) for _ in range(number)]
         shuffled = [word for _, word in sorted(zip(ranks, listed, strict=False))]
-        return chat(tokenizer, FWE.format(context=" ".join(shuffled)), FWE_PREFIX)
+        return dress(FWE.format(context=" ".join(shuffled)), FWE_PREFIX)
 
-    text = filled(build, lambda _: "", tokenizer, limit - answer)
-    return _item(task, index, tokenizer, text, limit, answer, outputs=coded[1:4], answer_prefix=FWE_PREFIX)
+    return fit(build, outputs=coded[1:4], answer_prefix=FWE_PREFIX)

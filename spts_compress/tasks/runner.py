@@ -2,19 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..timing.pairs import Way
 from ..utils.errors import UserError
 from ..utils.store import fingerprint
-from .example import Item
+from .example import Example
 
-MODES: dict[str, Any] = {"dense": False, "spts": None}  # the `spts` argument; dense is the stock model bit for bit
-
+MODES = ("dense", "spts")
 BEGIN = b'{"key": "'  # of every line
 
 
@@ -60,9 +61,14 @@ class Answers:
         self.rows[row["key"]] = row
 
 
-def answer_key(mode_key: str, item: Item) -> str:
-    """Where an item's answer is kept; `mode_key` is what the answer depends on beside the prompt."""
-    return fingerprint(mode_key, item.text, item.follow_up, item.answer_tokens)
+def ways_of(model: Any) -> dict[str, Way]:
+    """Both modes of a skipping model; dense is the stock model bit for bit."""
+    return {"dense": (model, {"spts": False}), "spts": (model, {})}
+
+
+def answer_key(mode_key: str, example: Example) -> str:
+    """Where an answer is kept; `mode_key` is what it depends on beside the prompt."""
+    return fingerprint(mode_key, example.text, example.follow_up, example.answer_tokens)
 
 
 def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
@@ -71,86 +77,76 @@ def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, 
     if len(texts) > 1:
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    made = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=special, verbose=False)
-    return {name: made[name].to(device) for name in ("input_ids", "attention_mask")}
+    batch = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=special, verbose=False)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, batch: list[Item], spts: Any) -> list[str]:
-    """Greedy answers of items that have no further turn (or of one that has: its second answer).
+def answers(model: Any, tokenizer: Any, batch: list[Example], **options: Any) -> list[str]:
+    """Greedy answers of examples that have no further turn (or of one that has: its second answer).
 
     Args:
-        spts: the model's `spts` argument; left out if None, so that a stock model works too.
+        options: of `generate`, such as `spts`.
     """
-    extra = {} if spts is None else {"spts": spts}
-    inputs = encode(tokenizer, [item.text for item in batch], model.device)
-    width = inputs["input_ids"].shape[1]
-    settings = {"do_sample": False, "max_new_tokens": max(item.answer_tokens for item in batch), **extra}
-    follow = batch[0].follow_up
-    out = model.generate(**inputs, **settings, return_dict_in_generate=True)
-    if follow is not None:
+    inputs = encode(tokenizer, [example.text for example in batch], model.device)
+    settings = {
+        "do_sample": False, "max_new_tokens": max(example.answer_tokens for example in batch),
+        "return_dict_in_generate": True, **options,
+    }  # fmt: skip
+    out = model.generate(**inputs, **settings)
+    if (follow := batch[0].follow_up) is not None:
         later = tokenizer(follow, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
         ended = out.sequences[0].tolist()
         stop = model.generation_config.eos_token_id
         if ended[-1] in (stop if isinstance(stop, list) else [stop]):  # the template's own end of turn follows
             ended = ended[:-1]
         ids = torch.cat([torch.tensor([ended], device=model.device), later], dim=1)
-        cache = out.past_key_values
-        surplus = cache.get_seq_length() - len(ended)
-        if surplus > 0:
-            cache.crop(-surplus)
-        width = ids.shape[1]
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, return_dict_in_generate=True, **settings
-        )
-    found = []
-    for item, row in zip(batch, out.sequences, strict=True):
-        new = row[width : width + item.answer_tokens]
-        found.append(tokenizer.decode(new, skip_special_tokens=True))
-    return found
+        if (surplus := out.past_key_values.get_seq_length() - len(ended)) > 0:
+            out.past_key_values.crop(-surplus)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        out = model.generate(**inputs, past_key_values=out.past_key_values, **settings)
+    width = inputs["input_ids"].shape[1]
+    return [
+        tokenizer.decode(row[width : width + example.answer_tokens], skip_special_tokens=True)
+        for example, row in zip(batch, out.sequences, strict=True)
+    ]
 
 
 def run(
-    model: Any,
+    ways: Mapping[str, Way],
     tokenizer: Any,
-    items: Iterable[Item],
-    keys: dict[str, str],
-    kept: Answers,
+    examples: Iterable[Example],
+    keys: Mapping[str, str],
+    done: Answers,
     batch: int = 1,
-    modes: dict[str, Any] = MODES,
 ) -> Iterator[dict]:
-    """Answers of every mode for every item, as rows; what is in `kept` is not run again.
+    """Answers of every way to every example, as rows; what is in `done` is not run again.
 
     Args:
-        keys: for each mode, what its answers depend on beside the prompt.
+        keys: for each way, what its answers depend on beside the prompt.
         batch: prompts at a time.
     """
-    items = list(items)
-    with tqdm(total=len(items) * len(modes), desc="answering", unit="answer", disable=not items) as progress:
-        for group in _groups(items, batch):
-            for mode, spts in modes.items():
-                unit = {answer_key(keys[mode], item): item for item in group}
-                missing = {key: item for key, item in unit.items() if key not in kept.rows}
+    examples = list(examples)
+    with tqdm(total=len(examples) * len(ways), desc="answering", unit="answer", disable=not examples) as progress:
+        for group in _groups(examples, batch):
+            for mode, (model, options) in ways.items():
+                by_key = {answer_key(keys[mode], example): example for example in group}
+                missing = {key: example for key, example in by_key.items() if key not in done.rows}
                 if missing:
-                    made = answers(model, tokenizer, list(missing.values()), spts)
-                    for (key, item), answer in zip(missing.items(), made, strict=True):
-                        kept.add({"key": key, "mode": mode, **item.plain(), "answer": answer})
-                for key, item in unit.items():
-                    yield {**kept.rows[key], **item.plain(), "mode": mode}
+                    texts = answers(model, tokenizer, list(missing.values()), **options)
+                    for (key, example), answer in zip(missing.items(), texts, strict=True):
+                        done.add({"key": key, "mode": mode, **example.to_row(), "answer": answer})
+                for key, example in by_key.items():
+                    yield {**done.rows[key], **example.to_row(), "mode": mode}
                 progress.update(len(group))
 
 
-def _groups(items: list[Item], batch: int) -> Iterator[list[Item]]:
-    """Items of one task at a time, at most `batch` together; those with a further turn alone."""
-    group: list[Item] = []
-    for item in items:
-        alone = item.follow_up is not None
-        if group and (alone or len(group) == batch or group[0].task != item.task or group[0].limit != item.limit):
-            yield group
-            group = []
-        group.append(item)
-        if alone:
-            yield group
-            group = []
-    if group:
-        yield group
+def _groups(examples: list[Example], batch: int) -> Iterator[list[Example]]:
+    """Examples of one task at a time, at most `batch` together; those with a further turn alone."""
+
+    def together(example: Example) -> tuple:
+        return example.task, example.limit, None if example.follow_up is None else example.index
+
+    for _, run_of in groupby(examples, key=together):
+        group = list(run_of)
+        yield from (group[i : i + batch] for i in range(0, len(group), batch))

@@ -1,4 +1,4 @@
-"""How answers are judged: RULER's and LongBench's scores (arXiv 2308.14508), each 0 to 1 for one item.
+"""How answers are judged: RULER's and LongBench's scores (arXiv 2308.14508), each 0 to 1 for one answer.
 
 ROUGE, edit similarity and Chinese word segmentation come from libraries (`pip install 'spts-compress[eval]'`).
 """
@@ -30,14 +30,8 @@ def contains(answer: str, outputs: list[str], classes: list[str]) -> float:
 
 def number(answer: str, outputs: list[str], classes: list[str]) -> float:
     """Whether the first number of the answer is the right one."""
-    found = re.search(r"-?\d+(?:,\d{3})*", answer)
-    return float(found is not None and found.group().replace(",", "") == outputs[0])
-
-
-def first_word(answer: str, outputs: list[str], classes: list[str]) -> float:
-    """Whether the first word (letters, digits, - and _) of the answer is the right one."""
-    found = re.search(r"[\w-]+", answer)
-    return float(found is not None and found.group().lower() == outputs[0].lower())
+    first = re.search(r"-?\d+(?:,\d{3})*", answer)
+    return float(first is not None and first.group().replace(",", "") == outputs[0])
 
 
 def english_words(text: str) -> list[str]:
@@ -48,8 +42,7 @@ def english_words(text: str) -> list[str]:
 
 def chinese_words(text: str) -> list[str]:
     """Words as jieba cuts them; no punctuation, no spaces."""
-    words = _library("jieba").cut(text, cut_all=False)
-    bare = ("".join(c for c in word.lower() if unicodedata.category(c)[0] not in "PSZC") for word in words)
+    bare = ("".join(c for c in word.lower() if unicodedata.category(c)[0] not in "PSZC") for word in _jieba_words(text))
     return [word for word in bare if word]
 
 
@@ -62,15 +55,7 @@ def token_f1(got: list[str], expected: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def f1(answer: str, outputs: list[str], classes: list[str]) -> float:
-    return max(token_f1(english_words(answer), english_words(output)) for output in outputs)
-
-
-def f1_chinese(answer: str, outputs: list[str], classes: list[str]) -> float:
-    return max(token_f1(chinese_words(answer), chinese_words(output)) for output in outputs)
-
-
-def _rouge_l(answer: str, output: str, words: Callable[[str], list[str]]) -> float:
+def rouge_l(answer: str, output: str, words: Callable[[str], list[str]]) -> float:
     """F measure of the longest common subsequence of words."""
 
     class Words:
@@ -81,15 +66,8 @@ def _rouge_l(answer: str, output: str, words: Callable[[str], list[str]]) -> flo
     return float(scorer.score(output, answer)["rougeL"].fmeasure)
 
 
-def rouge(answer: str, outputs: list[str], classes: list[str]) -> float:
-    return max(_rouge_l(answer, output, str.split) for output in outputs)
-
-
-def rouge_chinese(answer: str, outputs: list[str], classes: list[str]) -> float:
-    def cut(text: str) -> list[str]:
-        return [word for word in _library("jieba").cut(text, cut_all=False) if not word.isspace()]
-
-    return max(_rouge_l(answer, output, cut) for output in outputs)
+def _jieba_words(text: str) -> list[str]:
+    return [word for word in _library("jieba").cut(text, cut_all=False) if not word.isspace()]
 
 
 def classification(answer: str, outputs: list[str], classes: list[str]) -> float:
@@ -103,40 +81,36 @@ def classification(answer: str, outputs: list[str], classes: list[str]) -> float
     return best
 
 
-def _share_of_numbers(answer: str, wanted: str) -> float:
-    numbers = re.findall(r"\d+", answer)
-    return sum(found == wanted for found in numbers) / len(numbers) if numbers else 0.0
-
-
-def count(answer: str, outputs: list[str], classes: list[str]) -> float:
+def number_share(answer: str, wanted: str) -> float:
     """Share of the answer's numbers that are the right one."""
-    return max(_share_of_numbers(answer, output) for output in outputs)
+    numbers = re.findall(r"\d+", answer)
+    return numbers.count(wanted) / len(numbers) if numbers else 0.0
 
 
-def paragraph(answer: str, outputs: list[str], classes: list[str]) -> float:
-    """The same for references of the form "Paragraph 12" or 段落12."""
-    return max(_share_of_numbers(answer, re.findall(r"\d+", output)[0]) for output in outputs)
-
-
-def code(answer: str, outputs: list[str], classes: list[str]) -> float:
+def code_similarity(answer: str, output: str) -> float:
     """Edit similarity of the answer's first line that is neither a comment nor a code fence."""
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return max(_library("rapidfuzz.fuzz").ratio(line, output) / 100 for output in outputs)
+    return _library("rapidfuzz.fuzz").ratio(line, output) / 100
+
+
+def _best(similarity: Callable[[str, str], float]) -> Scorer:
+    """The reference that the answer is most like counts."""
+    return lambda answer, outputs, classes: max(similarity(answer, output) for output in outputs)
 
 
 SCORERS: dict[str, Scorer] = {
     "contains": contains,
     "number": number,
-    "first_word": first_word,
-    "f1": f1,
-    "f1_chinese": f1_chinese,
-    "rouge": rouge,
-    "rouge_chinese": rouge_chinese,
+    "f1": _best(lambda answer, output: token_f1(english_words(answer), english_words(output))),
+    "f1_chinese": _best(lambda answer, output: token_f1(chinese_words(answer), chinese_words(output))),
+    "rouge": _best(lambda answer, output: rouge_l(answer, output, str.split)),
+    "rouge_chinese": _best(lambda answer, output: rouge_l(answer, output, _jieba_words)),
     "classification": classification,
-    "count": count,
-    "paragraph": paragraph,
-    "code": code,
+    "count": _best(number_share),
+    # references of the form "Paragraph 12" or 段落12
+    "paragraph": _best(lambda answer, output: number_share(answer, re.findall(r"\d+", output)[0])),
+    "code": _best(code_similarity),
 }
 
 

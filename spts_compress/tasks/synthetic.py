@@ -8,14 +8,24 @@
 """
 
 import random
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from .example import Item, chat, counted, filled, sentences, token_count
+from .example import Example, chat, fit_example, hide, sentences, token_count
 from .ruler import vocabulary
 
 COLOURS = ("red", "blue", "green", "white", "black", "yellow")
-Placed = tuple[str, list[str], str, str, str, str | None]  # task's parts, see the makers below
+
+
+class Puzzle(NamedTuple):
+    """What is said first, the facts in the order of the text, the question with the start of its answer, the answer,
+    and a later question, which then is the one with that answer."""
+
+    instruction: str
+    facts: list[str]
+    question: str
+    answer_prefix: str
+    answer: str
+    later: str | None = None
 
 
 def _names(count: int, rng: random.Random) -> list[str]:
@@ -24,7 +34,7 @@ def _names(count: int, rng: random.Random) -> list[str]:
     return [f"{a.capitalize()}{b.lower()}" for a, b in zip(nouns[::2], nouns[1::2], strict=True)]
 
 
-def _multi_hop(rng: random.Random) -> Placed:
+def _multi_hop(rng: random.Random) -> Puzzle:
     people, towns, rivers = (_names(6, rng) for _ in range(3))
     facts = []
     for person, town, river in zip(people, towns, rivers, strict=True):
@@ -33,10 +43,10 @@ def _multi_hop(rng: random.Random) -> Placed:
     rng.shuffle(facts)
     who = rng.randrange(len(people))
     question = f"Which river does the town lie on in which {people[who]} lives? Answer with the name of the river only."
-    return "Read the documents.", facts, question, " The river is", rivers[who], None
+    return Puzzle("Read the documents.", facts, question, " The river is", rivers[who])
 
 
-def _arithmetic(rng: random.Random) -> Placed:
+def _arithmetic(rng: random.Random) -> Puzzle:
     names = _names(8, rng)
     amounts = [rng.randint(2, 40) for _ in names]
     facts = [f"The shop sold {amount} boxes to {name}." for name, amount in zip(names, amounts, strict=True)]
@@ -45,29 +55,29 @@ def _arithmetic(rng: random.Random) -> Placed:
         f"How many boxes did the shop sell to {names[first]} and to {names[second]} together? Answer with the sum only."
     )
     prefix = f" The shop sold {names[first]} and {names[second]} together this number of boxes:"
-    return "Remember what the shop sold.", facts, question, prefix, str(amounts[first] + amounts[second]), None
+    return Puzzle("Remember what the shop sold.", facts, question, prefix, str(amounts[first] + amounts[second]))
 
 
-def _counting(rng: random.Random) -> Placed:
+def _counting(rng: random.Random) -> Puzzle:
     colour, other = rng.sample(COLOURS, 2)
     many, few = rng.randint(3, 9), rng.randint(3, 9)
     facts = [f"Report: a {colour} car passed the gate."] * many + [f"Report: a {other} car passed the gate."] * few
     rng.shuffle(facts)
     question = f"How many reports in the text say that a {colour} car passed the gate? Answer with the number only."
     prefix = f" The number of reports of a {colour} car is"
-    return "Watch for the reports in the text.", facts, question, prefix, str(many), None
+    return Puzzle("Watch for the reports in the text.", facts, question, prefix, str(many))
 
 
-def _multi_turn(rng: random.Random) -> Placed:
+def _multi_turn(rng: random.Random) -> Puzzle:
     names = _names(2, rng)
     codes = [str(rng.randint(1_000_000, 9_999_999)) for _ in names]
     facts = [f"The code of {name} is {code}." for name, code in zip(names, codes, strict=True)]
     question = f"What is the code of {names[0]} mentioned in the text? Answer with the number only."
     later = f"What is the code of {names[1]} mentioned in the text? Answer with the number only."
-    return "Remember the codes in the text.", facts, question, f" The code of {names[0]} is", codes[1], later
+    return Puzzle("Remember the codes in the text.", facts, question, f" The code of {names[0]} is", codes[1], later)
 
 
-def _repository(rng: random.Random) -> Placed:
+def _repository(rng: random.Random) -> Puzzle:
     names = [name.lower() for name in _names(24, rng)]
     values = rng.sample(range(100, 1000), len(names))
     modules = []
@@ -83,10 +93,10 @@ def _repository(rng: random.Random) -> Placed:
         f"In this repository, what is the largest integer for which check_{names[which]} returns True? "
         "Answer with the number only."
     )
-    return "Read this repository.", modules, question, " The largest integer is", str(values[used]), None
+    return Puzzle("Read this repository.", modules, question, " The largest integer is", str(values[used]))
 
 
-MAKERS: dict[str, Callable[[random.Random], Placed]] = {
+MAKERS = {
     "multi_hop": _multi_hop,
     "repository": _repository,
     "arithmetic": _arithmetic,
@@ -97,43 +107,46 @@ TASKS = tuple(MAKERS)
 ANSWER_TOKENS = 32
 
 
-def items(task: str, tokenizer: Any, prose: str, length: int, count: int, seed: int) -> list[Item]:
+def examples(task: str, tokenizer: Any, haystack: str, length: int, count: int, seed: int) -> list[Example]:
     """`count` prompts of a task of at most `length` tokens, answers included.
 
     Args:
-        prose: text between the facts (`repository` has code of its own instead).
+        haystack: text between the facts (`repository` has code of its own instead).
     """
-    filling = sentences(prose)
+    filling = sentences(haystack)
     return [_make(task, index, tokenizer, filling, length, seed) for index in range(count)]
 
 
-def _make(task: str, index: int, tokenizer: Any, filling: list[str], length: int, seed: int) -> Item:
+def _helper_module(number: int) -> str:
+    name = f"helper_{number:04}"
+    return f"# file: {name}.py\ndef {name}(items):\n    return [item + {number % 97} for item in items]\n"
+
+
+def _make(task: str, index: int, tokenizer: Any, filling: list[str], length: int, seed: int) -> Example:
     rng = random.Random(f"{task} {length} {seed} {index}")
-    head, facts, question, prefix, answer, later = MAKERS[task](rng)
-    offset, depths = rng.randrange(len(filling)), sorted(rng.random() for _ in facts)
+    puzzle = MAKERS[task](rng)
+    offset, depths = rng.randrange(len(filling)), sorted(rng.random() for _ in puzzle.facts)
     code = task == "repository"
-    joint = "\n\n" if code else " "
 
     def unit(number: int) -> str:
-        if not code:
-            return filling[(offset + number) % len(filling)]
-        name = f"helper_{number:04}"
-        return f"# file: {name}.py\ndef {name}(items):\n    return [item + {number % 97} for item in items]\n"
+        return _helper_module(number) if code else filling[(offset + number) % len(filling)]
 
-    def build(size: int, rest: str) -> str:
-        text = [unit(i) for i in range(size)]
-        for depth, fact in reversed(list(zip(depths, facts, strict=True))):
-            text.insert(round(depth * size), fact)
-        context = joint.join([*text, f"# {rest}" if code else rest] if rest else text)
-        return chat(tokenizer, f"{head}\n\n{context}\n\n{question}", prefix)
+    def build(count: int, rest: str) -> str:
+        text = hide(puzzle.facts, depths, [unit(i) for i in range(count)])
+        if rest:
+            text.append(f"# {rest}" if code else rest)
+        context = ("\n\n" if code else " ").join(text)
+        return chat(tokenizer, f"{puzzle.instruction}\n\n{context}\n\n{puzzle.question}", puzzle.answer_prefix)
 
-    # A later turn and two answers must fit as well.
-    follow = None if later is None else further_turn(tokenizer, later)
-    room = ANSWER_TOKENS if follow is None else 2 * ANSWER_TOKENS + token_count(tokenizer, follow)
-    text = filled(build, unit, tokenizer, length - room)
-    tokens = counted(task, tokenizer, text, length, room)
-    scorer = "number" if answer.isdigit() else "contains"
-    return Item(task, index, text, [answer], tokens, length, ANSWER_TOKENS, prefix, scorer, follow_up=follow)
+    follow_up, room = None, ANSWER_TOKENS
+    if puzzle.later is not None:  # a later turn and two answers must fit as well
+        follow_up = further_turn(tokenizer, puzzle.later)
+        room = 2 * ANSWER_TOKENS + token_count(tokenizer, follow_up)
+    return fit_example(
+        task, index, tokenizer, build, length, ANSWER_TOKENS, unit, room,
+        outputs=[puzzle.answer], answer_prefix=puzzle.answer_prefix, follow_up=follow_up,
+        scorer="number" if puzzle.answer.isdigit() else "contains",
+    )  # fmt: skip
 
 
 def further_turn(tokenizer: Any, question: str) -> str:

@@ -1,1 +1,1 @@
-"""Wall-clock time: dense and SPTS in turn, and where it goes."""
+"""Wall-clock time and memory: dense and SPTS in turn, where time goes, and what a machine's own speed allows."""

@@ -1,10 +1,9 @@
 """What a stock layer's parts cost in seconds on the machine at hand: attention and the feed-forward network do not cost
-the same an operation, nor the same at every number of tokens."""
+the same per FLOP, nor the same at every number of tokens."""
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -19,7 +18,7 @@ from .pairs import synchronize
 
 
 @dataclass(frozen=True)
-class Prices:
+class LatencyTable:
     """Seconds of the parts of one layer at each of the numbers of `tokens` (rising): each kind of attention by its
     name, "feed_forward" and "keys"."""
 
@@ -33,8 +32,8 @@ class Prices:
         return float(np.exp(np.interp(np.log(tokens), np.log(self.tokens), np.log(self.seconds[part]))))
 
     def speedup(self, config: Any, schedule: Schedule, length: int) -> float:
-        """The TTFT ratio, dense over SPTS, that these prices allow a prompt of `length` tokens. Probing is taken at the
-        feed-forward network's price an operation, attention with a window at the stock layer's, though skipping layers
+        """The TTFT ratio, dense over SPTS, that these times allow a prompt of `length` tokens. Probing is taken at the
+        feed-forward network's time per FLOP, attention with a window at the stock layer's, though skipping layers
         run it faster, in pieces."""
         last, kinds = LayerShape.of(config), layer_kinds(config)
         pace = self.of("feed_forward", length) / last.feed_forward(length)
@@ -45,37 +44,33 @@ class Prices:
             total += (
                 self.of(kinds[layer], cost.active)
                 + self.of("keys", cost.candidates_in - cost.active)
+                + self.of("keys", max(0, cost.cached - cost.active))  # values cost as much
                 + width * self.of("feed_forward", cost.ffn_tokens)
-                + cost.probing * pace
+                + (cost.probing + cost.update) * pace
             )
         return dense / total
 
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @torch.no_grad()
-def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> Prices:
+def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int = 3) -> LatencyTable:
     """Time the parts of the last layer of a `stock` model, and of the last of each kind of attention, on the first so
     many tokens of `ids` (B, n); medians of `repeats` after a warm-up."""
-    layers, whole, kinds = stock.model.layers, stock.model.embed_tokens(ids), layer_kinds(stock.config)
+    layers, norm, kinds = stock.model.layers, stock.model.norm, layer_kinds(stock.config)
+    embedded = stock.model.embed_tokens(ids)
     last = dict(zip(kinds, layers, strict=True))
     shape = LayerShape.of(stock.config)
-    keys = whole.new_ones(shape.key // shape.hidden, shape.hidden)  # time depends on no values
+    keys = embedded.new_ones(shape.key // shape.hidden, shape.hidden)  # time depends on no values
     counts = sorted(set(tokens))
     seconds: dict[str, list[float]] = {part: [] for part in (*last, "feed_forward", "keys")}
     for count in counts:
-        states, positions = whole[:, :count], torch.arange(count, device=ids.device)[None]
+        states, positions = embedded[:, :count], torch.arange(count, device=ids.device)[None]
         rotary = position_tables(stock.model.rotary_emb, stock.config, states, positions)
         for kind in last:
             mask = MASKS[kind](stock.config, states, None, None)
-            attend = partial(_attention, last[kind], stock.model.norm, states, rotary[kind], mask)
-            seconds[kind].append(_time(attend, ids.device, repeats))
-        seconds["feed_forward"].append(
-            _time(partial(_feed_forward, layers[-1], stock.model.norm, states), ids.device, repeats)
-        )
-        seconds["keys"].append(_time(partial(nn.functional.linear, states, keys), ids.device, repeats))
-    return Prices(counts, seconds)
+            seconds[kind].append(_time(ids.device, repeats, _attention, last[kind], norm, states, rotary[kind], mask))
+        seconds["feed_forward"].append(_time(ids.device, repeats, _feed_forward, layers[-1], norm, states))
+        seconds["keys"].append(_time(ids.device, repeats, nn.functional.linear, states, keys))
+    return LatencyTable(counts, seconds)
 
 
 def _attention(layer: Any, norm: Any, states: torch.Tensor, rotary: Any, mask: Any) -> Any:
@@ -86,12 +81,12 @@ def _feed_forward(layer: Any, norm: Any, states: torch.Tensor) -> Any:
     return layer.mlp(norm(states))
 
 
-def _time(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _time(device: torch.device, repeats: int, function: Callable, *arguments: Any) -> float:
     taken = []
     for _ in range(repeats + 1):
         synchronize(device)
         begin = time.perf_counter()
-        call()
+        function(*arguments)
         synchronize(device)
         taken.append(time.perf_counter() - begin)
     return median(taken[1:])

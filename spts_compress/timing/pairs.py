@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..cost import predicted
-
 Times = dict[str, dict[int, list[float]]]  # seconds by name and number of new tokens
+Way = tuple[Any, dict[str, Any]]  # of answering: a model, and options of its calls, such as `spts`
 
 
 def stock_twin(model: Any) -> Any:
@@ -31,7 +30,8 @@ def stock_twin(model: Any) -> Any:
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         twin = stock(type(model))(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".proxy." not in name}
+    own = twin.state_dict().keys()  # without what skipping adds
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     twin.generation_config = model.generation_config
@@ -39,10 +39,10 @@ def stock_twin(model: Any) -> Any:
     return twin.eval()
 
 
-def share_buffers(made: Any, model: Any) -> None:
-    """Give `made`, which has the weights of `model`, its buffers too: those that are in no state dict."""
+def share_buffers(twin: Any, model: Any) -> None:
+    """Give `twin`, which has the weights of `model`, its buffers too: those that are in no state dict."""
     for name in ("rotary_emb", "embed_tokens"):
-        setattr(made.model, name, getattr(model.model, name))
+        setattr(twin.model, name, getattr(model.model, name))
 
 
 def synchronize(device: torch.device) -> None:
@@ -81,7 +81,7 @@ def seconds(model: Any, ids: torch.Tensor, new_tokens: tuple[int, ...], **option
 
 
 def in_turn(runs: Mapping[str, Callable[[], dict[int, float]]], pairs: int, tick: Callable[[], Any]) -> Times:
-    """Seconds of every run, all runs one after another in each of `pairs` rounds. The caller warms up (`memory`)."""
+    """Seconds of every run, all runs one after another in each of `pairs` rounds. The caller warms up."""
     rounds = []
     for _ in range(pairs):
         rounds.append({name: run() for name, run in runs.items()})
@@ -142,29 +142,38 @@ def memory(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, int]:
 
 
 def compare(
-    dense: Any, spts: Any, ids: torch.Tensor, pairs: int, new_tokens: int, tick: Callable[[], Any] = lambda: None
+    ways: Mapping[str, Way],
+    ids: torch.Tensor,
+    pairs: int,
+    new_tokens: tuple[int, ...] = (1,),
+    tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """Dense and SPTS in turn on the prompts `ids` (B, n), after one warm-up each.
+    """All ways in turn on the prompts `ids` (B, n), after one warm-up each.
 
     Args:
-        new_tokens: at least 2.
+        ways: the first one is "dense", which the others are compared with.
+        new_tokens: times are taken to each of these numbers, 1 first, which is the TTFT.
+        tick: called after the warm-up and after every round.
 
     Returns:
-        medians in seconds of TTFT and of `new_tokens` tokens, seconds a decoded token, the dense over SPTS ratios pair
-        by pair (median and range) of these three, memory, and the counted ratio beside them.
+        `batch`, `tokens` and `new_tokens`; and for every way, of each of `new_tokens`: median `seconds`, the `rounds`
+        they come from, the `speedup` over dense round by round (median and range); with several of them `decode`, the
+        same of one token after the first; and memory.
     """
-    models = {"dense": dense, "spts": spts}
-    held = {name: memory(model, ids) for name, model in models.items()}
+    used = {name: memory(model, ids, **options) for name, (model, options) in ways.items()}
     tick()
-    runs = {name: partial(seconds, model, ids, (1, new_tokens)) for name, model in models.items()}
+    runs = {name: partial(seconds, model, ids, new_tokens, **options) for name, (model, options) in ways.items()}
     times = in_turn(runs, pairs, tick)
-    result: dict[str, Any] = {"batch": ids.shape[0], "tokens": ids.shape[1], "new_tokens": new_tokens, "pairs": pairs}
-    for name in models:
-        first, whole = times[name][1], times[name][new_tokens]
-        decoded = [(b - a) / (new_tokens - 1) for a, b in zip(first, whole, strict=True)]
-        made = {"ttft": median(first), "end_to_end": median(whole), "per_decoded_token": median(decoded)}
-        result[name] = {**made, **held[name]}
-    result["ttft_ratio"], result["end_to_end_ratio"] = ratio(times, "spts", 1), ratio(times, "spts", new_tokens)
-    result["decode_ratio"] = ratio(times, "spts", new_tokens, since=1)
-    result["counted"] = predicted(spts.config, spts.config.schedule(), ids.shape[1])
-    return result
+    first, last = new_tokens[0], new_tokens[-1]
+    row: dict[str, Any] = {"batch": ids.shape[0], "tokens": ids.shape[1], "new_tokens": list(new_tokens)}
+    for name, taken in times.items():
+        row[name] = {
+            "seconds": [median(taken[n]) for n in new_tokens],
+            "rounds": [taken[n] for n in new_tokens],
+            "speedup": [ratio(times, name, n) for n in new_tokens],
+            **used[name],
+        }
+        if last > first:
+            each = [(end - begin) / (last - first) for begin, end in zip(taken[first], taken[last], strict=True)]
+            row[name]["decode"] = {"seconds": median(each), "speedup": ratio(times, name, last, since=first)}
+    return row

@@ -11,16 +11,16 @@ from .pairs import peak_memory
 
 
 @dataclass
-class Stages:
-    """`found`: by stage, its `seconds`, and its `peak_bytes` above what was held before (of the device, on a CPU of the
-    process). Finished work that was found is not done again and costs next to nothing."""
+class StageTimer:
+    """`costs`: by stage, its `seconds`, and its `peak_bytes` above what was held before (of the device, on a CPU of the
+    process). Work that was finished by an earlier run is not done again and costs next to nothing."""
 
     device: str
-    found: dict[str, dict[str, float]] = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = time.monotonic()
         with peak_memory(torch.device(self.device)) as peak:
             yield
-        self.found[name] = {"seconds": time.monotonic() - begin, "peak_bytes": peak()}
+        self.costs[name] = {"seconds": time.monotonic() - begin, "peak_bytes": peak()}

@@ -1,9 +1,13 @@
-"""Where to compute: the device that `--device` means for this process."""
+"""Where to compute: the device that `--device` means for this process, and the machine it is in."""
 
 import os
+import platform
+from importlib.metadata import version
+from typing import Any
 
 import torch
 
+from .. import __version__
 from .errors import UserError
 
 
@@ -32,3 +36,24 @@ def in_words(device: str) -> str:
     if device.startswith("cuda"):
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The machine and the versions a measurement was made with."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "spts_compress": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

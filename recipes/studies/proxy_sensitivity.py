@@ -1,7 +1,8 @@
-"""The sensitivity study of the proxies: what size, rho, calibration, start and objective do to their ranking."""
+"""The sensitivity study of the proxies: what size, rho, calibration, init and objective do to their ranking.
 
-import importlib.util
-import json
+spts-compress sweep RECIPE.yaml --output OUT [--layers 8,23] [--vary size] [--text papers=papers.jsonl]
+"""
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,24 +13,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .calibrate import capture
-from .calibrate.base_model import resolve
-from .calibrate.data import Blocks, blocks, documents
-from .checkpoint.families import norms_of
-from .checkpoint.keys import environment
-from .cost import has_experts, proxy_share
-from .fit import metrics
-from .fit.ltp import FeedForward, Regression, Tokens, regress
-from .fit.size import fit
-from .modeling.configuration_spts import Proxy
-from .recipe import CalibrationSection, ProxySection, Recipe
-from .utils.distributed import SINGLE_PROCESS
-from .utils.errors import UserError
-from .utils.store import Store, fingerprint
-from .utils.tables import table
+from spts_compress.calibrate import capture
+from spts_compress.calibrate.base_model import resolve
+from spts_compress.calibrate.data import Blocks, blocks, documents
+from spts_compress.checkpoint.families import context_of, norms_of
+from spts_compress.checkpoint.keys import environment
+from spts_compress.cost import has_experts, proxy_flop_fraction
+from spts_compress.fit import metrics
+from spts_compress.fit.ltp import FeedForward, Regression, Tokens, fit_ridge
+from spts_compress.fit.size import fit
+from spts_compress.modeling.configuration_spts import Proxy
+from spts_compress.plan import complete
+from spts_compress.recipe import CalibrationSection, ProxySection, Recipe
+from spts_compress.utils import tables
+from spts_compress.utils.distributed import SINGLE_PROCESS
+from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store, fingerprint
+from spts_compress.utils.tables import PALETTE, Show, columns_table, has_matplotlib
 
 SHARE = 0.25  # of the tokens, for recall
-FACTORS = ("size", "paper's, no step", "init", "blend", "objective", "rho", "tokens", "fitted on")
+FACTORS = ("size", "paper's, no step", "init", "geometric mean", "objective", "rho", "tokens", "fitted on")
 
 
 @dataclass(frozen=True)
@@ -50,40 +53,40 @@ class Variant:
 
 def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) -> list[Variant]:
     """Everything that is tried: one thing at a time is changed from the recipe's own proxies."""
-    full = Proxy(section.channels, section.rank)
-    made = [Variant("recipe", "as it is", full, section, own), Variant("size", "regression", Proxy(1, 0), section, own)]
-
-    def size(number: float) -> Proxy:
-        return Proxy(max(1, round(full.channels * number)), max(1, round(full.rank * number)))
+    full = Proxy(section.channels or 1, section.rank or 1)
+    tried = [
+        Variant("recipe", "as it is", full, section, own),
+        Variant("size", "regression", Proxy(1, 0), section, own),
+    ]
 
     def change(factor: str, value: str, **changes: Any) -> None:
-        made.append(Variant(factor, value, full, section.model_copy(update=changes), own))
+        tried.append(Variant(factor, value, full, section.model_copy(update=changes), own))
 
     for number in (0.125, 0.25, 0.5, 2.0):
-        found = size(number)
-        made.append(Variant("size", f"{found.channels} channels, rank {found.rank}", found, section, own))
-    for start in ("svd", "weighted-svd"):
-        change("paper's, no step", start, init=start, regression=False, steps=0)
-        if start != section.init:
-            change("init", start, init=start)
-    change("blend", "no regression", regression=False)
+        size = Proxy(max(1, round(full.channels * number)), max(1, round(full.rank * number)))
+        tried.append(Variant("size", f"{size.channels} channels, rank {size.rank}", size, section, own))
+    for init in ("svd", "weighted-svd"):
+        change("paper's, no step", init, init=init, regression=False, steps=0)
+        if init != section.init:
+            change("init", init, init=init)
+    change("geometric mean", "no regression", regression=False)
     for objective in ("log-norm", "ranking", "representation"):
         if objective != section.objective:
             change("objective", objective, objective=objective)
     for top in (0.05, 0.2, 1.0):
         if top != section.saliency_quantile:
-            change("rho", f"{top:g}", top=top)
+            change("rho", f"{top:g}", saliency_quantile=top)
     for part in (0.25, 0.5):
-        made.append(Variant("tokens", f"{part:g} of them", full, section, own, part))
+        tried.append(Variant("tokens", f"{part:g} of them", full, section, own, part))
     mixes = [(name,) for name in sources] + [tuple(sources)] if len(sources) > 1 else []
     mixes += [tuple(s for s in sources if s != left_out) for left_out in sources] if len(sources) > 2 else []
-    made += [Variant("fitted on", " + ".join(mix), full, section, mix) for mix in mixes if mix != own]
-    return made
+    tried += [Variant("fitted on", " + ".join(mix), full, section, mix) for mix in mixes if mix != own]
+    return tried
 
 
 @dataclass
 class Study:
-    """What was found: `rows`, one for each layer and variant, and what they were found with."""
+    """`rows`, one for each layer and variant, and the `setting` that they were measured with."""
 
     setting: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -96,14 +99,14 @@ def sequences(recipe: Recipe, texts: dict[str, Path], tokenizer: Any) -> dict[st
     sections = {name: {**own, "source": [name]} for name in ("python-docs", "python-code")}
     sections |= {name: {**own, "source": [name]} for name in recipe.calibration.source}
     sections |= {name: {**own, "source": ["files"], "path": str(path), "column": None} for name, path in texts.items()}
-    made = {}
+    by_source = {}
     for name, values in sections.items():
         [source] = values["source"]
         values["path"] = values["path"] if source == "files" else None
         values["dataset"] = values["dataset"] if source == "dataset" else None
         section = CalibrationSection.model_validate(values)
-        made[name] = blocks(section, documents(section), tokenizer)
-    return made
+        by_source[name] = blocks(section, documents(section), tokenizer)
+    return by_source
 
 
 def run(
@@ -124,7 +127,7 @@ def run(
     Raises:
         UserError: for bad input.
     """
-    if importlib.util.find_spec("matplotlib") is None:  # said before the long work
+    if not has_matplotlib():  # said before the long work
         raise UserError("the study draws with matplotlib: pip install 'spts-compress[plot]'")
     for name in vary:
         if name not in FACTORS:
@@ -136,16 +139,16 @@ def run(
             raise UserError(
                 f"{base.name}: the study varies low-rank proxies, and experts share no matrices to make one of"
             )
-        depth = base.config.num_hidden_layers
+        recipe, depth = complete(recipe, base.config, context_of(base.config)), base.config.num_hidden_layers
         schedule = recipe.read_schedule(depth, base.config.num_attention_heads)
         skipping = list(range(schedule.start if schedule else depth // 3, depth))
         layers = sorted(layers or {skipping[round(i * (len(skipping) - 1) / 3)] for i in range(4)})
         if not set(layers) <= set(range(1, depth)):
             raise UserError(f"--layers: give numbers from 1 to {depth - 1}")
-        found = sequences(recipe, texts, base.tokenizer(recipe.calibration.chat_template))
-        sources, own = list(found), tuple(recipe.calibration.source)
+        text_blocks = sequences(recipe, texts, base.tokenizer(recipe.calibration.chat_template))
+        sources, own = list(text_blocks), tuple(recipe.calibration.source)
         tried = [v for v in variants(recipe.proxy, own, sources) if not vary or v.factor in ("recipe", *vary)]
-        text = {name: [s.tolist() for s in b.fit + b.held_out] for name, b in found.items()}
+        text = {name: [s.tolist() for s in b.fit + b.held_out] for name, b in text_blocks.items()}
         data = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, text, environment())
 
         def unit(layer: int, variant: Variant) -> tuple[str, str]:
@@ -154,14 +157,14 @@ def run(
         missing = [n for n in layers if not all(store.path(*unit(n, v), ".json").exists() for v in tried)]
         if missing:
             model = base.load(recipe.model.dtype, device)
-            everything, places = [s for b in found.values() for s in b.fit + b.held_out], norms_of(base.family)
+            everything, places = [s for b in text_blocks.values() for s in b.fit + b.held_out], norms_of(base.family)
             for layer, states, norms in capture.feed_forward(
                 model, everything, missing, store, data, SINGLE_PROCESS, places
             ):
                 ffn = FeedForward.of(model.model.layers[layer], base.config, places)
-                fitted, kept = _split(found, ffn, states, norms)
+                fitted, held_out = _split(text_blocks, ffn, states, norms)
                 for variant in tqdm(tried, desc=f"layer {layer}", unit="fit", leave=False):
-                    store.json(*unit(layer, variant), _judge(ffn, variant, fitted, kept))
+                    store.json(*unit(layer, variant), _judge(ffn, variant, fitted, held_out))
         rows = []
         for layer in layers:
             for variant in tried:
@@ -174,22 +177,22 @@ def run(
 
 
 def _split(
-    found: dict[str, Blocks], ffn: FeedForward, states: torch.Tensor, norms: torch.Tensor
+    text_blocks: dict[str, Blocks], ffn: FeedForward, states: torch.Tensor, norms: torch.Tensor
 ) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
     """Tokens to fit on, and tokens to stop and judge on, by source."""
     fitted: dict[str, Tokens] = {}
-    kept: dict[str, Tokens] = {}
+    held_out: dict[str, Tokens] = {}
     place = 0
-    for name, made in found.items():
-        for part, target in ((made.fit, fitted), (made.held_out, kept)):
+    for name, text in text_blocks.items():
+        for part, target in ((text.fit, fitted), (text.held_out, held_out)):
             count = sum(map(len, part))
             target[name] = Tokens.of(ffn, states[place : place + count], norms[place : place + count])
             place += count
-    return fitted, kept
+    return fitted, held_out
 
 
 def _judge(
-    ffn: FeedForward, variant: Variant, fitted: dict[str, Tokens], kept: dict[str, Tokens]
+    ffn: FeedForward, variant: Variant, fitted: dict[str, Tokens], held_out: dict[str, Tokens]
 ) -> Callable[[], dict]:
     """Fits one variant and ranks the second half of every source's held-out tokens."""
 
@@ -197,17 +200,17 @@ def _judge(
         begin = perf_counter()
         names = variant.sources
         tokens = Tokens.cat([fitted[n][:: round(len(names) / variant.part)] for n in names])
-        check = Tokens.cat([kept[n][: len(kept[n]) // 2] for n in names])
-        regressed = regress(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
+        check = Tokens.cat([held_out[n][: len(held_out[n]) // 2] for n in names])
+        regressed = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
         proxy = regressed
         if proxy is None or variant.size.rank:
             proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)
         seconds, ranked = perf_counter() - begin, {}
-        for name, part in kept.items():
+        for name, part in held_out.items():
             norms = metrics.norms(proxy, ffn, part[len(part) // 2 :])
-            ranked[name] = {kind: metrics.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
+            ranked[name] = {kind: metrics.fidelity(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
         return {
-            "cost": proxy_share(ffn.gate.shape[1], ffn.width, variant.size),
+            "cost": proxy_flop_fraction(ffn.gate.shape[1], ffn.width, variant.size),
             "seconds": seconds,
             "ranked": ranked,
         }
@@ -218,23 +221,24 @@ def _judge(
 def medians(study: Study, kind: str = "norm") -> list[dict[str, Any]]:
     """Per variant, over the layers: median Spearman and recall on the `own` sources it was fitted on and on `other`
     ones, its cost and seconds; then the same of the input norm, which costs nothing."""
-    made = []
+    by_variant: dict[tuple[str, str], list[dict]] = {}
+    for row in study.rows:
+        by_variant.setdefault((row["factor"], row["value"]), []).append(row)
 
-    def add(name: tuple[str, str], rows: list[dict], who: str, cost: float, seconds: float) -> None:
-        row: dict[str, Any] = {"factor": name[0], "value": name[1], "cost": cost, "seconds": seconds}
+    def summary(name: tuple[str, str], rows: list[dict], who: str, cost: float, seconds: float) -> dict[str, Any]:
+        result: dict[str, Any] = {"factor": name[0], "value": name[1], "cost": cost, "seconds": seconds}
         for group, inside in (("own", True), ("other", False)):
             ranked = [r["ranked"][s][kind][who] for r in rows for s in r["ranked"] if (s in r["sources"]) == inside]
             for what in ("spearman", "recall"):
-                row[f"{group}_{what}"] = median(x[what] for x in ranked) if ranked else None
-        made.append(row)
+                result[f"{group}_{what}"] = median(x[what] for x in ranked) if ranked else None
+        return result
 
-    names = list(dict.fromkeys((r["factor"], r["value"]) for r in study.rows))
-    for name in names:
-        rows = [r for r in study.rows if (r["factor"], r["value"]) == name]
-        add(name, rows, "proxy", rows[0]["cost"], median(r["seconds"] for r in rows))
-        if name == names[0]:
-            add(("free", "norm of the input"), rows, "input_norm", 0.0, 0.0)
-    return made
+    result = [
+        summary(name, rows, "proxy", rows[0]["cost"], median(r["seconds"] for r in rows))
+        for name, rows in by_variant.items()
+    ]
+    result.insert(1, summary(("free", "norm of the input"), next(iter(by_variant.values())), "input_norm", 0.0, 0.0))
+    return result
 
 
 def recommended(rows: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
@@ -245,83 +249,77 @@ def recommended(rows: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
     return next(r for r, value in zip(sizes, judged, strict=True) if value >= enough)
 
 
+def _number(name: str) -> Show:
+    return lambda row: "" if row[name] is None else f"{row[name]:.3f}"
+
+
 def as_table(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
     """The medians as a Markdown table."""
-
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.3f}"
-
-    columns = ("own_spearman", "own_recall", "other_spearman", "other_recall")
-    lines = [
-        [
-            row["factor"],
-            row["value"] + (" (recommended)" if row is best else ""),
-            f"{row['cost']:.2%}",
-            *(number(row[c]) for c in columns),
-            f"{row['seconds']:.1f} s",
-        ]
-        for row in rows
-    ]
-    heads = ["Spearman", f"recall of top {SHARE:.0%}"]
-    names = [*heads, *(f"{head}, other sources" for head in heads)]
-    return table(["varied", "", "of dense FLOPs", *names, "fit"], lines)
+    columns: dict[str, Show] = {
+        "varied": "{factor}",
+        "value": lambda row: row["value"] + (" (recommended)" if row is best else ""),
+        "of dense FLOPs": "{cost:.2%}",
+        "Spearman": _number("own_spearman"),
+        f"recall of top {SHARE:.0%}": _number("own_recall"),
+        "Spearman, other sources": _number("other_spearman"),
+        f"recall of top {SHARE:.0%}, other sources": _number("other_recall"),
+        "fit": "{seconds:.1f} s",
+    }
+    return columns_table(columns, rows)
 
 
 def by_source(study: Study, kind: str = "norm") -> str:
     """Median Spearman and recall for each source fitted on (rows) and judged on (columns)."""
-    sources = study.setting["sources"]
-    lines = []
-    for factor, value in dict.fromkeys((r["factor"], r["value"]) for r in study.rows):
-        rows = [r for r in study.rows if (r["factor"], r["value"]) == (factor, value)]
-        if factor not in ("recipe", "fitted on"):
-            continue
-        cells = []
-        for source in sources:
-            ranked = [r["ranked"][source][kind]["proxy"] for r in rows]
-            both = (median(x[what] for x in ranked) for what in ("spearman", "recall"))
-            cells.append(" / ".join(f"{x:.3f}" for x in both) + ("" if source in rows[0]["sources"] else " (unseen)"))
-        lines.append([" + ".join(rows[0]["sources"]), *cells])
-    return table(["fitted on", *(f"judged on {s}" for s in sources)], lines)
+    variants: dict[str, list[dict]] = {}
+    for row in study.rows:
+        if row["factor"] in ("recipe", "fitted on"):
+            variants.setdefault(row["value"], []).append(row)
+
+    def judged_on(source: str) -> Show:
+        def show(rows: list[dict]) -> str:
+            ranked = [row["ranked"][source][kind]["proxy"] for row in rows]
+            both = " / ".join(f"{median(x[what] for x in ranked):.3f}" for what in ("spearman", "recall"))
+            return both + ("" if source in rows[0]["sources"] else " (unseen)")
+
+        return show
+
+    columns: dict[str, Show] = {"fitted on": lambda rows: " + ".join(rows[0]["sources"])}
+    columns |= {f"judged on {source}": judged_on(source) for source in study.setting["sources"]}
+    return columns_table(columns, variants.values())
 
 
-def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, target: Path) -> None:
+def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, figure: Any) -> None:
     """Fidelity against probing cost as a picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     sizes = sorted((r for r in rows if r["factor"] in ("size", "recipe")), key=lambda r: r["cost"])
-    single = [r for r in rows if r["factor"] in ("free", "paper's, no step", "blend")]
+    single = [r for r in rows if r["factor"] in ("free", "paper's, no step", "geometric mean")]
+
+    def cost(row: dict) -> float:
+        return max(row["cost"], 1e-4) * 100
+
     for axes, what in zip(figure.subplots(1, 2), ("spearman", "recall"), strict=True):
-        for group, style in (("own", "o-"), ("other", "s--")):
-            if sizes[0][f"{group}_{what}"] is None:
+        for group, style, colour in (("own", "o-", PALETTE[0]), ("other", "s--", PALETTE[1])):
+            name = f"{group}_{what}"
+            if sizes[0][name] is None:
                 continue
-            x = [max(r["cost"], 1e-4) * 100 for r in sizes]
-            axes.plot(x, [r[f"{group}_{what}"] for r in sizes], style, label=f"{group} sources")
-            axes.plot(max(best["cost"], 1e-4) * 100, best[f"{group}_{what}"], "k*", markersize=12)
-            for row in single:
-                axes.plot(max(row["cost"], 1e-4) * 100, row[f"{group}_{what}"], "x", color="gray")
-                if group == "own":
-                    axes.annotate(row["value"], (max(row["cost"], 1e-4) * 100, row[f"{group}_{what}"]), fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlabel("% of the dense operations (free ones at 0.01)")
+            axes.plot([cost(r) for r in sizes], [r[name] for r in sizes], style, color=colour, label=f"{group} sources")
+            axes.plot(cost(best), best[name], "k*", markersize=12, label="recommended" if group == "own" else None)
+            axes.plot([cost(r) for r in single], [r[name] for r in single], "x", color="#666666")
+        for row in single:
+            axes.annotate(row["value"], (cost(row), row[f"own_{what}"]), fontsize=7)
+        axes.set(xscale="log", xlabel="% of the dense FLOPs (free ones at 0.01)")
         axes.set_ylabel("Spearman correlation" if what == "spearman" else f"recall of the top {SHARE:.0%}")
-        axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(target, dpi=150)
 
 
 def save(study: Study, output: Path) -> str:
     """Write `sweep.json`, `sweep.md` and `sweep.png` into `output`, and return the tables."""
-    rows = medians(study)
-    best = recommended(rows, study.setting["proxy"]["tolerance"])
+    tolerance = study.setting["proxy"]["tolerance"]
     title = f"{study.setting['model']}: layers {', '.join(map(str, study.setting['layers']))}, medians"
+    rows, relative = medians(study), medians(study, "relative")
+    best = recommended(rows, tolerance)
     parts = [title, as_table(rows, best), "Spearman / recall by source:", by_source(study)]
-    relative = medians(study, "relative")
-    again = recommended(relative, study.setting["proxy"]["tolerance"])
-    parts += ["The same for norms relative to the state's own (`ffn_selection: relative`):", as_table(relative, again)]
-    text = "\n\n".join(parts)
-    draw(rows, best, title, output / "sweep.png")
-    (output / "sweep.json").write_text(json.dumps({"setting": study.setting, "rows": study.rows}, indent=1) + "\n")
-    (output / "sweep.md").write_text(text + "\n")
-    return text
+    parts += ["The same for norms relative to the state's own (`ffn_selection: relative`):"]
+    parts += [as_table(relative, recommended(relative, tolerance))]
+    result = {"setting": study.setting, "rows": study.rows}
+    return tables.save(result, "\n\n".join(parts), output, "sweep", lambda figure: draw(rows, best, title, figure))

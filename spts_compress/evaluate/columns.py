@@ -1,0 +1,160 @@
+"""The columns of every table about a checkpoint, each with how a row is shown: add one here."""
+
+from typing import Any
+
+from ..utils.tables import Show, columns_table, size
+
+SPEED: dict[str, Show] = {
+    "prompt tokens": "{tokens}",
+    "TTFT dense": "{dense[seconds][0]:.2f} s",
+    "TTFT SPTS": "{spts[seconds][0]:.2f} s",
+    "dense / SPTS (range)": lambda row: "{:.2f}x ({:.2f}-{:.2f})".format(
+        row["spts"]["speedup"][0]["median"],
+        *row["spts"]["speedup"][0]["range"],
+    ),
+    "FLOPs, dense / SPTS": "{flops[speedup]:.2f}x",
+    "KV dense": lambda row: size(row["dense"]["kv_bytes"]),
+    "KV SPTS": lambda row: share_of_dense(row, "kv_bytes"),
+}
+
+
+def share_of_dense(row: dict[str, Any], what: str) -> str:
+    """Bytes of SPTS, and what part of dense's they are."""
+    dense, spts = (row[mode][what] for mode in ("dense", "spts"))
+    return f"{size(spts)} ({spts / max(1, dense):.0%})"
+
+
+def _interval(row: dict, digits: int) -> str:
+    return " ({:.{n}f}-{:.{n}f})".format(*row["interval"], n=digits) if row["interval"] else ""
+
+
+def _of_mode(what: str, mode: str, spec: str) -> Show:
+    return lambda row: format(row[what][mode], spec) if row[what] else ""
+
+
+TASKS: dict[str, Show] = {
+    "task": "{task}",
+    "tokens": "{length}",
+    "prompts": "{items}",
+    "dense": lambda row: f"{100 * row['dense']:.1f}",
+    "SPTS": lambda row: f"{100 * row['spts']:.1f}",
+    "recovery (95% interval)": lambda row: (
+        "" if row["recovery"] is None else f"{row['recovery']:.2f}{_interval(row, 2)}"
+    ),
+}
+FIDELITY: dict[str, Show] = {
+    "free answers about": "{prompts}",
+    "tokens": "{length}",
+    "prompts": "{items}",
+    "next token as dense (95% interval)": lambda row: f"{row['top1']:.1%}{_interval(row, 3)}",
+    "KL, nats": "{kl:.3f}",
+    "repeating, dense": _of_mode("repeats", "dense", ""),
+    "repeating, SPTS": _of_mode("repeats", "spts", ""),
+    "perplexity of following text, dense": _of_mode("perplexity", "dense", ".2f"),
+    "perplexity of following text, SPTS": _of_mode("perplexity", "spts", ".2f"),
+}
+
+
+def _proxy_size(fit: dict) -> str:
+    chosen = fit["candidates"][fit["chosen"]]
+    return f"{chosen['channels']} channels, rank {chosen['rank']}" if chosen["rank"] else "regression"
+
+
+def _on_skipped(what: str) -> Show:
+    return lambda fit: f"{fit['skipped'][what]:.2f}" if "skipped" in fit else ""
+
+
+PROXIES: dict[str, Show] = {
+    "layer": "{layer}",
+    "proxy": _proxy_size,
+    "of dense FLOPs": lambda fit: f"{fit['candidates'][fit['chosen']]['cost']:.2%}",
+    "budget": "{share:.0%}",
+    "Spearman": "{proxy[spearman]:.2f}",
+    "Spearman of input norm": "{input_norm[spearman]:.2f}",
+    "recall": "{proxy[recall]:.2f}",
+    "recall of input norm": "{input_norm[recall]:.2f}",
+    "Spearman, skipped states": _on_skipped("spearman"),
+    "recall, skipped states": _on_skipped("recall"),
+    "why this size": "{reason}",
+}
+UPDATES: dict[str, Show] = {
+    "R^2 of the update, attention": lambda fit: _r2(fit, "attention"),
+    "R^2 of the update, feed-forward": lambda fit: _r2(fit, "ffn"),
+}
+
+
+def _r2(fit: dict, part: str) -> str:
+    return f"{fit['update'][part]:.2f}" if part in fit["update"] else ""
+
+
+BENCH: dict[str, Show] = {
+    **{name: SPEED[name] for name in ("prompt tokens", "TTFT dense", "TTFT SPTS", "dense / SPTS (range)")},
+    "batch": "{batch}",
+    "FLOPs allow (reached)": lambda row: _bound(row, row["flops"]["speedup"]),
+    "this machine allows (reached)": lambda row: _bound(row, row["calibrated"]),
+    "new tokens": lambda row: row["new_tokens"][-1],
+    "end to end, dense / SPTS": "{spts[speedup][1][median]:.2f}x",
+    "tokens/s dense / SPTS, ratio": lambda row: (
+        f"{1 / row['dense']['decode']['seconds']:.1f} / {1 / row['spts']['decode']['seconds']:.1f}, "
+        f"{row['spts']['decode']['speedup']['median']:.2f}x"
+    ),
+    "KV SPTS": SPEED["KV SPTS"],
+    "peak SPTS": lambda row: share_of_dense(row, "peak_bytes"),
+}
+PARTS = ("dense layers", "probing", "selecting", "gathers", "attention", "feed-forward", "rest")
+
+
+def _bound(row: dict, speedup: float) -> str:
+    return f"{speedup:.2f}x ({row['spts']['speedup'][0]['median'] / speedup:.0%})"
+
+
+def _share_of_time(part: str) -> Show:
+    return lambda row: f"{row['breakdown'].get(part, 0) / (sum(row['breakdown'].values()) or 1):.1%}"
+
+
+BREAKDOWN: dict[str, Show] = {
+    "prompt tokens": "{tokens}",
+    "batch": "{batch}",
+    **{part: _share_of_time(part) for part in PARTS},
+}
+
+
+def speed_table(report: dict) -> str:
+    return columns_table(SPEED, report["speed"])
+
+
+def score_tables(result: dict) -> str:
+    """Scores of `tasks` and `fidelity` of free answers, of a report or an evaluation; empty if none was measured."""
+    both = ((TASKS, result["tasks"]), (FIDELITY, result["fidelity"]))
+    return "\n\n".join(columns_table(columns, rows) for columns, rows in both if rows)
+
+
+def proxy_table(fits: list[dict]) -> str:
+    """Every layer's proxy: its size, and how well it ranks tokens; and of its updates, if there are any, R^2."""
+    updates = UPDATES if any("update" in fit for fit in fits) else {}
+    return columns_table({**PROXIES, **updates}, fits)
+
+
+def ablation_table(result: dict) -> str:
+    """A row for each variant of the method; times are dense over the variant."""
+    setting, dense = result["setting"], result["rows"][0]
+    columns: dict[str, Show] = {f"{setting['tokens']} tokens": "{variant}"}
+    for place, name in enumerate(["TTFT", *(f"{n} tokens, end to end" for n in setting["new_tokens"])]):
+        columns[name] = f"{{speedup[{place}][median]:.2f}}x"
+    columns["FLOPs"] = "{flop_speedup:.2f}x"
+    columns["KV cache"] = lambda row: f"{row['kv_bytes'] / dense['kv_bytes']:.0%}"
+    for task in dense["scores"]:
+        columns[task] = f"{{scores[{task}]:.1%}}"
+    return columns_table(columns, result["rows"])
+
+
+def bench_tables(result: dict) -> str:
+    """Times, memory and what bounds them by length and batch; the parts of the SPTS prefill; and what follows."""
+    rows = result["rows"]
+    parts = [columns_table(BENCH, rows), columns_table(BREAKDOWN, rows)]
+    if result["break_even"]:
+        parts.append(f"Skipping pays from {result['break_even']} tokens on.")
+    if result["growth"]:
+        terms = {name: f"{a:.3g} s n + {b:.3g} s n^2" for name, (a, b) in result["growth"].items()}
+        parts.append(f"TTFT for n thousand tokens, fitted: dense {terms['dense']}; SPTS {terms['spts']}.")
+    return "\n\n".join(parts)

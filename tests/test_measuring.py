@@ -1,0 +1,93 @@
+"""What all measurements share: tables declared by column, pictures in one style, ways of answering, and the card."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import SCHEDULE, tiny_model
+
+from spts_compress.evaluate import suites
+from spts_compress.export import card
+from spts_compress.recipe import load_study
+from spts_compress.tasks.example import hide
+from spts_compress.timing import pairs
+from spts_compress.utils import tables
+from spts_compress.utils.errors import UserError
+
+
+def test_a_table_shows_rows_as_its_columns_declare():
+    columns = {"name": "{name}", "first": "{times[0]:.1f} s", "sum": lambda row: sum(row["times"])}
+    rows = [{"name": "dense", "times": [1.0, 2.5]}, {"name": "SPTS", "times": [0.25, 1.0]}]
+    assert tables.columns_table(columns, rows).splitlines() == [
+        "| name  | first | sum  |",
+        "|-------|-------|------|",
+        "| dense | 1.0 s | 3.5  |",
+        "| SPTS  | 0.2 s | 1.25 |",
+    ]
+
+
+def test_a_result_is_saved_in_every_form_and_an_earlier_picture_goes(tmp_path):
+    pytest.importorskip("matplotlib")
+    shown = tables.save([1], "table", tmp_path, "x", lambda figure: figure.subplots().plot([1, 2]))
+    assert shown == "table" and (tmp_path / "x.md").read_text() == "table\n"
+    assert (tmp_path / "x.json").read_text() == "[\n 1\n]\n"
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    tables.save([1], "table", tmp_path, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md"]
+
+
+def test_intervals_are_drawn_along_the_numbers():
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    tables.plot_interval(axis, [1, 2], [5.0, 6.0], [(4, 7), (6, 6)])
+    tables.plot_interval(axis, [5.0], ["a task"], [(4, 7)])
+    upright, lying = (container.lines[2][0].get_segments() for container in axis.containers)
+    assert [segment[:, 1].tolist() for segment in upright] == [[4, 7], [6, 6]]
+    assert [segment[:, 0].tolist() for segment in lying] == [[4, 7]]
+
+
+@pytest.mark.parametrize(("lengths", "maps"), [((4096,), 0), ((4096, 8192), 1)])
+def test_needles_are_mapped_by_depth_only_where_there_are_several_lengths(lengths, maps):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    score = {"task": "t", "items": 2, "dense": 1.0, "spts": 0.5, "recovery": 0.5, "interval": None}
+    depths = [{"limit": n, "depth": 0.1, "mode": mode, "score": 1.0} for n in lengths for mode in ("dense", "spts")]
+    suites.draw({"tasks": [{**score, "length": n} for n in lengths], "depths": depths}, figure)
+    assert sum(len(axis.images) for axis in figure.axes) == maps
+
+
+def test_facts_lie_at_their_depths():
+    assert hide(["x", "y", "z"], [0.0, 0.5, 1.0], list("abcd")) == ["x", "a", "b", "y", "c", "d", "z"]
+
+
+def test_ways_are_compared_with_dense_round_by_round():
+    model, calls = tiny_model(), []
+    ids = torch.arange(3, 63)[None]
+    ways = {"dense": (model, {"spts": False}), "spts": (model, {}), "all": (model, {"spts": {"min_length": 10_000}})}
+    row = pairs.compare(ways, ids, 2, (1, 3), lambda: calls.append(1))
+    assert (row["batch"], row["tokens"], row["new_tokens"], len(calls)) == (1, 60, [1, 3], 3)
+    for name in ways:
+        assert [len(rounds) for rounds in row[name]["rounds"]] == [2, 2]
+        ratios = sorted(a / b for a, b in zip(row["dense"]["rounds"][1], row[name]["rounds"][1], strict=True))
+        assert row[name]["speedup"][1]["range"] == pytest.approx([ratios[0], ratios[-1]])
+    assert row["spts"]["kv_bytes"] < row["dense"]["kv_bytes"] == row["all"]["kv_bytes"]
+
+
+def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
+    model = tiny_model(schedule=SCHEDULE)
+    base = SimpleNamespace(
+        folder=tmp_path, title="Tiny", name="tiny", revision=None, trusted=False, config=model.config
+    )
+    setting = {"device": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "spts_compress": "0"}
+    speed = [{"tokens": 60, "dense": {"rounds": [[1.0, 2.0]]}}]
+    report = {"hardware": setting, "keys": 4, "dtype": "float32", "speed": speed}
+    text = card.render(base, model.config.schedule(), report, "SPEED", "QUALITY", "PROXIES", None)
+    cited = text.replace("\n", " ")
+    assert "Probe and Skip: Self-Predictive Token Skipping for Efficient Long-Context LLM Inference" in cited
+    assert all(name in cited for name in ("Zimeng Wu", "Donghao Wang", "Chaozhe Jin", "Jiaxin Chen", "Yunhong Wang"))
+    assert "H100" not in text and "runs it dense" in cited and "median of 2 pairs" in cited
+    assert [text.count(name) for name in ("SPEED", "QUALITY", "PROXIES", "## Search")] == [1, 1, 1, 0]
+    assert "## Search" in card.render(base, model.config.schedule(), report, "", "", "", "TABLES")
+
+
+def test_a_study_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"studies/nothing\.py is missing"):
+        load_study("nothing")
