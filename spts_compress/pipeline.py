@@ -91,8 +91,8 @@ def run(
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     named = (recipe.model.path, recipe.calibration.path, recipe.report.text, recipe.search and recipe.search.text)
     inputs = [Path(path) for path in named if path]
+    refuse_among_inputs(output, root, inputs[0] if recipe.model.path else None, inputs[bool(recipe.model.path) :])
     check_first(recipe, output, root, inputs, device, force)
-    refuse_among_inputs(output, root, *(path and Path(path) for path in named))
     store, stage, searched = Store(root), StageTimer(device), None
     with ExitStack() as stack:
         if ranks.is_main:

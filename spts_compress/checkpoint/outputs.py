@@ -19,21 +19,21 @@ def refuse_inside(output: Path, checkpoint: Path) -> None:
         raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
 
 
-def refuse_among_inputs(output: Path, work: Path, base: Path | None, *texts: Path | None) -> None:
+def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iterable[Path]) -> None:
     """Raises UserError if the checkpoint `output` or the folder for finished work would lie in a folder of text, which
     the next run would read it as; in another checkpoint, which would no longer be whole; or `work` in the base."""
     own, root = _place(output), _place(work)
     made = (("--output", output, own), ("--work", work, root))
-    for text in (text for text in texts if text and text.is_dir()):
+    for text in (text for text in texts if text.is_dir()):
         for option, path, place in made:
             if place.is_relative_to(text.resolve()):
                 raise UserError(
                     f"{option} {path} is in {text}, all files of which are read as text, so the next run would read "
                     "this one's as well; give one outside"
                 )
-    if base and base.is_dir() and root.is_relative_to(base.resolve()):
-        if root == base.resolve() or not own.is_relative_to(base.resolve()):
-            raise UserError(f"--work {work} is in the base {base}, which is only read; give another --work")
+    read_only = base.resolve() if base and base.is_dir() else None
+    if read_only and root.is_relative_to(read_only) and (root == read_only or not own.is_relative_to(read_only)):
+        raise UserError(f"--work {work} is in the base {base}, which is only read; give another --work")
     for option, path, place in made:
         for folder in (place, *place.parents):
             if folder != own and (folder / MANIFEST).exists():
