@@ -4,8 +4,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,42 @@ def _explained(error: Exception) -> tuple[list[str], int]:
         return [f"{' '.join(error.format_message().split())} (see {place} --help)"], 2
     if isinstance(error, OSError) and error.strerror:
         return [f"{error.filename or 'system'}: {error.strerror}"], 2
-    said = " ".join(str(error).split())
-    return [f"unexpected {type(error).__name__}: {said[:300]} (spts-compress --debug ... shows where)"], 1
+    text = " ".join(str(error).split())
+    return [f"unexpected {type(error).__name__}: {text[:300]} (spts-compress --debug ... shows where)"], 1
 
 
-_device_option = click.option(
+CHECKPOINT = click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+RECIPE = click.argument("file", metavar="FILE.yaml")
+EDITS = click.option(
+    "--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated."
+)
+DEVICE = click.option(
     "--device", default="auto", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...; auto: CUDA if there."
 )
+DTYPE = click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
+OUTPUT = click.option(
+    "--output", type=FilePath(path_type=Path), required=True, help="Folder for answers, tables, JSON and pictures."
+)
+PROMPTS = (  # which prompts an evaluation runs on, and how
+    click.option(
+        "--haystack", type=FilePath(), help="A file or folder of text [default: CPython's language reference]."
+    ),
+    click.option(
+        "--longbench", type=FilePath(), metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."
+    ),
+    click.option("--items", default=8, show_default=True, help="Prompts a task and length."),
+    click.option("--seed", default=1, show_default=True, help="Of the generated prompts."),
+    click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated."),
+    click.option("--batch", default=1, show_default=True, help="Prompts at a time."),
+    DTYPE,
+    DEVICE,
+    OUTPUT,
+)
+
+
+def _with(*options: Any) -> Callable[[Any], Any]:
+    """Decorates a command with options."""
+    return lambda command: reduce(lambda wrapped, option: option(wrapped), options, command)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,11 +117,29 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@click.argument("file", metavar="FILE.yaml")
+@click.argument("model", metavar="MODEL")
+@click.option("--speedup", type=float, help="Search for so many times fewer FLOPs [default: 2.0].")
+@click.option("--kv", "kv_share", type=float, help="Or for keeping this share of the KV cache.")
+@click.option("--quality", type=float, help="And, or instead, for this share of next tokens as dense.")
+@click.option("--length", default=8192, show_default=True, help="Longest prompts in tokens.")
+def init(model: str, length: int, **goals: float | None) -> None:
+    """Print a commented recipe made for MODEL: a folder, a GGUF file, or a Hub id."""
+    from .calibrate.base_model import resolve_config
+    from .checkpoint.families import context_of
+    from .starter import model_section, starter
+
+    _quiet()
+    section, goal = model_section(model), {name: value for name, value in goals.items() if value is not None}
+    config = resolve_config(section)
+    click.echo(starter(section, config, context_of(config), goal or {"speedup": 2.0}, length), nl=False)
+
+
+@main.command()
+@RECIPE
 @click.option("--output", type=FilePath(path_type=Path), help="Folder to write, instead of the recipe's export.path.")
-@click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
+@EDITS
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@_device_option
+@DEVICE
 @click.option("--work", type=FilePath(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
 @click.option("--force", is_flag=True, help="Replace a checkpoint that was made here.")
 def recipe(
@@ -114,8 +162,8 @@ def recipe(
     if read.export.push_to_hub:
         hub.need_token()  # now, not after hours
     with _spread(device) as (ranks, own):
-        say = click.echo if ranks.is_main else lambda _: None
-        report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, say, ranks)
+        log = click.echo if ranks.is_main else lambda _: None
+        report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, log, ranks)
     if report is not None:
         tables = f"{speed_table(report)}\n\n{score_tables(report)}"
         click.echo(f"\n{tables}\n\n{target} is ready; its README.md is the model card")
@@ -124,7 +172,7 @@ def recipe(
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 def inspect(folder: Path) -> None:
     """Show an exported checkpoint's schedule, sizes, proxy fidelity and measurements."""
     from .evaluate import inspect
@@ -133,19 +181,19 @@ def inspect(folder: Path) -> None:
 
 
 @main.command()
-@click.argument("file", metavar="FILE.yaml")
-@click.option("--output", type=FilePath(path_type=Path), required=True, help="Folder for tables, JSON and pictures.")
+@RECIPE
+@OUTPUT
 @click.option("--layers", metavar="N,N,...", help="Layers to study [default: four of the skipping ones].")
 @click.option("--vary", multiple=True, metavar="FACTOR", help="Only this factor; may be repeated [default: all].")
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="One more source of text; may be repeated.")
-@click.option("--set", "edits", multiple=True, metavar="SECTION.KEY=VALUE", help="Edit the recipe; may be repeated.")
-@_device_option
+@EDITS
+@DEVICE
 def sweep(
     file: str,
     output: Path,
     layers: str | None,
-    texts: tuple[str, ...],
     vary: tuple[str, ...],
+    texts: tuple[str, ...],
     edits: tuple[str, ...],
     device: str,
 ) -> None:
@@ -154,42 +202,19 @@ def sweep(
 
     _quiet()
     _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
-    study, own = load_study("proxy_sensitivity"), _device(device)
-    sources = _named_files(texts)
-    result = study.run(load(find(file), edits), _numbers("--layers", layers), sources, output / "work", own, vary)
+    own, numbers = _device(device), _numbers("--layers", layers) if layers is not None else None
+    study, sources = load_study("proxy_sensitivity"), _named_files(texts)
+    result = study.run(load(find(file), edits), numbers, sources, output / "work", own, vary)
     click.echo(study.save(result, output))
 
 
-def _eval_options(command: Any) -> Any:
-    """Options that say which prompts an evaluation runs on."""
-    for option in (
-        click.option(
-            "--haystack",
-            type=FilePath(),
-            help="A file or folder of text [default: CPython's language reference].",
-        ),
-        click.option(
-            "--longbench", type=FilePath(), metavar="FOLDER", help="LongBench's files, with its two dataset2*.json."
-        ),
-        click.option("--items", default=8, show_default=True, help="Prompts a task and length."),
-        click.option("--seed", default=1, show_default=True, help="Of the generated prompts."),
-        click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated."),
-        click.option("--batch", default=1, show_default=True, help="Prompts at a time."),
-        click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16"),
-        _device_option,
-        click.option("--output", type=FilePath(path_type=Path), required=True, help="Folder for answers and tables."),
-    ):
-        command = option(command)
-    return command
-
-
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 @click.option("--suite", "suites", multiple=True, help="ruler, longbench, diversity, fidelity; may be repeated.")
 @click.option("--lengths", default="4096", show_default=True, help="Prompt lengths in tokens, answers included.")
 @click.option("--rescore", is_flag=True, help="Only score the answers that are there; no model is run.")
 @click.option("--certify", is_flag=True, help="Put the result into the checkpoint's model card and a file beside it.")
-@_eval_options
+@_with(*PROMPTS)
 def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
 ) -> None:
@@ -199,7 +224,7 @@ def evaluate(
     device, dtype = options.pop("device"), options.pop("dtype")
     if suites:
         options["suites"] = suites
-    config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths) or ()), **options).checked()
+    config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
     _claim(output, () if rescore else work.FILES, folder)
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
@@ -216,11 +241,11 @@ def evaluate(
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 @click.option("--length", default=8192, show_default=True, help="Prompt length in tokens.")
 @click.option("--pairs", default=3, show_default=True, help="Timed rounds, all variants in turn.")
 @click.option("--new-tokens", default="16,128", show_default=True, help="For the end-to-end times.")
-@_eval_options
+@_with(*PROMPTS)
 def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path, **options: Any) -> None:
     """The method's parts one after another: time, KV cache and scores."""
     from .evaluate import ablate as work
@@ -232,39 +257,35 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     config = evaluation.EvalConfig(suites=suites, lengths=(length,), **options).checked()
     _claim(output, work.FILES, folder)
     model, tokenizer = evaluation.load(folder, device, dtype)
-    numbers = tuple(_numbers("--new-tokens", new_tokens) or ())
-    result = work.ablate(model, tokenizer, folder, config, output, pairs, numbers)
-    click.echo(work.save(result, output))
+    numbers = tuple(_numbers("--new-tokens", new_tokens))
+    click.echo(work.save(work.ablate(model, tokenizer, folder, config, output, pairs, numbers), output))
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 @click.option("--lengths", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", "batches", default="1", show_default=True, help="Prompts at a time, one or more numbers.")
 @click.option("--new-tokens", default=16, show_default=True, help="For end-to-end times and the decoding rate.")
 @click.option("--pairs", default=5, show_default=True, help="Timed rounds, dense and SPTS in turn.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
-@_device_option
-@click.option("--output", type=FilePath(path_type=Path), required=True, help="Folder for tables, JSON and a picture.")
+@_with(DTYPE, DEVICE, OUTPUT)
 def bench(
     folder: Path, lengths: str, batches: str, new_tokens: int, pairs: int, dtype: str, device: str, output: Path
 ) -> None:
     """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
     from .evaluate import benchmark
 
-    _claim(output, benchmark.FILES, folder)
+    _claim(output, ("bench.json", "bench.md", "bench.png"), folder)
     own = _device(device)
     command = (
         f"spts-compress bench {folder.resolve().name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
         f"--pairs {pairs} --dtype {dtype} --device {device}"
     )
-    sizes = _numbers("--lengths", lengths) or [], _numbers("--batch", batches) or []
-    result = benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
-    click.echo(benchmark.save(result, output))
+    sizes = _numbers("--lengths", lengths), _numbers("--batch", batches)
+    click.echo(benchmark.save(benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command), output))
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 def verify(folder: Path) -> None:
     """Check an exported checkpoint: hashes, code, index, shapes, schedule."""
     from .export.verify import require
@@ -275,7 +296,7 @@ def verify(folder: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 @click.option("--output", type=FilePath(path_type=Path), required=True, help="New folder for the stock checkpoint.")
 def strip(folder: Path, output: Path) -> None:
     """Give back the stock checkpoint, byte for byte, for engines without the skipping code."""
@@ -286,7 +307,7 @@ def strip(folder: Path, output: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=FilePath(path_type=Path))
+@CHECKPOINT
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 @click.option("--revision", help="Branch to upload to; made if it is not there.")
@@ -318,10 +339,8 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _numbers(option: str, text: str | None) -> list[int] | None:
+def _numbers(option: str, text: str) -> list[int]:
     """A list of whole numbers, from 1,2,3."""
-    if text is None:
-        return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -329,16 +348,16 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
 
 
 def _named_files(texts: tuple[str, ...]) -> dict[str, Path]:
-    found = {}
+    files = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
             raise UserError(f"--text {text}: give it as NAME=FILE")
         try:
-            found[name] = Path(expand(path))
+            files[name] = Path(expand(path))
         except ValueError as error:
             raise UserError(f"--text {text}: the path {error}") from None
-    return found
+    return files
 
 
 @contextmanager
@@ -347,8 +366,8 @@ def _spread(device: str) -> Iterator[Any]:
     from .utils.distributed import ranks
 
     own = _device(device)
-    with ranks() as found:
-        yield found, own
+    with ranks() as processes:
+        yield processes, own
 
 
 def _device(name: str) -> str:

@@ -1,6 +1,6 @@
-"""What a prefill costs, counted: floating-point operations and cached tokens, layer by layer.
+"""What a prefill costs by the FLOP count, and the tokens it caches, layer by layer.
 
-A multiply-add counts as 2 operations; causal attention counts half of the score matrix. Norms, activations and the
+A multiply-add counts as 2 FLOPs; causal attention counts half of the score matrix. Norms, activations and the
 language-model head (one position) are left out.
 """
 
@@ -49,7 +49,7 @@ class LayerShape:
             experts = getattr(config, "num_local_experts", None) or config.num_experts
             width, stored = one * (config.num_experts_per_tok + shared), one * (experts + shared)
         if latent := getattr(config, "kv_lora_rank", None):
-            made, size, rank = heads * config.qk_head_dim, config.v_head_dim, config.q_lora_rank
+            queries, size, rank = heads * config.qk_head_dim, config.v_head_dim, config.q_lora_rank
             cached = latent + config.qk_rope_head_dim
             return cls(
                 hidden,
@@ -57,9 +57,9 @@ class LayerShape:
                 stored,
                 key=hidden * cached,
                 expand=latent * heads * (config.qk_nope_head_dim + size),
-                query=hidden * made if rank is None else (hidden + made) * rank,
+                query=hidden * queries if rank is None else (hidden + queries) * rank,
                 output=heads * size * hidden,
-                pair=made + heads * size,
+                pair=queries + heads * size,
                 probed=heads * cached,
             )
         size = getattr(config, "head_dim", None) or hidden // heads
@@ -74,7 +74,7 @@ class LayerShape:
         return self.key + self.value + self.expand + self.query + self.output + 3 * self.hidden * self.stored
 
     def attention(self, tokens: int, window: int | None = None) -> float:
-        """Operations of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
+        """FLOPs of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
         weighted values."""
         reach = tokens if window is None else min(tokens, window)
         return 2.0 * self.pair * (tokens - reach / 2) * reach
@@ -83,29 +83,43 @@ class LayerShape:
         return 6.0 * tokens * self.hidden * self.intermediate
 
     def proxy(self, size: Proxy) -> float:
-        """Operations of a proxy, a token."""
+        """FLOPs of a proxy for one token."""
         return 4.0 * size.rank * (self.hidden + size.channels) + 5.0 * self.hidden
 
     def update(self, rank: int) -> float:
-        """Operations of an update, a token."""
+        """FLOPs of an update for one token."""
         return 4.0 * rank * self.hidden
 
     def dense(self, tokens: int, window: int | None = None) -> float:
-        """Operations of one stock layer."""
+        """FLOPs of one stock layer."""
         projections = 2.0 * tokens * (self.key + self.value + self.expand + self.query + self.output)
         return projections + self.attention(tokens, window) + self.feed_forward(tokens)
 
 
-def proxy_share(hidden: int, intermediate: int, size: Proxy) -> float:
-    """Operations of a proxy as a share of the dense feed-forward network's."""
+def proxy_flop_fraction(hidden: int, intermediate: int, size: Proxy) -> float:
+    """FLOPs of a proxy over those of the dense feed-forward network."""
     shape = LayerShape(hidden, intermediate)
     return shape.proxy(size) / shape.feed_forward(1)
 
 
+def suitable_proxy(shape: LayerShape, max_fraction: float, channels: int | None, rank: int | None) -> Proxy:
+    """The largest proxy that a layer needs, where `channels` or `rank` are not given: an eighth of the network's
+    channels, at most 512; and up to 3/8 of that as its rank, as far as `max_fraction` of the dense FLOPs allows."""
+    if channels is None:
+        quarter = max(1, shape.intermediate // 4)
+        channels = min(512, quarter, max(64, shape.intermediate // 8 // 64 * 64))
+    if rank is None:
+        one, free = shape.proxy(Proxy(channels, 1)), shape.proxy(Proxy(channels, 0))
+        affordable = int((max_fraction * shape.feed_forward(1) - free) / (one - free))
+        rank = max(0, min(affordable, 3 * channels // 8, shape.hidden))
+        rank = rank // 16 * 16 or rank
+    return Proxy(channels, rank)
+
+
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and operations by part. Where there
-    is a window, active tokens are counted as if all inside one were neighbours: the most operations there can be."""
+    """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and FLOPs by part. Where there is a
+    window, active tokens are counted as if all inside one were neighbours: the most FLOPs there can be."""
 
     candidates_in: int
     active: int
@@ -150,7 +164,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
 
 
 def predicted(config: Any, schedule: Schedule, length: int) -> dict[str, float]:
-    """Dense over SPTS operations, share of the KV cache kept, and share of probing in the SPTS prefill."""
+    """Dense over SPTS FLOPs, share of the KV cache kept, and share of probing in the SPTS prefill."""
     costs = layer_costs(config, schedule, length)
     windows = layer_windows(config)
     dense = sum(LayerShape.of(config, layer).dense(length, window) for layer, window in enumerate(windows))

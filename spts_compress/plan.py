@@ -1,16 +1,60 @@
-"""What a recipe would do, before any long work."""
+"""What a recipe would do, before any long work: its values for one model, what they need, and all of it as text."""
 
 from dataclasses import astuple
 from typing import Any
 
-from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_share
+from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_flop_fraction, suitable_proxy
 from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.stock_layer import layer_windows
-from .recipe import SearchSection
+from .recipe import ProxySection, Recipe, SearchSection
 from .utils.errors import UserError
 from .utils.tables import size, table
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def complete(recipe: Recipe, config: Any, context: int) -> Recipe:
+    """The recipe with values that suit the model in place of those it does not give: lengths cut to a `context` of so
+    many tokens, and the size of the proxies."""
+
+    def filled(section: Any, **values: Any) -> Any:
+        return section.model_copy(update={k: v for k, v in values.items() if k not in section.model_fields_set})
+
+    lengths = [length for length in recipe.report.lengths if length <= context] or [context]
+    calibration = filled(recipe.calibration, length=min(recipe.calibration.length, context))
+    proxy, report = recipe.proxy, filled(recipe.report, lengths=lengths)
+    if plain := [layer for layer in range(config.num_hidden_layers) if not has_experts(config, layer)]:
+        shape = LayerShape.of(config, plain[0])
+        size_ = suitable_proxy(shape, proxy.max_flop_fraction, proxy.channels, proxy.rank)
+        proxy = proxy.model_copy(update={"channels": size_.channels, "rank": size_.rank})
+    return recipe.model_copy(update={"calibration": calibration, "proxy": proxy, "report": report})
+
+
+def proxy_sizes(config: Any, section: ProxySection, start: int = 0) -> dict[int, Proxy]:
+    """The largest proxy of each layer, of a complete recipe; among experts it is the regression.
+
+    Raises:
+        UserError: if a size costs more than its share of the dense network, or there is nothing to make it of, in a
+            layer from `start` on.
+    """
+    full = Proxy(section.channels or 1, section.rank or 0)
+    sizes = {n: Proxy(1, 0) if has_experts(config, n) else full for n in range(config.num_hidden_layers)}
+    if has_experts(config) and not section.regression:
+        raise UserError("proxy.regression is false, but experts share no matrices that another proxy is made of")
+    plain = [n for n in range(start, config.num_hidden_layers) if not has_experts(config, n)]
+    if not plain:
+        return sizes
+    if not full.rank and not section.regression:
+        raise UserError("proxy.regression is false, and no rank is within proxy.max_flop_fraction; give a proxy.rank")
+    fraction = proxy_flop_fraction(config.hidden_size, LayerShape.of(config, plain[0]).intermediate, full)
+    if full.rank and fraction > section.max_flop_fraction:
+        fits = int(full.rank * section.max_flop_fraction / fraction)
+        raise UserError(
+            f"proxy: {full.channels} channels and rank {full.rank} cost {fraction:.1%} of the FLOPs of the dense "
+            f"feed-forward network, proxy.max_flop_fraction allows {section.max_flop_fraction:.1%}: "
+            f"take a rank of at most {fits}, or raise proxy.max_flop_fraction"
+        )
+    return sizes
 
 
 def parameters(config: Any) -> int:
@@ -55,7 +99,7 @@ def prediction_table(config: Any, schedule: Schedule, lengths: list[int]) -> str
     for length in lengths:
         p = predicted(config, schedule, length)
         rows.append([length, f"{p['speedup']:.2f}x", f"{p['kv_share']:.1%}", f"{p['probing_share']:.1%}"])
-    return table(["prompt", "operations, dense / SPTS", "KV cache kept", "probing share"], rows)
+    return table(["prompt", "FLOPs, dense / SPTS", "KV cache kept", "probing share"], rows)
 
 
 def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: SearchSection | None) -> int:
@@ -76,25 +120,6 @@ def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
     width = max(LayerShape.of(config, number).intermediate for number in range(config.num_hidden_layers))
     layer = 5 * 4 * config.hidden_size * width
     return weights + layer + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
-
-
-def check_share(config: Any, section: Any, start: int) -> None:
-    """Raises UserError if the recipe's `proxy` section allows a size dearer than its share of the dense network, or
-    where there are experts asks for matrices of theirs, in a layer from `start` on."""
-    if has_experts(config) and not section.regression:
-        raise UserError("proxy.regression is false, but experts share no matrices that another proxy is made of")
-    plain = [n for n in range(start, config.num_hidden_layers) if not has_experts(config, n)]
-    if not plain:
-        return
-    width = LayerShape.of(config, plain[0]).intermediate
-    share = proxy_share(config.hidden_size, width, Proxy(section.channels, section.rank))
-    if share > section.max_flop_fraction:
-        fits = int(section.rank * section.max_flop_fraction / share)
-        raise UserError(
-            f"proxy: {section.channels} channels and rank {section.rank} cost {share:.1%} of the dense feed-forward "
-            f"network, proxy.max_flop_fraction allows {section.max_flop_fraction:.1%}: "
-            f"take a rank of at most {fits}, or raise proxy.max_flop_fraction"
-        )
 
 
 def blind_ends(config: Any, schedule: Schedule) -> list[int]:
@@ -136,10 +161,9 @@ def _sizes(schedule: Schedule) -> str:
 def _search(search: SearchSection) -> str:
     goals = ", ".join(f"{name} {target:g}" for name, target in search.targets())
     wanted = f", quality at least {search.quality:g}" if search.quality is not None else ""
-    prompts = len(search.kinds) * search.prompts * len(search.lengths)
     return (
         f"search    {goals}{wanted}; {search.candidates} candidates and {search.rounds} rounds of "
-        f"{search.candidates // 2} more on {prompts} prompts, confirmed on {prompts} others"
+        f"{search.candidates // 2} more on {search.num_prompts} prompts, confirmed on {search.num_prompts} others"
     )
 
 
@@ -183,7 +207,7 @@ def describe(
             "Active tokens of the candidates, per layer:",
             schedule_table(config, schedule, lengths),
             "",
-            "Counted, not measured:",
+            "By the FLOP count, not measured:",
             prediction_table(config, schedule, lengths),
         ]
     )

@@ -1,21 +1,31 @@
 """Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
 
-import difflib
 import importlib.util
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    conlist,
+    create_model,
+    model_validator,
+)
 
 from . import schedule as schedules
-from .modeling.configuration_spts import Schedule
+from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.spts_block import HEAD_REDUCTIONS
-from .utils.errors import UserError
+from .utils.errors import UserError, unknown_key
 from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
@@ -32,12 +42,6 @@ def _odd(value: int) -> int:
 def _margin(value: float) -> float:
     if 0 < value < 1:
         raise ValueError("must be 0 or at least 1")
-    return value
-
-
-def _heads(value: Any) -> Any:
-    if value not in HEAD_REDUCTIONS and not schedules.are_heads(value):
-        raise ValueError("must be mean, max, or lists of heads by layer, as {3: [5], 7: [0, 8]}")
     return value
 
 
@@ -115,14 +119,15 @@ class CalibrationSection(Section):
 
 
 class ProxySection(Section):
-    """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper), which may cost at most
-    `max_flop_fraction` of the dense feed-forward network's operations; a layer gets a smaller one if its recall of the
-    tokens that count is at most `tolerance` worse. `saliency_quantile`: the share of most salient tokens that rates a
-    channel. `init`: plain or activation-weighted SVD; `regression`: whether a regression mends it; `steps` of
-    refinement (0: none) lessen `objective`. The paper's own proxies: `regression: false`, `steps: 0`."""
+    """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper; by default what suits the
+    model; rank 0: the regression alone), which may cost at most `max_flop_fraction` of the dense feed-forward network's
+    FLOPs; a layer gets a smaller one if its recall of the tokens that count is at most `tolerance` worse.
+    `saliency_quantile`: the share of most salient tokens that rates a channel. `init`: plain or activation-weighted
+    SVD; `regression`: whether a regression mends it; `steps` of refinement (0: none) lessen `objective`. The paper's
+    own proxies: `regression: false`, `steps: 0`."""
 
-    channels: Positive
-    rank: Positive
+    channels: Positive | None = None
+    rank: Natural | None = None
     max_flop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
     saliency_quantile: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -133,44 +138,6 @@ class ProxySection(Section):
     seed: Natural = 0
 
 
-class AmountSection(Section):
-    fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    floor: Natural = 0
-    cap: Positive | None = None
-
-
-def _plain_count(value: Any) -> Any:
-    """A plain number of tokens stands for an amount that does not grow."""
-    return {"floor": value} if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Amount = Annotated[AmountSection, BeforeValidator(_plain_count)]
-
-
-class StageSection(Section):
-    end: Natural
-    budget: Amount
-    prune_to: Amount | None = None
-    ffn_budget: Amount | None = None
-
-
-class ProbeSection(Section):
-    window_size: Positive = 1
-    heads: Annotated[Any, AfterValidator(_heads)] = "mean"
-    score_carry: Annotated[float, Field(ge=0, le=1)] = 0.0
-    kernel_size: Positive = 1
-
-
-class ScheduleSection(Section):
-    start: Positive
-    stages: Annotated[list[StageSection], Field(min_length=1)]
-    probe: ProbeSection = ProbeSection()
-    sink_tokens: Natural = 0
-    recent_tokens: Positive = 1
-    ffn_selection: Literal["proxy", "relative", "attention", "all"] = "proxy"
-    min_length: Natural = 0
-
-
 Kind = Literal[
     "retrieval", "multi-hop", "free", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1",
     "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "multi_hop",
@@ -178,35 +145,58 @@ Kind = Literal[
 ]  # fmt: skip
 
 
-class ChoicesSection(Section):
-    """What is drawn in a search, in place of the values in `search.space.CHOICES`; see `search.space.ScheduleParams`. A
-    number among `heads` lets only those score that find at least this share of what the best head finds."""
+@dataclass(frozen=True)
+class ScheduleParams:
+    """What a search draws: a schedule but for the size of its budgets. Annotations say what a value must be and, last,
+    which ones are drawn unless the recipe's `search.choices` names others.
 
-    stages: Some[Positive] | None = None
-    bend: Some[Annotated[float, Field(gt=0)]] | None = None
-    decay: Some[Annotated[float, Field(gt=0, le=1)]] | None = None
-    margin: Some[Annotated[float, Field(ge=0), AfterValidator(_margin)]] | None = None
-    ffn: Some[Annotated[float, Field(gt=0)]] | None = None
-    floor: Some[Natural] | None = None
-    ffn_selection: Some[Literal["proxy", "relative", "attention"]] | None = None
-    window_size: Some[Positive] | None = None
-    heads: Some[Annotated[str | float, AfterValidator(_reduction)]] | None = None
-    score_carry: Some[Annotated[float, Field(ge=0, le=1)]] | None = None
-    kernel_size: Some[Odd] | None = None
-    sink_tokens: Some[Natural] | None = None
-    recent_tokens: Some[Positive] | None = None
+    start: first skipping layer. stages: their number. bend: their lengths, 1 for equal ones, more for short first
+    ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next one's
+    budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes under.
+    heads: as in `Probe`, or a share: only heads that find so much of what the best one finds score, also in layers
+    before the start. The rest as in `Schedule` and `Probe`.
+    """
 
-    def given(self) -> dict[str, tuple]:
-        return {name: tuple(values) for name, values in self.model_dump(exclude_none=True).items()}
+    start: int
+    stages: Annotated[Positive, (1, 2, 3, 4, 5)] = 4
+    bend: Annotated[float, Field(gt=0), (0.5, 0.7, 1.0, 1.5)] = 1.0
+    decay: Annotated[float, Field(gt=0, le=1), (1.0, 0.6, 0.35, 0.2, 0.1)] = 0.2
+    margin: Annotated[float, Field(ge=0), AfterValidator(_margin), (0.0, 1.0, 1.3, 1.8, 2.5)] = 1.6
+    ffn: Annotated[float, Field(gt=0), (0.5, 0.75, 1.0, 1.4, 2.0)] = 1.0
+    floor: Annotated[Natural, (0, 128, 256)] = 0
+    ffn_selection: Annotated[Literal["proxy", "relative", "attention"], ("relative", "proxy", "attention")] = "relative"
+    window_size: Annotated[Positive, (1, 8, 32, 64, 96, 128)] = 1
+    heads: Annotated[str | float, AfterValidator(_reduction), ("mean", "max", 0.8, 0.9)] = "mean"
+    score_carry: Annotated[float, Field(ge=0, le=1), (0.0, 0.25, 0.5, 1.0)] = 0.0
+    kernel_size: Annotated[Odd, (1, 7, 15, 31, 63, 95, 127)] = 1
+    sink_tokens: Annotated[Natural, (0, 4, 16)] = 4
+    recent_tokens: Annotated[Positive, (1, 32, 64)] = 32
+
+
+_DRAWN: Any = {
+    name: (conlist(hint, min_length=1), list(hint.__metadata__[-1]))
+    for name, hint in get_type_hints(ScheduleParams, include_extras=True).items()
+    if name != "start"
+}
+_Choices: Any = create_model("_Choices", __base__=Section, **_DRAWN)
+
+
+class ChoicesSection(_Choices):
+    """What a search draws each of `ScheduleParams` from, but for `start`, which `search.starts` says. A number among
+    `heads` lets only those score that find at least this share of what the best head finds."""
+
+    def from_starts(self, starts: Sequence[int]) -> dict[str, tuple]:
+        """The choices for every one of `ScheduleParams`."""
+        return {"start": tuple(starts), **{name: tuple(values) for name, values in self}}
 
 
 class SearchSection(Section):
-    """A target instead of a schedule. One of `speedup` (dense over SPTS operations of a prompt as long as the longest
-    of `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
+    """A target instead of a schedule. One of `speedup` (dense over SPTS FLOPs of a prompt as long as the longest of
+    `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
     both models agree, along the dense model's own answers) only if it is that good. `quality` alone: the fastest of
     `speedups` that is that good. None of them: the whole front of `speedups`, from which nothing is exported.
 
-    Speed-ups are `cost: counted` in operations, or `measured`: told by a table of this machine's times for a layer's
+    Speed-ups are `cost: counted` in FLOPs, or `measured`: told by a table of this machine's times for a layer's
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
     quarters of the depth); heads that score may be in layers from `heads_from` on (by default the earliest start).
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
@@ -239,14 +229,23 @@ class SearchSection(Section):
     def without_contradiction(self) -> "SearchSection":
         if self.speedup is not None and self.kv_share is not None:
             raise ValueError("takes one of speedup and kv_share, not both")
-        drawn = self.choices.heads
-        if self.heads_from is not None and drawn and all(isinstance(heads, str) for heads in drawn):
+        if self.heads_from is not None and all(isinstance(heads, str) for heads in self.choices.heads):
             raise ValueError("has heads_from, but no number in choices.heads to choose heads by")
         return self
 
     def start_layers(self, num_layers: int) -> list[int]:
         """First skipping layers to try in a model of `num_layers` layers."""
         return sorted(set(self.starts or range(max(1, num_layers // 3), 3 * num_layers // 4 + 1)))
+
+    @property
+    def turn(self) -> int:
+        """Prompts after one another of which there is one of each kind and length."""
+        return len(self.kinds) * len(self.lengths)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that are searched on; as many confirm."""
+        return self.prompts * self.turn
 
     @property
     def decides(self) -> bool:
@@ -297,35 +296,36 @@ class ExportSection(Section):
 
 
 class Recipe(Section):
+    """What is built. `schedule` is plain data that `schedule.read` checks; without it and a search there is a default
+    schedule, and lengths that are not given are cut to the model's context, see `plan.complete`."""
+
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
-    proxy: ProxySection
-    schedule: ScheduleSection | None = None
+    proxy: ProxySection = ProxySection()
+    schedule: dict[Any, Any] | None = None
     search: SearchSection | None = None
     report: ReportSection = ReportSection()
     export: ExportSection
 
     @model_validator(mode="after")
     def one_way(self) -> "Recipe":
-        if (self.schedule is None) == (self.search is None):
-            raise ValueError("needs exactly one of the sections schedule and search")
+        if self.schedule is not None and self.search is not None:
+            raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
         return self
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
-        """The schedule, checked against a model of `num_layers` layers of `num_heads` heads; None if it is to be
-        searched for.
+        """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the
+        proxies' sizes; None if the recipe gives none.
 
         Raises:
             UserError: naming every fault.
         """
         if self.schedule is None:
             return None
-        proxy = {"channels": self.proxy.channels, "rank": self.proxy.rank}
         try:
-            block = {**self.schedule.model_dump(exclude_none=True), "proxy": proxy}
-            return schedules.read(block, num_layers, num_heads)
+            return schedules.read(self.schedule, num_layers, num_heads, "schedule", Proxy(1, 0))
         except ValueError as error:
-            raise UserError("\n".join(f"schedule: {fault}" for fault in error.args)) from None
+            raise UserError("\n".join(error.args)) from None
 
 
 def find(name: str) -> Path:
@@ -411,10 +411,28 @@ def load(path: Path, edits: tuple[str, ...] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
     for edit in edits:
         _apply(data, edit)
+    return validated(data, str(path))
+
+
+def validated(data: dict, name: str) -> Recipe:
+    """The recipe in plain data; `name` begins every fault.
+
+    Raises:
+        UserError: with every fault.
+    """
+    faults: list[str] = []
     try:
-        return Recipe.model_validate(data)
+        if isinstance(data.get("schedule"), dict):
+            schedules.read(data["schedule"], path="schedule", proxy=Proxy(1, 0))
+    except ValueError as error:
+        faults = list(error.args)
+    try:
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from None
+        faults += map(_explain, error.errors())
+    if faults:
+        raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
+    return recipe
 
 
 def _apply(data: dict, edit: str) -> None:
@@ -448,34 +466,20 @@ def _explain(fault: Any) -> str:
     """One line for one pydantic fault."""
     where = fault["loc"]
     path = ".".join(map(str, where))
-    kind, context = fault["type"], fault.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _known_keys(where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{path} is unknown{hint}; known here: {', '.join(known)}"
-    if kind == "missing":
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(path, list(_section(where[:-1]).model_fields))
+    if fault["type"] == "missing":
         return f"{path} is missing"
-    if kind == "value_error":
-        return f"{path} {context['error']}"
+    if fault["type"] == "value_error":
+        return f"{path or 'the recipe'} {fault['ctx']['error']}"
     return f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"
 
 
-def _known_keys(where: tuple) -> list[str]:
-    """Keys allowed in the section at `where`."""
-    sections: dict[str, type[BaseModel]] = {
-        "budget": AmountSection,
-        "prune_to": AmountSection,
-        "ffn_budget": AmountSection,
-        "probe": ProbeSection,
-        "choices": ChoicesSection,
-        "stages": StageSection,
-    }
-    model: type[BaseModel] = Recipe
-    for part in where:
-        if isinstance(part, str):
-            field = Recipe.model_fields.get(part)
-            kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-            own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-            model = sections.get(part) or next(own, model)
-    return list(model.model_fields)
+def _section(where: tuple) -> type[BaseModel]:
+    """The section at `where`."""
+    section: type[BaseModel] = Recipe
+    for name in where:
+        annotation = section.model_fields[name].annotation
+        kinds = (annotation, *get_args(annotation))
+        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return section

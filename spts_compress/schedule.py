@@ -1,11 +1,13 @@
-"""Every fault of a schedule at once. A checkpoint's own code reads the same block and stops at the first one."""
+"""The one schema of schedules, a recipe's `schedule` and a checkpoint's `spts` block alike: every fault at once, with
+its path. A checkpoint's own code reads the same block and stops at the first fault."""
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS
+from .utils.errors import unknown_key
 
 NESTED = {
     "budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy,
@@ -17,23 +19,33 @@ REQUIRED = {
     Schedule: ("start", "stages"),
 }  # fmt: skip
 OPTIONAL = ("cap", "prune_to", "ffn_budget", "proxy", "update", "kv")  # None is as good as nothing
-KINDS: dict[str, tuple[type, ...]] = {
+TYPES: dict[str, tuple[type, ...]] = {
     "fraction": (int, float), "score_carry": (int, float), "ffn_selection": (str,), "enabled": (bool,),
     "kv": (int, float),
 }  # fmt: skip
 
 
-def read(block: dict[str, Any], num_layers: int, num_heads: int | None = None) -> Schedule:
-    """Read and check an `spts` block of a model with `num_layers` layers of `num_heads` heads each.
+def read(
+    block: dict[str, Any],
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    path: str = "spts",
+    proxy: Proxy | None = None,
+) -> Schedule:
+    """Read and check the schedule of a model with `num_layers` layers of `num_heads` heads (None: not known yet).
+
+    Args:
+        path: of `block`, for the faults.
+        proxy: size of the proxies where `block` is a recipe's, which says nothing of them.
 
     Raises:
         ValueError: with one argument for each fault found in `block`.
     """
-    if found := list(_form(Schedule, block, "spts")):
+    if found := list(_form(Schedule, block, path, () if proxy is None else ("proxy", "enabled"))):
         raise ValueError(*found)
-    schedule = Schedule.from_dict(block, None)
+    schedule = Schedule.from_dict(block if proxy is None else {**block, "proxy": asdict(proxy)}, None)
     if found := faults(schedule, num_layers, num_heads):
-        raise ValueError(*found)
+        raise ValueError(*(f"{path}.{fault}" for fault in found))
     return schedule
 
 
@@ -44,33 +56,30 @@ def are_heads(value: Any) -> bool:
     return all(isinstance(own, list) and all(type(head) is int for head in own) for own in value.values())
 
 
-def _form(kind: type, value: Any, where: str) -> Iterator[str]:
-    """What is unknown, missing or of another type in the plain data of dataclass `kind`."""
+def _form(kind: type, value: Any, path: str, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """What is unknown, missing or of another type in the plain data of dataclass `kind`, `without` some fields."""
     if kind is Amount and type(value) is int:
         return
     if not isinstance(value, dict):
-        yield f"{where} is {value!r}; it must be a mapping"
+        yield f"{path} is {value!r}; it must be {'a number of tokens or ' if kind is Amount else ''}a mapping"
         return
-    known = [field.name for field in fields(kind)]
-    yield from (f"{where}.{key} is unknown; known are {', '.join(known)}" for key in value if key not in known)
-    yield from (f"{where}.{key} is missing" for key in REQUIRED.get(kind, ()) if key not in value)
+    known = [field.name for field in fields(kind) if field.name not in without]
+    yield from (unknown_key(f"{path}.{key}", known) for key in value if key not in known)
+    yield from (f"{path}.{key} is missing" for key in REQUIRED.get(kind, ()) if key in known and key not in value)
     for key in known:
         if key not in value or (key in OPTIONAL and value[key] is None):
             continue
-        item, place = value[key], f"{where}.{key}"
+        item, place = value[key], f"{path}.{key}"
         if key in LISTS and isinstance(item, list | tuple):
             for number, part in enumerate(item):
-                yield from _form(NESTED[key], part, f"{place}[{number}]")
-        elif key in NESTED and (key != "stages"):
+                yield from _form(NESTED[key], part, f"{place}.{number}")
+        elif key == "heads":
+            if not (isinstance(item, str) or are_heads(item)):
+                yield f"{place} is {item!r}; it must be mean, max, or lists of heads by layer, as {{3: [5], 7: [0, 8]}}"
+        elif key in NESTED and key != "stages":
             yield from _form(NESTED[key], item, place)
-        elif not _fits(key, item):
+        elif type(item) not in TYPES.get(key, (int,)):
             yield f"{place} is {item!r}, which is not of the right type"
-
-
-def _fits(key: str, item: Any) -> bool:
-    if key == "heads":
-        return isinstance(item, str) or are_heads(item)
-    return type(item) in KINDS.get(key, (int,))
 
 
 def covers(amount: Amount, other: Amount) -> bool:
@@ -86,79 +95,85 @@ def _limit(amount: Amount) -> float:
     return float("inf") if amount.fraction else amount.floor
 
 
-def faults(schedule: Schedule, num_layers: int, num_heads: int | None = None) -> list[str]:
+def faults(schedule: Schedule, num_layers: int | None = None, num_heads: int | None = None) -> list[str]:
     """Everything that is out of range or contradictory, each with what would be right; empty if all is well."""
-    probe, layers = schedule.probe, num_layers - schedule.start
+    probe, last = schedule.probe, None if num_layers is None else num_layers - 1
     found = [
-        (1 <= schedule.start < num_layers, f"start is {schedule.start}; it must be 1 to {num_layers - 1}"),
-        *_stages(schedule, num_layers),
-        (probe.window_size >= 1, f"probe.window_size is {probe.window_size}; it must be at least 1"),
+        *_range("start", schedule.start, 1, last),
+        *_stages(schedule, last),
+        *_range("probe.window_size", probe.window_size, 1),
         *_heads(schedule, num_layers, num_heads),
-        (0 <= probe.score_carry <= 1, f"probe.score_carry is {probe.score_carry}; it must be 0 to 1"),
-        (
-            probe.kernel_size >= 1 and probe.kernel_size % 2 == 1,
-            f"probe.kernel_size is {probe.kernel_size}; it must be odd and at least 1",
-        ),
-        (
-            schedule.ffn_selection in FFN_SELECTIONS,
-            f"ffn_selection is {schedule.ffn_selection!r}; it must be one of {', '.join(FFN_SELECTIONS)}",
-        ),
-        (schedule.sink_tokens >= 0, f"sink_tokens is {schedule.sink_tokens}; it must not be negative"),
-        (schedule.recent_tokens >= 1, f"recent_tokens is {schedule.recent_tokens}; the last token is always active"),
-        (schedule.min_length >= 0, f"min_length is {schedule.min_length}; it must not be negative"),
-        *_sizes(schedule, layers),
+        *_range("probe.score_carry", probe.score_carry, 0, 1),
+        *_range("sink_tokens", schedule.sink_tokens, 0),
+        *_range("recent_tokens", schedule.recent_tokens, 1),
+        *_range("min_length", schedule.min_length, 0),
     ]
-    return [message for fine, message in found if not fine]
+    if probe.kernel_size < 1 or probe.kernel_size % 2 == 0:
+        found.append(f"probe.kernel_size is {probe.kernel_size}; it must be odd and at least 1")
+    if schedule.ffn_selection not in FFN_SELECTIONS:
+        found.append(f"ffn_selection is {schedule.ffn_selection!r}; it must be one of {', '.join(FFN_SELECTIONS)}")
+    return [*found, *_sizes(schedule, num_layers)]
 
 
-def _sizes(schedule: Schedule, layers: int) -> Iterator[tuple[bool, str]]:
-    """Proxies and updates of `layers` skipping layers, and the share of tokens cached."""
-    proxy, update, kv = schedule.proxy, schedule.update, schedule.kv
-    yield len(proxy) in (0, 1, layers), f"proxy has {len(proxy)} sizes for {layers} skipping layers"
-    yield len(update) in (0, 1, layers), f"update has {len(update)} entries for {layers} skipping layers"
-    bare = not proxy and schedule.ffn_selection in ("proxy", "relative")
-    yield not bare, f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all"
-    for size in proxy:
-        yield size.channels >= 1, f"proxy.channels is {size.channels}; it must be at least 1"
-        yield size.rank >= 0, f"proxy.rank is {size.rank}; it must not be negative"
-    for name in ("attention_rank", "ffn_rank"):
-        for ranks in update:
-            yield getattr(ranks, name) >= 0, f"update.{name} is {getattr(ranks, name)}; it must not be negative"
-    yield kv is None or 0 < kv <= 1, f"kv is {kv}; it must be more than 0 and at most 1"
+def _range(path: str, value: float, least: int, most: int | None = None) -> Iterator[str]:
+    if not (value >= least and (most is None or value <= most)):
+        yield f"{path} is {value}; it must be " + (f"at least {least}" if most is None else f"{least} to {most}")
 
 
-def _stages(schedule: Schedule, num_layers: int) -> Iterator[tuple[bool, str]]:
-    yield len(schedule.stages) > 0, "stages is empty; there must be at least one"
+def _sizes(schedule: Schedule, num_layers: int | None) -> Iterator[str]:
+    """Proxies and updates, and the share of tokens cached."""
+    for name in ("proxy", "update"):
+        sizes = getattr(schedule, name)
+        if num_layers is not None and len(sizes) not in (0, 1, num_layers - schedule.start):
+            yield f"{name} has {len(sizes)} entries for {num_layers - schedule.start} skipping layers"
+    if not schedule.proxy and schedule.ffn_selection in ("proxy", "relative"):
+        yield f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all"
+    for size in schedule.proxy:
+        yield from _range("proxy.channels", size.channels, 1)
+        yield from _range("proxy.rank", size.rank, 0)
+    for update in schedule.update:
+        yield from _range("update.attention_rank", update.attention_rank, 0)
+        yield from _range("update.ffn_rank", update.ffn_rank, 0)
+    if schedule.kv is not None and not 0 < schedule.kv <= 1:
+        yield f"kv is {schedule.kv}; it must be more than 0 and at most 1"
+
+
+def _stages(schedule: Schedule, last: int | None) -> Iterator[str]:
+    if not schedule.stages:
+        yield "stages is empty; there must be at least one"
     previous = schedule.start - 1
     for i, stage in enumerate(schedule.stages):
-        where, end = f"stages[{i}]", stage.end
-        yield previous < end < num_layers, f"{where}.end is {end}; it must be {previous + 1} to {num_layers - 1}"
-        previous = end
+        path = f"stages.{i}"
+        yield from _range(f"{path}.end", stage.end, previous + 1, last)
+        previous = stage.end
         for name, amount in stage.amounts().items():
-            yield 0 <= amount.fraction <= 1, f"{where}.{name}.fraction is {amount.fraction}; it must be 0 to 1"
-            yield amount.floor >= 0, f"{where}.{name}.floor is {amount.floor}; it must not be negative"
-            yield amount.fraction > 0 or amount.floor > 0, f"{where}.{name} is 0; it must keep some tokens"
-            fine = amount.cap is None or amount.cap >= max(1, amount.floor)
-            yield fine, f"{where}.{name}.cap is {amount.cap}; it must be at least the floor"
+            yield from _range(f"{path}.{name}.fraction", amount.fraction, 0, 1)
+            yield from _range(f"{path}.{name}.floor", amount.floor, 0)
+            if amount.fraction == amount.floor == 0:
+                yield f"{path}.{name} is 0; it must keep some tokens"
+            if amount.cap is not None and amount.cap < max(1, amount.floor):
+                yield f"{path}.{name}.cap is {amount.cap}; it must be at least the floor"
         following = schedule.stages[i + 1] if i + 1 < len(schedule.stages) else None
         if following is None:
-            yield stage.prune_to is None, f"{where}.prune_to is set; nothing is pruned after the last stage"
+            if stage.prune_to is not None:
+                yield f"{path}.prune_to is set; nothing is pruned after the last stage"
         elif stage.prune_to is not None:
             for name in ("budget", "ffn_budget"):
-                amount = following.amounts().get(name, stage.prune_to)
-                less = f"{where}.prune_to is less than stages[{i + 1}].{name}; it must be at least that"
-                yield covers(stage.prune_to, amount), less
+                if not covers(stage.prune_to, following.amounts().get(name, stage.prune_to)):
+                    yield f"{path}.prune_to is less than stages.{i + 1}.{name}; it must be at least that"
 
 
-def _heads(schedule: Schedule, num_layers: int, num_heads: int | None) -> Iterator[tuple[bool, str]]:
+def _heads(schedule: Schedule, num_layers: int | None, num_heads: int | None) -> Iterator[str]:
     heads, start = schedule.probe.heads, schedule.start
     if isinstance(heads, str):
-        fine = heads in HEAD_REDUCTIONS
-        yield fine, f"probe.heads is {heads!r}; it must be mean, max, or lists of heads by layer"
+        if heads not in HEAD_REDUCTIONS:
+            yield f"probe.heads is {heads!r}; it must be mean, max, or lists of heads by layer"
         return
     for layer, head in heads:
-        there = start <= layer < num_layers and head >= 0 and (num_heads is None or head < num_heads)
-        yield there, f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head"
-    yield len(set(heads)) == len(heads), "probe.heads has a head twice"
-    first = any(layer == start for layer, _ in heads)
-    yield first, f"probe.heads has none in layer {start}, which skips with nothing carried to it"
+        there = layer >= start and (num_layers is None or layer < num_layers)
+        if not (there and head >= 0 and (num_heads is None or head < num_heads)):
+            yield f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head"
+    if len(set(heads)) < len(heads):
+        yield "probe.heads has a head twice"
+    if all(layer != start for layer, _ in heads):
+        yield f"probe.heads has none in layer {start}, which skips with nothing carried to it"

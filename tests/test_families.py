@@ -43,7 +43,7 @@ def test_from_recipe_to_answers(family, tmp_path):
     run("verify", tmp_path / "out")
     plan = run("recipe", tmp_path / "recipe.yaml", "--dry-run")
     told = run("inspect", tmp_path / "out")
-    assert plan[plan.index("Active tokens") : plan.index("Counted")] in told
+    assert plan[plan.index("Active tokens") : plan.index("By the FLOP count")] in told
     assert re.findall(r"\| (\S+%) +\|", plan)[0] in told  # of the KV cache
     report = json.loads((tmp_path / "out/spts_report.json").read_text())
     assert [fit["layer"] for fit in report["proxies"]] == [2, 3, 4]

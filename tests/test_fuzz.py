@@ -159,10 +159,10 @@ def test_a_recipe_in_another_encoding(folder, monkeypatch):
 
 
 WORDS = """
-recipe inspect sweep evaluate ablate bench verify strip push quickstart.yaml base . / .. out ~ -h --help --set --output
---work --force --dry-run --device auto cuda:7 meta --suite ruler --lengths 1,2 --items --batch 0 -1 --task vt = a.b=c
-model.path=base schedule.stages.9.end=1 schedule.stages=[] user/name --revision --vary rank --layers 1,x --text a=b
---dtype float64 --pairs --new-tokens --rescore --certify --
+init recipe inspect sweep evaluate ablate bench verify strip push quickstart.yaml base . / .. out ~ -h --help --set
+--output --work --force --dry-run --device auto cuda:7 meta --suite ruler --lengths 1,2 --items --batch 0 -1 --task vt =
+a.b=c model.path=base schedule.stages.9.end=1 schedule.stages=[] user/name --revision --vary rank --layers 1,x --text
+a=b --dtype float64 --pairs --new-tokens --rescore --certify --
 """
 ARGUMENTS = st.one_of(
     st.sampled_from(WORDS.split()),
@@ -181,7 +181,7 @@ def test_any_words_as_a_command_line(folder, monkeypatch, words):
 
 EDITS = [
     "x", "=", "a=", ".=1", "model.=1", "model..path=x", "schedule.stages.7.end=1", "schedule.stages.x=1",
-    "schedule.stages.²=1", "model.path.x=1", "schedule={", "schedule=null", "search={}", "export=",
+    "schedule.stages.²=1", "model.path.x=1", "schedule={", "schedule=[]", "search={}", "export=",
     "schedule.stages.0.budget=-3", "schedule.start=99", "schedule.start=0", "schedule.probe.heads={9: [0]}",
     "schedule.probe.heads={2: [99]}", "schedule.probe.kernel_size=2", "model.dtype=float8", "proxy.rank=4000",
     "calibration.path=nowhere", "calibration.source=dataset", "calibration.dataset=a/b", "model.gguf_file=x.gguf",

@@ -221,11 +221,18 @@ def test_measurements_of_the_report_and_the_break_even_are_made_anew(folder, mon
     def key(dtype="bfloat16", block=BLOCK, **changes):
         base = resolve(ModelSection(path=str(folder / "base")), store)
         recipe = recipe_of(folder, model={"path": str(folder / "base"), "dtype": dtype}, **changes)
-        schedule, model = Schedule.from_dict(block, 5), SimpleNamespace(dtype=getattr(torch, dtype))
-        ready = SimpleNamespace(base=base, model=model, skipping=lambda _: None)
         monkeypatch.setattr(pipeline, "replace", lambda _, min_length: min_length)
-        found = pipeline._report(recipe, base, folder, schedule, None, "prose", "cpu", store, proxies)
-        return found, pipeline._from_break_even(ready, schedule, "cpu", store, print)
+        ready = SimpleNamespace(
+            recipe=recipe,
+            base=base,
+            tokenizer=None,
+            haystack="prose",
+            model=SimpleNamespace(dtype=getattr(torch, dtype)),
+            schedule=Schedule.from_dict(block, 5),
+            parameters=proxies,
+            skipping=lambda _: None,
+        )
+        return pipeline._measure(ready, folder, "cpu", store), pipeline._from_break_even(ready, "cpu", store, print)
 
     first = key()
     more(folder / "base/README.md")
@@ -258,7 +265,7 @@ def test_evaluations_of_a_search_are_made_anew_for_another_model_or_program(fold
 
     def key():
         with pytest.raises(UserError, match="far enough"):
-            pipeline.run(recipe, "", folder / "new", work=folder / "work", say=lambda _: None)
+            pipeline.run(recipe, "", folder / "new", work=folder / "work", log=lambda _: None)
         return seen[-1]
 
     first = key()

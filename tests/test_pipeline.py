@@ -189,7 +189,7 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     fails("only", calibration__path=str(tmp_path / "short"))
     fails("does not exist", calibration__path=str(tmp_path / "nowhere"))
     fails("model.path", model__path=str(tmp_path / "nowhere"))
-    fails("schedule: stages[0].end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
+    fails("schedule.stages.0.end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
     fails("--device", "--device", "nonsense")
     shutil.copytree(base, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
@@ -306,7 +306,7 @@ def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corp
             skipped, plain = (model(ids[:, :length], logits_to_keep=1, spts=spts).logits for spts in (None, False))
             assert torch.equal(skipped, plain) is dense
     resolved = load_recipe(tmp_path / "out" / "recipe.resolved.yaml")
-    assert resolved.schedule.min_length == 128 and not resolved.export.break_even
+    assert resolved.schedule["min_length"] == 128 and not resolved.export.break_even
 
 
 def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_path):
@@ -343,7 +343,7 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     missed = run("recipe", path, "--force", "--set", "search.quality=1.0", "--set", "search.speedup=2.5", code=2)
     assert "no schedule meets the target" in missed
     for edit, message in (
-        ("search=null", "needs exactly one of the sections schedule and search"),
+        ("schedule={start: 2}", "has both schedule and search; give one of them, or none"),
         ("search.lengths=[9999]", "search.lengths: 9999 is more than the model's context of 2048"),
         ("search.starts=[5]", "search.starts: 5 is out of range; it must be 1 to 4"),
         ("search.kinds=[multi-hop]", "does not fit into 600 tokens"),

@@ -139,7 +139,7 @@ def test_the_regression_copes_with_few_tokens_and_equal_features(count):
 def test_the_exported_regression_predicts_what_was_solved():
     ffn, x = network(), states(300, 5)
     tokens, check = tokens_of(ffn, x[:200]), tokens_of(ffn, x[200:])
-    proxy = ltp.regress(ffn, ltp.Regression(tokens.unit), tokens, check)
+    proxy = ltp.fit_ridge(ffn, ltp.Regression(tokens.unit), tokens, check)
     a, b, c = proxy.down[-1], proxy.square, proxy.constants[0]
     unit = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(proxy(x).log(), unit @ a + unit.square() @ b + c, rtol=1e-3, atol=1e-4)
@@ -151,9 +151,9 @@ def test_a_blend_is_the_geometric_mean():
     ffn, x = network(), states(200, 6)
     tokens = tokens_of(ffn, x)
     low = ltp.low_rank(ffn, torch.arange(20), 5)
-    regressed = ltp.regress(ffn, ltp.Regression(tokens.unit), tokens, tokens)
-    expected = (low(x) * regressed(x)).sqrt()
-    ltp.blend(low, regressed)
+    ridge = ltp.fit_ridge(ffn, ltp.Regression(tokens.unit), tokens, tokens)
+    expected = (low(x) * ridge(x)).sqrt()
+    ltp.geometric_mean(low, ridge)
     torch.testing.assert_close(low(x), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_a_blend_is_the_geometric_mean():
 def test_refinement_helps_and_is_reproducible(objective):
     ffn = network()
     tokens, check = tokens_of(ffn, states(600, 7)), tokens_of(ffn, states(200, 8))
-    section = ProxySection(channels=20, rank=6, steps=60, objective=objective, regression=False)
+    section = ProxySection(steps=60, objective=objective, regression=False)
     made = [size.fit(ffn, Proxy(20, 6), tokens, check, section, None, 0.25) for _ in range(2)]
     assert made[0][1]
     torch.testing.assert_close(made[0][0](check.unit), made[1][0](check.unit), rtol=0, atol=0)
@@ -189,15 +189,15 @@ def test_refinement_never_ends_worse_than_it_began_on_unseen_tokens(seed, rate):
 def test_the_cheapest_proxy_that_is_good_enough_is_chosen():
     ffn = network()
     x, y = states(800, 9), states(400, 10)
-    section = ProxySection(channels=40, rank=16, steps=40, tolerance=0.02)
+    section = ProxySection(steps=40, tolerance=0.02)
     weight = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 0.1
 
     def easy(x):  # norms that a regression predicts exactly
         return ltp.Tokens.of(ffn, x, (ffn.unit(x) @ weight).exp())
 
-    proxy, tried = size.choose(ffn, easy(x), easy(y), section, 0.25, False)
+    proxy, tried = size.choose(ffn, Proxy(40, 16), easy(x), easy(y), section, 0.25, False)
     assert tried["chosen"] == 0 and proxy.rank == 0 and tried["candidates"][0]["recall"] > 0.97
-    proxy, tried = size.choose(ffn, tokens_of(ffn, x), tokens_of(ffn, y), section, 0.25, False)
+    proxy, tried = size.choose(ffn, Proxy(40, 16), tokens_of(ffn, x), tokens_of(ffn, y), section, 0.25, False)
     recalls = [row["recall"] for row in tried["candidates"]]
     assert recalls[tried["chosen"]] >= max(recalls) - 0.02
     assert all(recall < max(recalls) - 0.02 for recall in recalls[: tried["chosen"]])
@@ -216,7 +216,7 @@ def test_fidelity_matches_plain_computations():
     rms = torch.sqrt((x * x).mean(-1))
     inputs = (x / rms[:, None] * ffn.norm).norm(dim=-1)
     for relative, scale in ((False, torch.ones_like(rms)), (True, rms)):
-        found = metrics.of(unit, 0.25, relative)
+        found = metrics.fidelity(unit, 0.25, relative)
         expected = spearmanr((inputs / scale).numpy(), (true / scale).numpy()).statistic
         assert abs(found["input_norm"]["spearman"] - expected) < 1e-3
         top = set((true / scale).argsort(descending=True)[:50].tolist())

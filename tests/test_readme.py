@@ -112,7 +112,7 @@ def test_recipes_in_the_documentation_are_read_by_the_toolkit(tmp_path):
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
             data = yaml.safe_load(block)
             if "model" not in data:  # a section alone
-                data = {"model": {"path": "a"}, "proxy": {"channels": 8, "rank": 4}, "export": {"path": "b"}, **data}
+                data = {"model": {"path": "a"}, "export": {"path": "b"}, **data}
             (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
             load(tmp_path / "recipe.yaml").read_schedule(32)
             read += 1

@@ -1,11 +1,13 @@
 """Recipes are read strictly, and every shipped one is valid."""
 
+from dataclasses import fields
+
 import pytest
 import yaml
 from tiny import tiny_model
 
-from spts_compress.recipe import Recipe, find, load, shipped_recipes
-from spts_compress.search import run, space
+from spts_compress.recipe import Recipe, ScheduleParams, find, load, shipped_recipes
+from spts_compress.search import run
 from spts_compress.utils.errors import UserError
 
 GOOD = """
@@ -13,7 +15,9 @@ model: {path: somewhere}
 proxy: {channels: 8, rank: 4}
 schedule:
   start: 1
-  stages: [{end: 2, budget: 12, prune_to: 16}, {end: 4, budget: {fraction: 0.25, floor: 8, cap: 16}}]
+  stages:
+    - {end: 2, budget: 12, prune_to: {fraction: 0.25, floor: 16}}
+    - {end: 4, budget: {fraction: 0.25, floor: 8, cap: 16}}
 export: {path: out}
 """
 
@@ -45,7 +49,7 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
         "model.pth is unknown (did you mean path?)",
         "proxy.rank is 'many'; input should be a valid integer",
         "proxy.rang is unknown (did you mean rank?)",
-        "schedule.stages.0.budget.floor is -3; input should be greater than or equal to 0",
+        "schedule.stages.0.budget.floor is -3; it must be at least 0",
         "expotr is unknown (did you mean export?)",
         "export is missing",
     ):
@@ -55,12 +59,15 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
 def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     text = "model: {path: somewhere}\nproxy: {channels: 8, rank: 4}\nsearch: {speedup: 2.0}\nexport: {path: out}\n"
     recipe = load(write(tmp_path, text), ("search.choices={window_size: [32], margin: [0, 1.2]}",))
-    assert recipe.search.choices.given() == {"window_size": (32,), "margin": (0, 1.2)}
-    assert set(type(recipe.search.choices).model_fields) == set(space.CHOICES)
+    choices = recipe.search.choices.from_starts([2, 3])
+    assert {name: choices[name] for name in ("start", "window_size", "margin", "stages")} == {
+        "start": (2, 3), "window_size": (32,), "margin": (0, 1.2), "stages": (1, 2, 3, 4, 5)
+    }  # fmt: skip
+    assert list(choices) == [field.name for field in fields(ScheduleParams)]
     recipe = load(write(tmp_path, text), ("search.heads_from=3", "search.starts=[2]", "search.lengths=[512]"))
     [line] = faults(tmp_path, text, ("search.heads_from=3", "search.choices.heads=[mean]"))
     assert "search has heads_from, but no number in choices.heads" in line
-    with pytest.raises(UserError, match="3 is behind the first start"):
+    with pytest.raises(UserError, match="3 is after the first start"):
         run.widest(recipe.search, tiny_model(max_position_embeddings=2048).config)
     for wrong, expected in (
         ("{window_sizes: [8]}", "search.choices.window_sizes is unknown (did you mean window_size?)"),
@@ -74,7 +81,7 @@ def test_choices_of_a_search_are_checked_and_taken(tmp_path):
 
 def test_duplicate_keys_name_their_line(tmp_path):
     [line] = faults(tmp_path, GOOD + "export: {path: other}\n")
-    assert line.endswith("recipe.yaml:8: export is given twice in one section")
+    assert line.endswith("recipe.yaml:10: export is given twice in one section")
 
 
 @pytest.mark.parametrize("text", ["model: [", "- a\n- b", "", "!!python/object/apply:os.system [ls]"])
@@ -86,7 +93,7 @@ def test_what_is_not_a_recipe_is_refused(tmp_path, text):
 def test_edits_change_the_recipe_and_are_checked_like_it(tmp_path):
     path = write(tmp_path, GOOD)
     recipe = load(path, ("schedule.stages.0.budget=14", "report.lengths=[512]", "calibration.seed=3"))
-    assert recipe.schedule.stages[0].budget.floor == 14
+    assert recipe.schedule["stages"][0]["budget"] == 14
     assert recipe.report.lengths == [512]
     assert recipe.calibration.seed == 3
     assert "proxy.rnk is unknown (did you mean rank?)" in faults(tmp_path, GOOD, ("proxy.rnk=3",))[0]
@@ -102,16 +109,33 @@ def test_heads_that_score_are_lists_by_layer(tmp_path):
     with pytest.raises(UserError, match="has head 3 of layer 1"):
         recipe.read_schedule(5, 2)
     [line] = faults(tmp_path, GOOD, ("schedule.probe.heads=[2, 0]",))
-    assert "schedule.probe.heads must be mean, max, or lists of heads by layer" in line
+    assert "schedule.probe.heads is [2, 0]; it must be mean, max, or lists of heads by layer" in line
 
 
 def test_contradictions_with_the_model_are_all_named(tmp_path):
-    recipe = load(write(tmp_path, GOOD), ("schedule.start=9", "schedule.stages.0.prune_to=9"))
+    edits = ("schedule.start=9", "schedule.stages=[{end: 12, budget: 9}]", "schedule.probe.heads={9: [5]}")
+    recipe = load(write(tmp_path, GOOD), edits)
     with pytest.raises(UserError) as caught:
-        recipe.read_schedule(5)
-    text = str(caught.value)
-    assert "start is 9; it must be 1 to 4" in text
-    assert "stages[0].prune_to is less than stages[1].budget" in text
+        recipe.read_schedule(5, 4)
+    assert str(caught.value).splitlines() == [
+        "schedule.start is 9; it must be 1 to 4",
+        "schedule.stages.0.end is 12; it must be 9 to 4",
+        "schedule.probe.heads has head 5 of layer 9; no skipping layer has such a head",
+    ]
+
+
+def test_faults_of_a_schedule_are_told_with_all_others_before_the_model_is_known(tmp_path):
+    text = GOOD.replace("budget: 12,", "budget: 12, bugdet: 3,").replace("rank: 4", "rang: 4")
+    told = "\n".join(faults(tmp_path, text))
+    assert "schedule.stages.0.bugdet is unknown (did you mean budget?); known here: end, budget" in told
+    assert "proxy.rang is unknown (did you mean rank?)" in told
+    edits = ("schedule.stages.0.prune_to=9", "schedule.probe={kernel_size: 4}", "schedule.proxy={}", "schedule.stat=1")
+    told = "\n".join(faults(tmp_path, GOOD, edits[:2]))
+    assert "schedule.stages.0.prune_to is less than stages.1.budget; it must be at least that" in told
+    assert "schedule.probe.kernel_size is 4; it must be odd and at least 1" in told
+    told = "\n".join(faults(tmp_path, GOOD, edits[2:]))
+    assert "schedule.proxy is unknown" in told and "schedule.stat is unknown (did you mean start?)" in told
+    assert "schedule is 3; input should be a valid dictionary" in faults(tmp_path, GOOD, ("schedule=3",))[0]
 
 
 def test_the_resolved_values_load_as_the_same_recipe(tmp_path):

@@ -1,6 +1,7 @@
 """Schedules count what the paper counts."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spts_compress.cost import predicted
-from spts_compress.modeling.configuration_spts import Amount, Schedule
+from spts_compress.modeling.configuration_spts import Amount, Proxy, Schedule
 from spts_compress.recipe import find, load
 from spts_compress.schedule import covers, read
 
@@ -23,7 +24,7 @@ LLAMA_8B = SimpleNamespace(
 
 
 def test_the_papers_llama_recipe_gives_the_papers_figures():
-    schedule = load(find("llama.yaml")).read_schedule(32)
+    schedule = replace(load(find("llama.yaml")).read_schedule(32), proxy=(Proxy(512, 192),))
     figures = predicted(LLAMA_8B, schedule, 32768)
     assert figures["kv_share"] == pytest.approx(0.4145, abs=5e-5)  # the paper: KV memory -58.6%, 16 GB -> 6.63 GB
     assert figures["speedup"] == pytest.approx(2.59, abs=0.005)
@@ -67,7 +68,7 @@ def test_blocks_survive_a_round_trip_and_faults_are_all_named():
     assert Schedule.from_dict(json.loads(json.dumps(heads.to_dict())), 6) == heads and hash(heads)
     with pytest.raises(ValueError) as caught:
         read({"start": True, "stages": [{"ned": 1}], "probe": {"heads": 3}, "proxy": 5}, 6)
-    for fault in ("spts.start is True", "stages[0].ned is unknown", "stages[0].end is missing", "probe.heads is 3"):
+    for fault in ("spts.start is True", "stages.0.ned is unknown", "stages.0.end is missing", "probe.heads is 3"):
         assert fault in str(caught.value)
 
 
@@ -79,10 +80,10 @@ def test_blocks_survive_a_round_trip_and_faults_are_all_named():
         ({2: [1, 4]}, "head 4 of layer 2"),
         ({1: [0], 2: [0]}, "head 0 of layer 1"),
         ({2: [0], 6: [0]}, "head 0 of layer 6"),
-        ({2: [True]}, "right type"),
-        ({2: 1}, "right type"),
-        ({"two": [1]}, "right type"),
-        ([[2, 1]], "right type"),
+        ({2: [True]}, "lists of heads by layer"),
+        ({2: 1}, "lists of heads by layer"),
+        ({"two": [1]}, "lists of heads by layer"),
+        ([[2, 1]], "lists of heads by layer"),
         ({}, "none in layer 2"),
         ("median", "must be mean, max, or"),
     ],

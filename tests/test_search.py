@@ -9,10 +9,14 @@ from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 
 from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
-from spts_compress.recipe import Kind, SearchSection
+from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
-from spts_compress.search import dense_reference, halving, prompts, run, space
+from spts_compress.search import dense_reference, evaluator, halving, prompts, report, run, space, winner
+from spts_compress.search.dense_reference import DenseReference
+from spts_compress.search.halving import Candidate
+from spts_compress.search.prompts import PromptSet
 from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval_heads
+from spts_compress.search.space import Costs
 from spts_compress.tasks import agreement
 from spts_compress.tasks.example import Example
 from spts_compress.tasks.runner import encode, ways_of
@@ -44,9 +48,9 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     store = Store(tmp_path)
-    dense = dense_reference.dense(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
-    assert dense.kept_before(start) == kept
-    found = dense_reference.compare(whole, searched, dense)
+    dense = dense_reference.answer(stock_twin(whole), TOKENIZER, item, [kept], store, "key")
+    assert dense.states_before(start)[0] == kept
+    found = evaluator.compare(whole, searched, dense)
 
     whole.config.spts = searched.to_dict()
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
@@ -57,51 +61,44 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 0
     assert found["top1"] == pytest.approx(expected["top1"]) and found["same"] == (expected["top1"] == 1)
 
-    again = dense_reference.dense(None, TOKENIZER, item, [kept], store, "key")  # kept, so no model is needed
+    again = dense_reference.answer(None, TOKENIZER, item, [kept], store, "key")  # kept, so no model is needed
     assert torch.equal(again.final, dense.final) and torch.equal(again.answer, own[0, ids.shape[1] :].cpu())
 
 
 def test_a_shape_at_a_cost_costs_that_and_no_more():
     config = tiny_model(vocab_size=300).config
-    proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
-    rng, choices = random.Random(3), {"start": (1, 2, 3), **space.CHOICES, "heads": ("mean", "max")}
-    found = 0
+    costs = Costs(config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
+    rng, choices = random.Random(3), ChoicesSection(heads=["mean", "max"]).from_starts([1, 2, 3])
+    reached = 0
     for _ in range(40):
-        shape = space.vary(rng, space.draw(rng, choices), choices, space.draw(rng, choices))
-        made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.3, 5, proxies)
-        if made is not None:
-            found += 1
-            assert faults(made, 5) == []
-            assert 1.3 <= predicted(config, made, 1000)["speedup"] < 1.4
-            assert (made.start, made.probe.kernel_size, made.ffn_selection) == (
-                shape.start,
-                shape.kernel_size,
-                shape.ffn_selection,
-            )
-    assert found > 20
-    assert (
-        space.at_cost(space.ScheduleParams(4), lambda s: predicted(config, s, 1000)["speedup"], 3.0, 5, proxies) is None
-    )
+        params = space.vary(rng, space.draw(rng, choices), choices, space.draw(rng, choices))
+        scaled = costs.scale_to_cost(params, ("speedup", 1.3))
+        if scaled is not None:
+            reached += 1
+            assert faults(scaled, 5) == []
+            assert 1.3 <= predicted(config, scaled, 1000)["speedup"] < 1.4
+            own = (params.start, params.kernel_size, params.ffn_selection)
+            assert (scaled.start, scaled.probe.kernel_size, scaled.ffn_selection) == own
+    assert reached > 20
+    assert costs.scale_to_cost(ScheduleParams(4), ("speedup", 3.0)) is None
+    assert 0.7 < predicted(config, costs.scale_to_cost(ScheduleParams(1), ("kv_share", 0.8)), 1000)["kv_share"] <= 0.8
 
 
 def test_halving_finds_the_best_shape_and_repeats_itself():
     """A made-up loss with one best start and pool."""
-    config, proxies = tiny_model(vocab_size=300).config, {layer: Proxy(12, 4) for layer in range(1, 5)}
-    choices, calls = {"start": (1, 2, 3, 4), **space.CHOICES, "heads": ("mean", "max")}, []
-
-    def scaled(shape):
-        made = space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.2, 5, proxies)
-        return None if made is None else halving.Candidate(shape, made, {}, [])
+    costs = Costs(tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
+    options = {"starts": [1, 2, 3, 4], "choices": {"heads": ["mean", "max"]}, "kinds": ["free"], "lengths": [512, 600]}
+    section, calls = SearchSection(**options, prompts=4, candidates=24, rounds=3, seed=5), []
 
     def evaluate(schedule, count):
         calls.append(count)
         loss = abs(schedule.start - 3) + abs(schedule.probe.kernel_size - 15) / 15 + (schedule.probe.heads == "mean")
         return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
 
-    runs = [halving.search(scaled, evaluate, 8, 2, choices, [], 24, 3, seed=5) for _ in range(2)]
+    runs = [halving.search(costs, ("speedup", 1.2), evaluate, section, []) for _ in range(2)]
     assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
     best = runs[0][0]
-    assert (best.shape.start, best.shape.heads, best.shape.kernel_size) == (3, "max", 15) and len(best.rows) == 8
+    assert (best.params.start, best.params.heads, best.params.kernel_size) == (3, "max", 15) and len(best.rows) == 8
     assert calls.count(2) > 2 * calls.count(8)  # long evaluations are for good candidates
     assert len({c.schedule for c in runs[0]}) == len(runs[0])
 
@@ -110,9 +107,7 @@ def test_candidates_that_do_the_same_count_once():
     """Twenty candidates alike and better than four others: one of them goes on, and others beside it."""
 
     def candidate(number, kl):
-        return halving.Candidate(
-            space.ScheduleParams(1, floor=number), schedule(1, recent_tokens=number + 1), {"kl": kl}, []
-        )
+        return Candidate(ScheduleParams(1, floor=number), schedule(1, recent_tokens=number + 1), {"kl": kl}, [])
 
     alike = [candidate(number, 1.0) for number in range(20)]
     others = [candidate(20 + number, 2.0 + number) for number in range(4)]
@@ -123,7 +118,7 @@ def test_candidates_that_do_the_same_count_once():
 
     tried = halving.halve(alike + others, 8, 2, evaluate)
     assert [c.loss for c in tried if len(c.rows) == 8] == [1.0, 2.0, 3.0, 4.0]
-    assert len(tried) == 24 and [c.shape.floor for c in tried if c.loss == 1.0] == list(range(20))
+    assert len(tried) == 24 and [c.params.floor for c in tried if c.loss == 1.0] == list(range(20))
 
 
 def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
@@ -132,21 +127,27 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     section = SearchSection(
         lengths=[5000, 6000], kinds=["retrieval", "multi-hop"], prompts=2, answer_tokens=8, require_dense_correct=True
     )
-    asked = run.Asked(section, TOKENIZER, prose).first(SINGLE_PROCESS)
-    assert len(asked.items) == 16 and len({item.text for item in asked.items}) == 16
-    assert [item.limit for item in asked.items] == [5000, 6000] * 8
-    never, second = asked.items[3], asked.make(5, 1)
-    wrong = {asked.items[5].text, never.text, *(asked.make(3, attempt).text for attempt in range(run.ATTEMPTS))}
+    prompt_set = PromptSet(section, TOKENIZER, prose).filled(SINGLE_PROCESS)
+    assert len(prompt_set.items) == 16 and len({item.text for item in prompt_set.items}) == 16
+    assert [item.limit for item in prompt_set.items] == [5000, 6000] * 8
+    never, second = prompt_set.items[3], prompt_set.make(5, 1)
+    wrong = {
+        prompt_set.items[5].text,
+        never.text,
+        *(prompt_set.make(3, attempt).text for attempt in range(dense_reference.ATTEMPTS)),
+    }
     monkeypatch.setattr(
-        dense_reference, "dense", lambda model, tokenizer, item, *rest: dense_reference.Dense(item, *[None] * 5)
+        dense_reference,
+        "answer",
+        lambda model, tokenizer, item, *rest: DenseReference(item, *[None] * 5),
     )
-    monkeypatch.setattr(dense_reference.Dense, "right", lambda self, tokenizer: self.item.text not in wrong)
+    monkeypatch.setattr(dense_reference.DenseReference, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
-    done = run._answered(None, asked, [0], Store(tmp_path), "key", said.append, SINGLE_PROCESS)
-    expected = [*asked.items]
-    expected[5], expected[3] = second, asked.make(3, run.ATTEMPTS - 1)
-    assert [d.item for d in done] == expected and second.text != asked.items[5].text
-    assert (second.limit, second.task) == (asked.items[5].limit, asked.items[5].task)
+    done = dense_reference.answer_all(None, prompt_set, [0], Store(tmp_path), "key", said.append, SINGLE_PROCESS)
+    expected = [*prompt_set.items]
+    expected[5], expected[3] = second, prompt_set.make(3, dense_reference.ATTEMPTS - 1)
+    assert [d.item for d in done] == expected and second.text != prompt_set.items[5].text
+    assert (second.limit, second.task) == (prompt_set.items[5].limit, prompt_set.items[5].task)
     assert said == [f"1 of 16 prompts ({never.task}) were never answered rightly; they count too"]
 
 
@@ -156,7 +157,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
 def test_an_answer_is_right_if_all_of_what_is_known_is_in_it(said, outputs, right):
     item = Example("niah_multivalue", 0, TEXT, outputs, 0, 0, 6)
     answer = torch.tensor(TOKENIZER(said, add_special_tokens=False)["input_ids"])
-    assert dense_reference.Dense(item, answer, None, None, "key", []).right(TOKENIZER) == right
+    assert DenseReference(item, answer, None, None, "key", []).right(TOKENIZER) == right
 
 
 def test_every_kind_of_prompt_counts_from_the_first_round_on():
@@ -165,12 +166,18 @@ def test_every_kind_of_prompt_counts_from_the_first_round_on():
 
 def test_the_loss_counts_the_worst_kind():
     rows = [{"kind": k, "kl": kl, "top1": 1.0, "same": True} for k, kl in (("a", 1.0), ("a", 3.0), ("b", 0.0))]
-    assert halving.loss(rows) == pytest.approx((1.0 + 2.0) / 2)
+    assert evaluator.loss(rows) == pytest.approx((1.0 + 2.0) / 2)
+
+
+def made_prompts(kinds, prose, **options):
+    """The prompts of at most 6000 tokens that are searched on."""
+    section = SearchSection(kinds=list(kinds), lengths=[6000], **options)
+    return [PromptSet(section, TOKENIZER, prose).make(number) for number in range(section.num_prompts)]
 
 
 def test_prompts_take_turns_and_other_seeds_give_other_texts():
     prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
-    one, two = ([*prompts.make(KINDS, TOKENIZER, prose, 6000, 3, 40, seed)] for seed in (1, 2))
+    one, two = (made_prompts(KINDS, prose, prompts=3, seed=seed) for seed in (1, 2))
     assert [prompts.kind_of(item, KINDS) for item in one] == ["retrieval", "multi-hop", "free"] * 3
     assert not {item.text for item in one} & {item.text for item in two}
     assert all(item.tokens + item.answer_tokens <= 6000 for item in one)
@@ -181,7 +188,7 @@ def test_single_tasks_are_kinds_of_their_own():
     assert set(get_args(Kind)) == known
     prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
     kinds = ["niah_multiquery", "retrieval", "vt"]
-    made = prompts.make(kinds, TOKENIZER, prose, 6000, 2, 40, 3)
+    made = made_prompts(kinds, prose, prompts=2, seed=3)
     assert [item.task for item in made][::3] == ["niah_multiquery"] * 2
     assert [prompts.kind_of(item, kinds) for item in made] == kinds * 2
 
@@ -192,8 +199,8 @@ def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(fa
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     item = Example("free_answer", 0, TEXT * 2, [], 0, 0, 6)
     stock = stock_twin(whole)
-    dense = dense_reference.dense(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
-    found = reliability(whole, TOKENIZER, dense, Probe())
+    dense = dense_reference.answer(stock, TOKENIZER, item, [0], Store(tmp_path), "key")
+    found = reliability(whole, TOKENIZER, Probe(), dense)
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
     length = ids.shape[1]
     stock.set_attn_implementation("eager")
@@ -212,7 +219,7 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
     """Against stock eager attention, head by head and token by token."""
     whole = tiny_model(family, schedule(1).to_dict(), vocab_size=300)
     stock = stock_twin(whole)
-    dense = dense_reference.dense(
+    dense = dense_reference.answer(
         stock, TOKENIZER, Example("free_answer", 0, TEXT * 4, [], 0, 0, 6), [0], Store(tmp_path), "key"
     )
     ids = encode(TOKENIZER, [dense.item.text], whole.device)["input_ids"]
@@ -243,9 +250,9 @@ def test_shapes_choose_heads_by_what_they_find():
     proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}
     heads = {(1, 0): 0.5, (1, 3): 0.3, (2, 1): 0.2, (3, 2): 1.0, (4, 0): 0.8, (4, 1): 0.1}
 
-    def at(**shape):
-        shape = space.ScheduleParams(**{"score_carry": 1.0, "stages": 1, **shape})
-        return space.at_cost(shape, lambda s: predicted(config, s, 1000)["speedup"], 1.1, 5, proxies, heads)
+    def at(**values):
+        params = ScheduleParams(**{"score_carry": 1.0, "stages": 1, **values})
+        return Costs(config, 1000, proxies, heads).scale_to_cost(params, ("speedup", 1.1))
 
     early = at(start=3, heads=0.5)  # a stage in front that keeps all, in which the first head scores
     assert faults(early, 5, 4) == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1
@@ -261,25 +268,48 @@ def test_shapes_choose_heads_by_what_they_find():
 
 def test_a_measured_cost_takes_the_place_of_the_counted_one():
     model = tiny_model(vocab_size=300)
-    table = run._prices(stock_twin(model), 1000)
-    assert table.tokens == grid(1000) and all(s > 0 for part in table.seconds.values() for s in part)
-    found, counted = (run._cost(model.config, 1000, prices)(schedule(1)) for prices in (table, None))
+    latencies = run.latencies_of(stock_twin(model), 1000)
+    assert latencies.tokens == grid(1000) and all(s > 0 for part in latencies.seconds.values() for s in part)
+    measured, counted = (Costs(model.config, 1000, {}, None, table).of(schedule(1)) for table in (latencies, None))
     assert counted == predicted(model.config, schedule(1), 1000)
-    assert found == {
+    assert measured == {
         **counted,
-        "speedup": table.speedup(model.config, schedule(1), 1000),
-        "counted": counted["speedup"],
+        "speedup": latencies.speedup(model.config, schedule(1), 1000),
+        "flop_speedup": counted["speedup"],
     }
 
 
 def test_one_stage_at_a_time_gets_fewer_and_more_tokens():
-    best = halving.Candidate(space.ScheduleParams(1), schedule(1), {}, [])
-    found = run._varied(best, run._cost(tiny_model(vocab_size=300).config, 1000, None))
-    assert [(row["stage"], row["factor"]) for row, _ in found] == [(0, 0.7), (0, 1.4), (1, 0.7), (1, 1.4)]
-    for row, changed in found:
+    found = list(winner.with_other_budgets(schedule(1)))
+    assert [(stage, factor) for stage, factor, _ in found] == [(0, 0.7), (0, 1.4), (1, 0.7), (1, 1.4)]
+    for stage, factor, changed in found:
         tokens = [changed.counts(layer, 1000).active for layer in range(1, 5)]
         plain = [schedule(1).counts(layer, 1000).active for layer in range(1, 5)]
-        own = [a for a, layer in zip(tokens, range(1, 5), strict=True) if changed.stage_of(layer) == row["stage"]]
-        before = [a for a, layer in zip(plain, range(1, 5), strict=True) if changed.stage_of(layer) == row["stage"]]
-        assert all(a == pytest.approx(row["factor"] * b, abs=1) for a, b in zip(own, before, strict=True))
+        own = [a for a, layer in zip(tokens, range(1, 5), strict=True) if changed.stage_of(layer) == stage]
+        before = [a for a, layer in zip(plain, range(1, 5), strict=True) if changed.stage_of(layer) == stage]
+        assert all(a == pytest.approx(factor * b, abs=1) for a, b in zip(own, before, strict=True))
         assert sum(a != b for a, b in zip(tokens, plain, strict=True)) == len(own)  # and no other stage
+
+
+def point(speedup, quality):
+    """One point of a front, as `run` gives it."""
+    chosen = schedule(2, proxy={"channels": 12, "rank": 4}).to_dict()
+    best = {"params": {"start": 2}, "schedule": chosen, "loss": 0.2}
+    return {
+        "cost": {"speedup": speedup, "kv_share": 0.5}, "quality": quality, "interval": [quality - 0.1, quality + 0.05],
+        "held_out": {"loss": 0.3, "kinds": {"free": {"same": 0.5}}}, "winner": best, "tried": [best, best],
+        "budgets": [{"stage": 0, "factor": 0.7, "loss": 0.4}], "without": {"start": 0.5}, "diagnosis": ["a sign"],
+    }  # fmt: skip
+
+
+def test_a_front_is_drawn_if_it_has_more_than_one_point():
+    both = [point(1.2, 0.9), point(1.5, 0.8)]
+    rest = {"reliability": [0.5] * 5, "candidates": 2, "evaluations": 3, "seconds": {"all": 60, "dense": 6}}
+    for points, chosen in ((both, 1), (both, None), (both[1:], 0)):
+        search = {"points": points, "chosen": chosen, **rest}
+        text, axes = report.as_text(search), report.picture(search, 5).axes
+        titles = [panel.get_title() for panel in axes]
+        assert len(titles) == 3 + len(points) and ("Front, on held-out prompts" in titles) == (len(points) == 2)
+        assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
+        assert ("1.50x *" in text) == (chosen is not None) and "0.800 (0.700-0.850)" in text
+        assert "| start | 2      | 0.500" in text and "+0.300" in text

@@ -11,6 +11,7 @@ WORK_FOLDER is the recipe's (its proxies are reused).
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from spts_compress import pipeline
 from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Amount, Schedule
 from spts_compress.recipe import load
-from spts_compress.search import dense_reference, halving, prompts
-from spts_compress.search.run import Bench
+from spts_compress.search import dense_reference
+from spts_compress.search.evaluator import Evaluator, by_kind, compare, loss
+from spts_compress.search.prompts import PromptSet
 from spts_compress.tasks.recovery import interval
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
@@ -44,38 +46,40 @@ base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.
 layers = base.config.num_hidden_layers
 winner = Schedule.from_dict(json.loads(args.search.read_text())["points"][-1]["winner"]["schedule"], layers)
 key = fingerprint(base.key, recipe.model.dtype, "cpu", "budgets")
-lengths, kinds = [int(n) for n in args.lengths.split(",")], ("retrieval", "multi-hop", "free")
-items = [
-    item
-    for n in lengths
-    for item in prompts.make(kinds, tokenizer, ready.sequences.unseen, n, args.prompts, 40, recipe.search.seed + 200)
-]
+lengths, kinds = [int(n) for n in args.lengths.split(",")], ["retrieval", "multi-hop", "free"]
+asked = {"lengths": lengths, "kinds": kinds, "prompts": args.prompts, "answer_tokens": 40}
+section = recipe.search.model_copy(update={**asked, "seed": recipe.search.seed + 200})
+prompts = PromptSet(section, tokenizer, ready.sequences.unseen)
 dense = [
-    dense_reference.dense(model, tokenizer, item, [winner.start - 1], store, key) for item in tqdm(items, desc="dense")
+    dense_reference.answer(model, tokenizer, prompts.make(number), [winner.start - 1], store, key)
+    for number in tqdm(range(section.num_prompts), desc="dense")
 ]
 firsts = [winner.start, *(stage.end + 1 for stage in winner.stages[:-1])]
-tails = dense_reference.tail(whole, winner.start - 1)
 
 
-def probed(prompt: dense_reference.Dense) -> list[torch.Tensor]:
+def probed(prompt: dense_reference.DenseReference) -> list[torch.Tensor]:
     """What the probe gives the candidates in the layer that decides each stage's tokens (its first one, or the last
     before it that ranked any), largest first, as shares of the whole."""
-    names, seen = type(whole.model.layers[-1])._skip.__globals__, []
-    own = names["probe_scores"]
+    seen: dict[int, torch.Tensor] = {}
 
-    def watched(*given: Any, **options: Any) -> torch.Tensor:
-        seen.append(own(*given, **options))
-        return seen[-1]
+    def note(number: int, layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        plan, carried = kwargs.get("plan"), kwargs.get("carried")
+        if plan is not None and plan.ranks and plan.heads:
+            scores = output[-1][0]  # the layer's own, and what is carried
+            seen[number] = scores if carried is None else scores - winner.probe.score_carry * carried[0]
 
-    names["probe_scores"] = watched
+    hooks = [
+        layer.register_forward_hook(partial(note, number), with_kwargs=True)
+        for number, layer in enumerate(whole.model.layers)
+    ]
     try:
-        dense_reference.compare(tails, winner, prompt)
+        compare(whole, winner, prompt)
     finally:
-        names["probe_scores"] = own
-    counts = [winner.counts(layer, len(seen[0][0])) for layer in range(winner.start, layers)]
-    ranking = [min(c) < c.candidates_in or winner.probe.score_carry > 0 for c in counts]
-    ranked = [sum(ranking[: first - winner.start + 1]) - 1 for first in firsts]
-    return [scores.cumsum(0) / scores.sum() for scores in (seen[i][0].sort(descending=True).values for i in ranked)]
+        for hook in hooks:
+            hook.remove()
+    deciding = [max((layer for layer in seen if layer <= first), default=min(seen)) for first in firsts]
+    ranked = [seen[layer].sort(descending=True).values for layer in deciding]
+    return [scores.cumsum(0) / scores.sum() for scores in ranked]
 
 
 def with_counts(counts: list[int]) -> Schedule:
@@ -92,7 +96,7 @@ def with_counts(counts: list[int]) -> Schedule:
     return replace(winner, stages=tuple(stages))
 
 
-sizes = [prompt.states(winner.start - 1).shape[1] - len(prompt.answer) + 1 for prompt in dense]
+sizes = [prompt.states_before(winner.start)[1].shape[1] - len(prompt.answer) + 1 for prompt in dense]
 masses = [probed(prompt) for prompt in tqdm(dense, desc="attention mass")]
 fractions = [[round(stage.budget.fraction * n) for stage in winner.stages] for n in sizes]
 means = [sum(column) / len(column) for column in zip(*fractions, strict=True)]
@@ -112,21 +116,21 @@ ways = {
 }
 rows, lines = {}, []
 with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
-    bench = Bench(whole, Answers(store.path("budgets", key, ".jsonl")), key, bar, kinds)
+    evaluator = Evaluator(whole, Answers(store.path("budgets", key, ".jsonl")), key, bar, kinds)
     for way, counts in ways.items():
         schedules = [with_counts(given) for given in counts]
-        found = [bench.rows(schedule, [prompt])[0] for schedule, prompt in zip(schedules, dense, strict=True)]
+        found = [evaluator.rows(schedule, [prompt])[0] for schedule, prompt in zip(schedules, dense, strict=True)]
         speedups = [predicted(base.config, s, n)["speedup"] for s, n in zip(schedules, sizes, strict=True)]
         active = [sum(given) / n for given, n in zip(counts, sizes, strict=True)]
         rows[way] = {
             "counted": sum(n * s for n, s in zip(sizes, speedups, strict=True)) / sum(sizes),
             "spread of budgets": [min(active), max(active)],
-            "loss": halving.loss(found),
+            "loss": loss(found),
             "kl": [r["kl"] for r in found],
-            "kinds": halving.by_kind(found),
+            "kinds": by_kind(found),
             "lengths": {
                 n: {
-                    "loss": halving.loss([r for r in found if r["length"] == n]),
+                    "loss": loss([r for r in found if r["length"] == n]),
                     "speedup": sum(s for s, r in zip(speedups, found, strict=True) if r["length"] == n)
                     / sum(r["length"] == n for r in found),
                 }

@@ -16,7 +16,7 @@ from spts_compress.evaluate.suites import EvalConfig, free_examples
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import load
 from spts_compress.search import dense_reference
-from spts_compress.search.run import Bench, quality
+from spts_compress.search.evaluator import Evaluator, quality
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
 from spts_compress.utils.store import Store, fingerprint
@@ -43,14 +43,14 @@ points = [point for path in args.searches for point in json.loads(path.read_text
 winners = [Schedule.from_dict(p["winner"]["schedule"], ready.base.config.num_hidden_layers) for p in points]
 firsts = sorted({winner.start - 1 for winner in winners})
 dense = [
-    dense_reference.dense(ready.model, ready.tokenizer, item, firsts, store, key)
+    dense_reference.answer(ready.model, ready.tokenizer, item, firsts, store, key)
     for item in tqdm(items, desc="dense answers")
 ]
 rows, lines = [], []
 with tqdm(total=len(dense) * len(winners), desc="evaluating") as bar:
-    bench = Bench(ready.skipping(), Answers(store.path("front", key, ".jsonl")), key, bar, ["LongBench"])
+    evaluator = Evaluator(ready.skipping(), Answers(store.path("front", key, ".jsonl")), key, bar, ["LongBench"])
     for point, winner in zip(points, winners, strict=True):
-        found = bench.rows(winner, dense)
+        found = evaluator.rows(winner, dense)
         by_length = {n: quality([row for row in found if row["length"] == n]) for n in lengths}
         kl = sum(row["kl"] for row in found) / len(found)
         same = sum(row["same"] for row in found) / len(found)
@@ -65,7 +65,7 @@ command = f"python recipes/studies/front.py RECIPE WORK $LONGBENCH OUT SEARCH ..
 )
 result = {"command": command, "hardware": hardware(args.device), "rows": rows}
 args.out.write_text(json.dumps(result, indent=1) + "\n")
-heads = ["counted", "KV kept", "start", "next token as dense: search's own prompts",
+heads = ["speed-up", "KV kept", "start", "next token as dense: search's own prompts",
          *(f"LongBench, {n} tokens" for n in lengths), "KL, nats", "same answer"]  # fmt: skip
 shown = table(heads, lines)
 args.out.with_suffix(".md").write_text(f"`{command}`\n\n{shown}\n")

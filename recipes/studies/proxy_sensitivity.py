@@ -16,13 +16,14 @@ from tqdm import tqdm
 from spts_compress.calibrate import capture
 from spts_compress.calibrate.base_model import resolve
 from spts_compress.calibrate.data import Blocks, blocks, documents
-from spts_compress.checkpoint.families import norms_of
+from spts_compress.checkpoint.families import context_of, norms_of
 from spts_compress.checkpoint.keys import environment
-from spts_compress.cost import has_experts, proxy_share
+from spts_compress.cost import has_experts, proxy_flop_fraction
 from spts_compress.fit import metrics
-from spts_compress.fit.ltp import FeedForward, Regression, Tokens, regress
+from spts_compress.fit.ltp import FeedForward, Regression, Tokens, fit_ridge
 from spts_compress.fit.size import fit
 from spts_compress.modeling.configuration_spts import Proxy
+from spts_compress.plan import complete
 from spts_compress.recipe import CalibrationSection, ProxySection, Recipe
 from spts_compress.utils import tables
 from spts_compress.utils.distributed import SINGLE_PROCESS
@@ -52,7 +53,7 @@ class Variant:
 
 def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) -> list[Variant]:
     """Everything that is tried: one thing at a time is changed from the recipe's own proxies."""
-    full = Proxy(section.channels, section.rank)
+    full = Proxy(section.channels or 1, section.rank or 1)
     tried = [
         Variant("recipe", "as it is", full, section, own),
         Variant("size", "regression", Proxy(1, 0), section, own),
@@ -138,7 +139,7 @@ def run(
             raise UserError(
                 f"{base.name}: the study varies low-rank proxies, and experts share no matrices to make one of"
             )
-        depth = base.config.num_hidden_layers
+        recipe, depth = complete(recipe, base.config, context_of(base.config)), base.config.num_hidden_layers
         schedule = recipe.read_schedule(depth, base.config.num_attention_heads)
         skipping = list(range(schedule.start if schedule else depth // 3, depth))
         layers = sorted(layers or {skipping[round(i * (len(skipping) - 1) / 3)] for i in range(4)})
@@ -200,16 +201,16 @@ def _judge(
         names = variant.sources
         tokens = Tokens.cat([fitted[n][:: round(len(names) / variant.part)] for n in names])
         check = Tokens.cat([held_out[n][: len(held_out[n]) // 2] for n in names])
-        regressed = regress(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
+        regressed = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
         proxy = regressed
         if proxy is None or variant.size.rank:
             proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)
         seconds, ranked = perf_counter() - begin, {}
         for name, part in held_out.items():
             norms = metrics.norms(proxy, ffn, part[len(part) // 2 :])
-            ranked[name] = {kind: metrics.of(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
+            ranked[name] = {kind: metrics.fidelity(norms, SHARE, kind == "relative") for kind in ("norm", "relative")}
         return {
-            "cost": proxy_share(ffn.gate.shape[1], ffn.width, variant.size),
+            "cost": proxy_flop_fraction(ffn.gate.shape[1], ffn.width, variant.size),
             "seconds": seconds,
             "ranked": ranked,
         }

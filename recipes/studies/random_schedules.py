@@ -15,11 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from spts_compress import pipeline
-from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Schedule
-from spts_compress.recipe import load
-from spts_compress.search import dense_reference, halving, prompts, space
-from spts_compress.search.run import Bench, quality, starts_of
+from spts_compress.recipe import ChoicesSection, ScheduleParams, load
+from spts_compress.search import dense_reference, space
+from spts_compress.search.evaluator import Evaluator, by_kind, loss, quality
+from spts_compress.search.prompts import PromptSet
+from spts_compress.search.run import starts_of
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
 from spts_compress.utils.store import Store, fingerprint
@@ -40,45 +41,39 @@ ready = pipeline.prepare(recipe, store, args.device)
 base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
 layers, starts, wide = base.config.num_hidden_layers, starts_of(recipe.search, base.config), ready.schedule
 sizes = {layer: wide.proxy_of(layer) for layer in range(wide.start, layers)}
-longest = max(section.lengths)
+costs = space.Costs(base.config, max(section.lengths), sizes)
 
 key = fingerprint(base.key, recipe.model.dtype, args.device, "random schedules")
-prose, seed = ready.sequences.unseen, section.seed + 100  # neither the search's prompts nor those that confirmed it
-items = [
-    item
-    for n in section.lengths
-    for item in prompts.make(section.kinds, tokenizer, prose, n, args.prompts, section.answer_tokens, seed)
-]
+# neither the search's prompts nor those that confirmed it
+others = section.model_copy(update={"seed": section.seed + 100, "prompts": args.prompts})
+prompts = PromptSet(others, tokenizer, ready.sequences.unseen)
 dense = [
-    dense_reference.dense(model, tokenizer, item, [s - 1 for s in starts], store, key)
-    for item in tqdm(items, desc="dense")
+    dense_reference.answer(model, tokenizer, prompts.make(number), [s - 1 for s in starts], store, key)
+    for number in tqdm(range(others.num_prompts), desc="dense")
 ]
 goal = point["winner"]["cost"]["speedup"]
 rng, drawn = random.Random(2024), {}
+choices = ChoicesSection(heads=["mean", "max"]).from_starts(starts)
 while len(drawn) < args.count:
-    shape = space.draw(rng, {"start": tuple(starts), **space.CHOICES, "heads": ("mean", "max")})
-    made = space.at_cost(shape, lambda s: predicted(base.config, s, longest)["speedup"], goal, layers, sizes)
-    if made is not None:
-        drawn[f"random {len(drawn) + 1}"] = shape, made
-third = max(1, layers // 3)
-scaled = space.ScheduleParams(max(third, starts[0]), **space.PAPER)
-made = space.at_cost(scaled, lambda s: predicted(base.config, s, longest)["speedup"], goal, layers, sizes)
-if made is not None:
-    drawn["the paper's settings, scaled"] = scaled, made
+    params = space.draw(rng, choices)
+    if (schedule := costs.scale_to_cost(params, ("speedup", goal))) is not None:
+        drawn[f"random {len(drawn) + 1}"] = params, schedule
+params = ScheduleParams(max(1, layers // 3, starts[0]), **space.PAPER)
+if (schedule := costs.scale_to_cost(params, ("speedup", goal))) is not None:
+    drawn["the paper's settings, scaled"] = params, schedule
 winner = Schedule.from_dict(point["winner"]["schedule"], layers)
 rows = []
 with tqdm(total=(len(drawn) + 1) * len(dense), desc="evaluating") as bar:
-    bench = Bench(whole, Answers(store.path("random", key, ".jsonl")), key, bar, section.kinds)
-    for name, schedule in [("searched", winner), *((name, made) for name, (_, made) in drawn.items())]:
-        found = bench.rows(schedule, dense)
+    evaluator = Evaluator(whole, Answers(store.path("random", key, ".jsonl")), key, bar, section.kinds)
+    for name, schedule in [("searched", winner), *((name, schedule) for name, (_, schedule) in drawn.items())]:
+        found = evaluator.rows(schedule, dense)
         value, interval = quality(found)
-        shape = asdict(drawn[name][0]) if name in drawn else point["winner"]["shape"]
+        params = asdict(drawn[name][0]) if name in drawn else point["winner"]["params"]
         mean = sum(row["kl"] for row in found) / len(found)
-        counted = predicted(base.config, schedule, longest)
         rows.append(
             {
-                "name": name, "shape": shape, "cost": counted, "kl": mean, "loss": halving.loss(found),
-                "top1": value, "interval": interval, "kinds": halving.by_kind(found),
+                "name": name, "params": params, "cost": costs.of(schedule), "kl": mean, "loss": loss(found),
+                "top1": value, "interval": interval, "kinds": by_kind(found),
             }
         )  # fmt: skip
 rows[1:] = sorted(rows[1:], key=lambda row: row["kl"])

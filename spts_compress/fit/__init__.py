@@ -1,1 +1,1 @@
-"""What is fitted offline, a layer at a time."""
+"""The proxies, fitted offline a layer at a time: made from weights, refined, sized, and judged on unseen tokens."""

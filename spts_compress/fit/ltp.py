@@ -21,7 +21,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2)  # of the ridge regression, in units of each feat
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A layer's gated feed-forward network behind its RMS norm, in float32, acting on states of unit RMS.
+    """A layer's gated feed-forward network after its RMS norm, in float32, acting on states of unit RMS.
 
     `gate` and `up` (D_ff, D) hold the norm's weight `norm` (D); `down` is (D, D_ff). Of experts there is none that all
     tokens share: D_ff is then 0, what they do to a token is only known from calibration, and `routed` is the number of
@@ -43,7 +43,7 @@ class FeedForward:
 
     @classmethod
     def of(cls, layer: nn.Module, config: Any, places: Norms | None = None) -> "FeedForward":
-        """From a stock decoder layer. Without a norm in front, states are taken as if they had unit RMS."""
+        """From a stock decoder layer. Without a norm before it, states are taken as if they had unit RMS."""
         mlp: Any = layer.mlp
         name = (places or Norms()).before_feed_forward
         scale, numbers = torch.ones(config.hidden_size), (config.rms_norm_eps, activation_of(config))
@@ -72,7 +72,7 @@ class FeedForward:
 class Tokens:
     """What one layer's feed-forward network does to N tokens.
 
-    `unit` (N, D): the states in front of it, of unit RMS; `rms` (N,): what they were divided by; `log_norm` (N,):
+    `unit` (N, D): the states before it, of unit RMS; `rms` (N,): what they were divided by; `log_norm` (N,):
     `log ||FFN(x)||`. All float32.
     """
 
@@ -180,12 +180,14 @@ def blank(ffn: FeedForward, size: Proxy) -> FeedForwardProxy:
 
 
 @torch.no_grad()
-def low_rank(ffn: FeedForward, kept: torch.Tensor, rank: int, inputs: torch.Tensor | None = None) -> FeedForwardProxy:
-    """The paper's proxy: the channels `kept` (D_low), their matrices of rank `rank` by truncated SVD; weighted by the
+def low_rank(
+    ffn: FeedForward, channels: torch.Tensor, rank: int, inputs: torch.Tensor | None = None
+) -> FeedForwardProxy:
+    """The paper's proxy: the `channels` (D_low), their matrices of rank `rank` by truncated SVD; weighted by the
     states `inputs` (N, D) if they are given."""
-    proxy = blank(ffn, Proxy(len(kept), rank))
-    gate, gate_down = truncated_svd(ffn.gate[kept], rank, inputs)
-    up, up_down = truncated_svd(ffn.up[kept], rank, inputs)
+    proxy = blank(ffn, Proxy(len(channels), rank))
+    gate, gate_down = truncated_svd(ffn.gate[channels], rank, inputs)
+    up, up_down = truncated_svd(ffn.up[channels], rank, inputs)
     proxy.gate.copy_(gate)
     proxy.up.copy_(up)
     proxy.down[:-1] = torch.cat([gate_down, up_down])
@@ -199,18 +201,18 @@ def centre(proxy: FeedForwardProxy, tokens: Tokens) -> None:
 
 
 @torch.no_grad()
-def regress(ffn: FeedForward, regression: Regression, tokens: Tokens, check: Tokens) -> FeedForwardProxy:
+def fit_ridge(ffn: FeedForward, regression: Regression, tokens: Tokens, check: Tokens) -> FeedForwardProxy:
     """The proxy of rank 0: ridge regression of the log norm, with the penalty that is best on `check`."""
-    made = []
+    fitted = []
     for penalty in PENALTIES:
         proxy = blank(ffn, Proxy(1, 0))
         proxy.down[-1], proxy.square[:], proxy.constants[0] = regression.solve(tokens.log_norm, penalty)
-        made.append(proxy)
-    return min(made, key=lambda proxy: log_error(proxy, check))
+        fitted.append(proxy)
+    return min(fitted, key=lambda proxy: log_error(proxy, check))
 
 
 @torch.no_grad()
-def blend(low: FeedForwardProxy, regressed: FeedForwardProxy) -> None:
+def geometric_mean(low: FeedForwardProxy, regressed: FeedForwardProxy) -> None:
     """Make `low` the geometric mean of itself and the regression. The two err in different ways, most of all on text
     unlike the calibration's, so that the mean is better than either."""
     low.down[-1] = (low.down[-1] + regressed.down[-1]) / 2

@@ -29,7 +29,7 @@ def ranking(predicted: torch.Tensor, true: torch.Tensor, share: float) -> dict[s
     return {"spearman": float(spearmanr(predicted.cpu(), true.cpu()).statistic), "recall": hit / count}
 
 
-def of(unit: dict[str, torch.Tensor], share: float, relative: bool) -> dict[str, dict[str, float]]:
+def fidelity(unit: dict[str, torch.Tensor], share: float, relative: bool) -> dict[str, dict[str, float]]:
     """A proxy's ranking, from `norms`, beside the free baseline: the norm of the feed-forward input. `relative`: of
     norms divided by the state's own."""
     scale = unit["rms"] if relative else torch.ones_like(unit["rms"])
@@ -43,7 +43,7 @@ def of(unit: dict[str, torch.Tensor], share: float, relative: bool) -> dict[str,
 def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: bool) -> dict[int, dict[str, float]]:
     """Each skipping layer's ranking of the candidates of one prompt (1, n) at its own budget, on the states that
     skipping really leaves there."""
-    found: dict[int, dict[str, float]] = {}
+    rankings: dict[int, dict[str, float]] = {}
     layers = dict(enumerate(model.model.layers))
     handles = []
 
@@ -55,7 +55,7 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
             if relative:
                 true = true / states[0].float().square().mean(-1).sqrt()
             counts = model.config.schedule().counts(number, inputs["input_ids"].shape[1])
-            found[number] = ranking(predicted[0], true, counts.ffn_tokens / counts.candidates_in)
+            rankings[number] = ranking(predicted[0], true, counts.ffn_tokens / counts.candidates_in)
 
         handles.append(layer.proxy.register_forward_hook(hook))
 
@@ -67,4 +67,4 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return rankings

@@ -36,15 +36,15 @@ def ranking_loss(threshold: float, width: float) -> Loss:
     return loss
 
 
-def representation_loss(ffn: FeedForward, kept: torch.Tensor) -> Loss:
-    """Error of `f(x)` against the activations of the `kept` channels (D_low), relative to their size."""
-    gate, up = ffn.gate[kept], ffn.up[kept]
+def representation_loss(ffn: FeedForward, channels: torch.Tensor) -> Loss:
+    """Error of `f(x)` against the activations of the `channels` (D_low), relative to their size."""
+    gate, up = ffn.gate[channels], ffn.up[channels]
 
     def loss(proxy: FeedForwardProxy, tokens: Tokens) -> torch.Tensor:
         low_gate, low_up = torch.nn.functional.linear(tokens.unit, proxy.down[:-1]).chunk(2, dim=-1)
-        made = proxy.activation(low_gate @ proxy.gate.T) * (low_up @ proxy.up.T)
+        predicted = proxy.activation(low_gate @ proxy.gate.T) * (low_up @ proxy.up.T)
         true = proxy.activation(tokens.unit @ gate.T) * (tokens.unit @ up.T)
-        return (made - true).square().sum() / true.square().sum()
+        return (predicted - true).square().sum() / true.square().sum()
 
     return loss
 
@@ -80,7 +80,7 @@ def refine(
     generator = torch.Generator().manual_seed(seed)
     scales = [max(float(p.detach().square().mean().sqrt()), 1e-4) for p in proxy.parameters()]
     adam = torch.optim.Adam([{"params": [p]} for p in proxy.parameters()], betas=(0.9, 0.98))
-    best, kept, improved = error(proxy, check), _copy(proxy), False
+    least, best, improved = error(proxy, check), _copy(proxy), False
     for step in range(steps):
         rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, scale in zip(adam.param_groups, scales, strict=True):
@@ -89,11 +89,10 @@ def refine(
         adam.zero_grad()
         loss(proxy, tokens[batch]).backward()
         adam.step()
-        if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
-            found = error(proxy, check)
-            if found < best:
-                best, kept, improved = found, _copy(proxy), True
-    proxy.load_state_dict(kept)
+        looks = (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps
+        if looks and (now := error(proxy, check)) < least:
+            least, best, improved = now, _copy(proxy), True
+    proxy.load_state_dict(best)
     return improved
 
 

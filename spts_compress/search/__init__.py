@@ -1,1 +1,1 @@
-"""The search for a schedule: prompts, dense work done once, candidates, their evaluation, and the choice."""
+"""The search for a schedule: prompts, dense work done once, candidates of a wanted cost, their evaluation, a choice."""

@@ -1,26 +1,25 @@
 """The search itself: successive halving over drawn candidates of equal cost, then over variations of the best."""
 
 import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..modeling.configuration_spts import Schedule
-from .space import ScheduleParams, draw, vary
+from ..recipe import ScheduleParams, SearchSection
+from .evaluator import Rows, by_kind, loss
+from .space import Costs, Target, draw, vary
 
+Evaluate = Callable[[Schedule, int], Rows]  # rows of the first so many prompts
 KEEP = 3  # one candidate in so many goes on
 ELITE = 4  # and these at least
-
-Rows = list[dict[str, Any]]
-Evaluate = Callable[[Schedule, int], Rows]  # rows of the first so many prompts
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape scaled to the wanted cost, what it costs, and its rows on the prompts it was tried on."""
+    """Parameters scaled to the wanted cost, what that costs, and the rows of the prompts it was tried on."""
 
-    shape: ScheduleParams
+    params: ScheduleParams
     schedule: Schedule
     cost: dict[str, float]
     rows: Rows
@@ -31,29 +30,13 @@ class Candidate:
 
     def plain(self) -> dict[str, Any]:
         return {
-            "shape": asdict(self.shape),
+            "params": asdict(self.params),
             "schedule": self.schedule.to_dict(),
             "cost": self.cost,
             "loss": self.loss,
             "prompts": len(self.rows),
             "kinds": by_kind(self.rows),
         }
-
-
-def by_kind(rows: Rows) -> dict[str, dict[str, float]]:
-    """Means of each measure for each kind of prompt."""
-    kinds = dict.fromkeys(row["kind"] for row in rows)
-    groups = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
-    return {
-        kind: {name: sum(row[name] for row in group) / len(group) for name in ("kl", "top1", "same")}
-        for kind, group in groups.items()
-    }
-
-
-def loss(rows: Rows) -> float:
-    """Mean over the kinds of their mean KL, and the worst kind's, in equal parts: nats."""
-    kl = [kind["kl"] for kind in by_kind(rows).values()]
-    return (sum(kl) / len(kl) + max(kl)) / 2
 
 
 def rungs(prompts: int, turn: int) -> list[int]:
@@ -65,75 +48,54 @@ def rungs(prompts: int, turn: int) -> list[int]:
 
 def distinct(candidates: list[Candidate]) -> list[Candidate]:
     """The first of those that did the same on every prompt: what they differ in made no difference."""
-    found: dict[tuple[float, ...], Candidate] = {}
+    firsts: dict[tuple[float, ...], Candidate] = {}
     for candidate in candidates:
-        found.setdefault(tuple(round(row["kl"], 6) for row in candidate.rows), candidate)
-    return list(found.values())
+        firsts.setdefault(tuple(round(row["kl"], 6) for row in candidate.rows), candidate)
+    return list(firsts.values())
 
 
 def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evaluate) -> list[Candidate]:
     """All candidates: those that stayed to be tried on all prompts, best first, then those that fell out."""
-    out: list[Candidate] = []
-    sizes = rungs(prompts, turn)
-    for number, size in enumerate(sizes):
-        tried = [Candidate(c.shape, c.schedule, c.cost, evaluate(c.schedule, size)) for c in candidates]
+    fallen: list[Candidate] = []
+    for size in rungs(prompts, turn):
+        tried = [replace(c, rows=evaluate(c.schedule, size)) for c in candidates]
         tried.sort(key=lambda c: c.loss)
-        keep = len(tried) if number + 1 == len(sizes) else max(ELITE, len(tried) // KEEP)
+        keep = len(tried) if size == prompts else max(ELITE, len(tried) // KEEP)
         candidates = distinct(tried)[:keep]
-        out = [c for c in tried if c not in candidates] + out
-    return candidates + out
-
-
-def _child(rng: random.Random, parents: list[ScheduleParams], choices: dict[str, tuple]) -> ScheduleParams:
-    return vary(rng, rng.choice(parents), choices, rng.choice(parents))
+        fallen = [c for c in tried if c not in candidates] + fallen
+    return candidates + fallen
 
 
 def search(
-    scaled: Callable[[ScheduleParams], Candidate | None],
-    evaluate: Evaluate,
-    prompts: int,
-    turn: int,
-    choices: dict[str, tuple],
-    seeds: list[ScheduleParams],
-    count: int,
-    rounds: int,
-    seed: int,
+    costs: Costs, target: Target, evaluate: Evaluate, section: SearchSection, seeds: list[ScheduleParams]
 ) -> list[Candidate]:
-    """All candidates, those tried on all prompts first, best first.
+    """All candidates, those tried on all prompts first, best first; `seeds` are tried in any case."""
+    rng, prompts, turn = random.Random(section.seed), section.num_prompts, section.turn
+    choices = section.choices.from_starts(section.start_layers(costs.config.num_hidden_layers))
+    seen: set[Schedule] = set()
 
-    Args:
-        scaled: a shape at the wanted cost without rows; None if it can't be had.
-        turn: so many prompts after one another are one of each kind and length.
-        choices: what each value of a shape is drawn from.
-        seeds: shapes that are tried in any case.
-        count: candidates drawn at first; each of the `rounds` of variation has half as many.
-    """
-    rng = random.Random(seed)
-    seen: dict[Schedule, Candidate] = {}
+    def fresh(stream: Iterable[ScheduleParams], wanted: int | None = None) -> list[Candidate]:
+        """The first `wanted` candidates (all) whose schedules were not met before."""
+        candidates: list[Candidate] = []
+        for params in stream:
+            schedule = costs.scale_to_cost(params, target)
+            if schedule is not None and schedule not in seen:
+                seen.add(schedule)
+                candidates.append(Candidate(params, schedule, costs.of(schedule), []))
+                if len(candidates) == wanted:
+                    break
+        return candidates
 
-    def new(shape: ScheduleParams) -> Candidate | None:
-        made = scaled(shape)
-        if made is None or made.schedule in seen:
-            return None
-        seen[made.schedule] = made
-        return made
-
-    def drawn(wanted: int, make: Callable[[], ScheduleParams]) -> list[Candidate]:
-        found: list[Candidate] = []
-        for _ in range(50 * wanted):
-            if len(found) < wanted and (made := new(make())) is not None:
-                found.append(made)
-        return found
-
-    pool = [made for shape in seeds if (made := new(shape)) is not None]
-    pool = halve(pool + drawn(count, lambda: draw(rng, choices)), prompts, turn, evaluate)
-    for _ in range(rounds):
+    count = section.candidates
+    pool = [*fresh(seeds), *fresh((draw(rng, choices) for _ in range(50 * count)), count)]
+    pool = halve(pool, prompts, turn, evaluate)
+    for _ in range(section.rounds):
         best = distinct([c for c in pool if len(c.rows) == prompts])[:ELITE]
         if not best:
             break
-        parents = [c.shape for c in best]
-        children = drawn(count // 2, partial(_child, rng, parents, choices))
-        tried = halve([*best, *children], prompts, turn, evaluate)
-        there = {c.schedule for c in tried}
-        pool = sorted([*tried, *(c for c in pool if c.schedule not in there)], key=lambda c: (-len(c.rows), c.loss))
+        parents, count = [c.params for c in best], section.candidates // 2
+        varied = (vary(rng, rng.choice(parents), choices, rng.choice(parents)) for _ in range(50 * count))
+        tried = halve([*best, *fresh(varied, count)], prompts, turn, evaluate)
+        schedules = {c.schedule for c in tried}
+        pool = sorted([*tried, *(c for c in pool if c.schedule not in schedules)], key=lambda c: (-len(c.rows), c.loss))
     return pool

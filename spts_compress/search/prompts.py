@@ -2,10 +2,18 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
+from tqdm import tqdm
+
+from ..recipe import SearchSection
 from ..tasks import agreement, ruler, synthetic
 from ..tasks.example import Example, ask_about, sentences
+from ..utils.distributed import Ranks
+from ..utils.errors import UserError
 
 # What is asked, by kind; prompts of a kind take these in turn.
 RETRIEVAL = (
@@ -22,31 +30,6 @@ FREE = (
 )
 
 
-def make(
-    kinds: Sequence[str], tokenizer: Any, prose: str, length: int, count: int, tokens: int, seed: int
-) -> list[Example]:
-    """`count` items of each kind, see `one`; kinds take turns."""
-    return [one(kind, index, tokenizer, prose, length, tokens, seed) for index in range(count) for kind in kinds]
-
-
-def one(
-    kind: str, index: int, tokenizer: Any, prose: str, length: int, tokens: int, seed: int, attempt: int = 0
-) -> Example:
-    """The item `index` of a kind ("free", one of `GROUPS` or one of their tasks), of at most `length` tokens with
-    `tokens` for the answer. Each `attempt` gives another prompt of the same task.
-
-    Raises:
-        UserError: if a task does not fit into `length`.
-    """
-    if kind == "free":
-        return _free(tokenizer, prose, length, index, tokens, seed)
-    tasks = GROUPS.get(kind, (kind,))
-    task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
-    if task in ruler.TASKS:
-        return ruler.examples(task, tokenizer, prose, length, 1, seed, tokens)[0]
-    return synthetic.examples(task, tokenizer, prose, length, 1, seed)[0]
-
-
 def kind_of(item: Example, kinds: Sequence[str]) -> str:
     """Which of `kinds` an item was made for."""
     if item.task == agreement.TASK:
@@ -56,10 +39,49 @@ def kind_of(item: Example, kinds: Sequence[str]) -> str:
 
 def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Example:
     """A question about a stretch of `prose` from a random place."""
-    rng = random.Random(f"{seed} {index} {length}")
-    parts = sentences(prose)
+    rng, parts = random.Random(f"{seed} {index} {length}"), sentences(prose)
     start = rng.randrange(len(parts))
     words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
     term = rng.choice([word for word in words if len(word) > 6] or words)
     question = FREE[index % len(FREE)].replace("{term}", term)
     return ask_about(agreement.TASK, index, tokenizer, parts, start, question, length, tokens)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a search, lengths and kinds in turn: half of them to search on, half to confirm."""
+
+    section: SearchSection
+    tokenizer: Any
+    prose: str
+    items: tuple[Example, ...] = ()
+
+    def make(self, number: int, attempt: int = 0) -> Example:
+        """The prompt `number`; each `attempt` gives another one of the same task and length.
+
+        Raises:
+            UserError: if its task does not fit into its length.
+        """
+        section, text = self.section, (self.tokenizer, self.prose)
+        slots = product((section.seed, section.seed + 1), range(section.prompts), section.kinds, section.lengths)
+        seed, index, kind, length = list(slots)[number]
+        if kind == "free":
+            return _free(*text, length, index, section.answer_tokens, seed)
+        tasks = GROUPS.get(kind, (kind,))
+        task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
+        if task in ruler.TASKS:
+            return ruler.examples(task, *text, length, 1, seed, section.answer_tokens)[0]
+        return synthetic.examples(task, *text, length, 1, seed)[0]
+
+    def attempt(self, number: int, attempt: int) -> Example:
+        """The prompt `number`, or a later attempt at it; where that does not fit, which is a matter of a few tokens,
+        the first one again."""
+        if attempt:
+            with suppress(UserError):
+                return self.make(number, attempt)
+        return self.items[number]
+
+    def filled(self, ranks: Ranks) -> "PromptSet":
+        """With the `items` that are tried first, which all of `ranks` make together."""
+        shard = tqdm(ranks.shard(range(2 * self.section.num_prompts)), desc="prompts", unit="prompt")
+        return replace(self, items=tuple(ranks.all_gather([self.make(number) for number in shard])))

@@ -1,7 +1,8 @@
-"""What a search found, as tables and a picture."""
+"""What a search came to, as tables and a picture."""
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,107 +10,123 @@ from ..modeling.configuration_spts import Schedule
 from ..utils.tables import table
 
 FILES = ("search.json", "search.md", "search.png")
+LENGTH = 8192  # tokens of the prompt whose budgets are drawn
 
 
-def front_table(found: dict[str, Any]) -> str:
-    """One row for each cost: what was counted, and how close to dense on prompts nothing was chosen on."""
+def front_table(search: dict[str, Any]) -> str:
+    """One row for each cost: what it is, and how close to dense on prompts nothing was chosen on."""
     rows = []
-    for number, point in enumerate(found["points"]):
-        cost, kinds, probe = point["cost"], point["held_out"]["kinds"], point["winner"]["schedule"]["probe"]
+    for number, point in enumerate(search["points"]):
+        cost, held_out, winner = point["cost"], point["held_out"], point["winner"]
+        probe, (low, high) = dict(winner["schedule"]["probe"]), point["interval"]
+        if not isinstance(probe["heads"], str):
+            probe["heads"] = f"{sum(map(len, probe['heads'].values()))} of them"
         rows.append(
             [
-                f"{cost['speedup']:.2f}x" + (" *" if number == found["chosen"] else ""),
+                f"{cost['speedup']:.2f}x" + (" *" if number == search["chosen"] else ""),
                 f"{cost['kv_share']:.0%}",
-                point["winner"]["shape"]["start"],
-                f"{probe['window_size']} / {_heads(probe['heads'])} / "
-                f"{probe['score_carry']:g} / {probe['kernel_size']}",
-                f"{point['quality']:.3f} ({point['interval'][0]:.3f}-{point['interval'][1]:.3f})",
-                f"{point['held_out']['loss']:.3f}",
-                ", ".join(f"{kind} {row['same']:.0%}" for kind, row in kinds.items()),
+                winner["params"]["start"],
+                " / ".join(f"{probe[name]}" for name in ("window_size", "heads", "score_carry", "kernel_size")),
+                f"{point['quality']:.3f} ({low:.3f}-{high:.3f})",
+                f"{held_out['loss']:.3f}",
+                ", ".join(f"{kind} {means['same']:.0%}" for kind, means in held_out["kinds"].items()),
             ]
         )
-    names = ["counted", "KV kept", "start", "window / heads / carry / kernel", "next token as dense (95% interval)"]
+    names = ["speed-up", "KV kept", "start", "window / heads / carry / kernel", "next token as dense (95% interval)"]
     return table([*names, "loss, nats", "same answer"], rows)
 
 
-def _heads(heads: str | dict) -> str:
-    return heads if isinstance(heads, str) else f"{sum(map(len, heads.values()))} of them"
-
-
 def without_table(point: dict[str, Any]) -> str:
-    """What each found value brings: the loss at the same cost with the plain value instead."""
-    shape, own = point["winner"]["shape"], point["winner"]["loss"]
-    found = sorted(point["without"].items(), key=lambda pair: -pair[1])
-    rows = [[name, shape[name], f"{loss:.3f}", f"{loss - own:+.3f}"] for name, loss in found]
-    return table(["value", "found", "loss with the plain one", "difference"], rows)
+    """What each chosen value brings: the loss at the same cost with the plain value instead."""
+    params, own = point["winner"]["params"], point["winner"]["loss"]
+    losses = sorted(point["without"].items(), key=lambda pair: -pair[1])
+    rows = [[name, params[name], f"{loss:.3f}", f"{loss - own:+.3f}"] for name, loss in losses]
+    return table(["value", "chosen", "loss with the plain one", "difference"], rows)
 
 
-def as_text(found: dict[str, Any]) -> str:
+def shown_point(search: dict[str, Any]) -> dict[str, Any]:
+    """The chosen point; the last one if none was."""
+    return search["points"][-1 if search["chosen"] is None else search["chosen"]]
+
+
+def as_text(search: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    seconds = found["seconds"]
+    seconds = search["seconds"]
     parts = [
-        f"{found['candidates']} candidates, {found['evaluations']} evaluations, {seconds['all'] / 60:.0f} minutes, of "
-        f"which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its own answers, half "
-        "the mean over the kinds of prompt, half the worst kind's.",
-        front_table(found),
+        f"{search['candidates']} candidates, {search['evaluations']} evaluations, {seconds['all'] / 60:.0f} minutes, "
+        f"of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its own answers, "
+        "half the mean over the kinds of prompt, half the worst kind's.",
+        front_table(search),
     ]
-    number = found["chosen"] if found["chosen"] is not None else len(found["points"]) - 1
-    if found["points"]:
-        point = found["points"][number]
-        parts += [f"At {point['cost']['speedup']:.2f}x:", without_table(point), *point["signs"]]
+    if search["points"]:
+        point = shown_point(search)
+        parts += [f"At {point['cost']['speedup']:.2f}x:", without_table(point), *point["diagnosis"]]
     return "\n\n".join(parts)
 
 
-def save(found: dict[str, Any], folder: Path, num_layers: int) -> None:
+def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`."""
     (folder / "search.png").unlink(missing_ok=True)  # an earlier search's
-    (folder / "search.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "search.md").write_text(as_text(found) + "\n")
-    if found["points"] and importlib.util.find_spec("matplotlib"):
-        draw(found, folder / "search.png", num_layers)
+    (folder / "search.json").write_text(json.dumps(search, indent=1) + "\n")
+    (folder / "search.md").write_text(as_text(search) + "\n")
+    if search["points"] and importlib.util.find_spec("matplotlib"):
+        picture(search, num_layers).savefig(folder / "search.png", dpi=110)
 
 
-def draw(found: dict[str, Any], target: Path, num_layers: int) -> None:
-    """Agreement against cost with the front, loss by start layer, kept tokens over the layers, what each stage's budget
-    is worth, and which layers rank tokens well."""
+def picture(search: dict[str, Any], num_layers: int) -> Any:
+    """A figure of the front if it has more than one point, loss by start layer, active tokens over the layers, what
+    each stage's budget is worth, and which layers rank tokens well."""
     from matplotlib.figure import Figure
 
+    panels: list[Any] = [_front, _starts, partial(_active, num_layers), _budgets, _rankings]
     figure = Figure(figsize=(14, 8), layout="constrained")
-    (front, starts, kept), (budgets, rankings, rest) = figure.subplots(2, 3)
-    rest.axis("off")
-    points = found["points"]
-    x = [p["cost"]["speedup"] for p in points]
-    low, high = ([abs(p["quality"] - p["interval"][i]) for p in points] for i in (0, 1))
-    front.errorbar(x, [p["quality"] for p in points], yerr=[low, high], fmt="o-", capsize=3)
-    if found["chosen"] is not None:
-        chosen = points[found["chosen"]]
-        front.plot(chosen["cost"]["speedup"], chosen["quality"], "r*", markersize=16, label="chosen")
-        front.legend()
-    front.set(title="Front, on held-out prompts", xlabel="dense / SPTS operations", ylabel="next token as dense")
-    for point in points:
-        name = f"{point['cost']['speedup']:.2f}x"
-        tried = [(c["shape"]["start"], c["loss"]) for c in point["tried"]]
-        starts.plot(*zip(*tried, strict=True), "o", alpha=0.4, markersize=4, label=name)
+    for number, panel in enumerate(panels if len(search["points"]) > 1 else panels[1:], 1):
+        panel(figure.add_subplot(2, 3, number), search)
+    return figure
+
+
+def _front(axes: Any, search: dict[str, Any]) -> None:
+    points = search["points"]
+    x, y = [p["cost"]["speedup"] for p in points], [p["quality"] for p in points]
+    error = [[abs(p["quality"] - p["interval"][i]) for p in points] for i in (0, 1)]
+    axes.errorbar(x, y, yerr=error, fmt="o-", capsize=3)
+    if (chosen := search["chosen"]) is not None:
+        axes.plot(x[chosen], y[chosen], "r*", markersize=16, label="chosen")
+        axes.legend()
+    axes.set(title="Front, on held-out prompts", xlabel="speed-up", ylabel="next token as dense")
+
+
+def _starts(axes: Any, search: dict[str, Any]) -> None:
+    for point in search["points"]:
+        tried = [(c["params"]["start"], c["loss"]) for c in point["tried"]]
+        axes.plot(*zip(*tried, strict=True), "o", alpha=0.4, markersize=4)
+    axes.set(title="All candidates", xlabel="start layer", ylabel="loss, nats", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _active(num_layers: int, axes: Any, search: dict[str, Any]) -> None:
+    for point in search["points"]:
         schedule = Schedule.from_dict(point["winner"]["schedule"], num_layers)
-        shares = [schedule.counts(layer, 8192).active / 8192 for layer in range(num_layers)]
-        kept.step(range(num_layers), [100 * s for s in shares], where="mid", label=name)
-    starts.set(title="All candidates", xlabel="start layer", ylabel="loss, nats", yscale="log")
-    starts.xaxis.get_major_locator().set_params(integer=True)
-    kept.set(title="Active tokens of 8192 in the winners", xlabel="layer", ylabel="%")
-    kept.legend(fontsize=7)
-    point = points[found["chosen"] if found["chosen"] is not None else -1]
+        shares = [100 * schedule.counts(layer, LENGTH).active / LENGTH for layer in range(num_layers)]
+        axes.step(range(num_layers), shares, where="mid", label=f"{point['cost']['speedup']:.2f}x")
+    axes.set(title=f"Active tokens of {LENGTH} in the winners", xlabel="layer", ylabel="%")
+    axes.legend(fontsize=7)
+
+
+def _budgets(axes: Any, search: dict[str, Any]) -> None:
+    point = shown_point(search)
     for stage in dict.fromkeys(row["stage"] for row in point["budgets"]):
-        rows = [(r["factor"], r["loss"]) for r in point["budgets"] if r["stage"] == stage]
-        line = sorted([*rows, (1.0, point["winner"]["loss"])])
-        budgets.plot(*zip(*line, strict=True), "o-", label=f"stage {stage + 1}")
-    budgets.set(title=f"One stage's budget, {point['cost']['speedup']:.2f}x", xlabel="times as many tokens")
-    budgets.set(ylabel="loss, nats", yscale="log")
+        losses = [(row["factor"], row["loss"]) for row in point["budgets"] if row["stage"] == stage]
+        line = sorted([*losses, (1.0, point["winner"]["loss"])])
+        axes.plot(*zip(*line, strict=True), "o-", label=f"stage {stage + 1}")
+    axes.set(title=f"One stage's budget, {point['cost']['speedup']:.2f}x", xlabel="times as many tokens")
+    axes.set(ylabel="loss, nats", yscale="log")
     if point["budgets"]:
-        budgets.legend(fontsize=7)
-    rankings.plot([100 * share for share in found["reliability"]], "o-")
-    rankings.axhline(25, color="grey", linewidth=0.8)  # what a random ranking has
-    rankings.set(
-        title="Attention of the answer on a layer's own top quarter", xlabel="layer", ylabel="%", ylim=(0, 103)
-    )
-    rankings.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(target, dpi=110)
+        axes.legend(fontsize=7)
+
+
+def _rankings(axes: Any, search: dict[str, Any]) -> None:
+    axes.plot([100 * share for share in search["reliability"]], "o-")
+    axes.axhline(25, color="grey", linewidth=0.8)  # what a random ranking has
+    axes.set(title="Attention of the answer on a layer's own top quarter", xlabel="layer", ylabel="%", ylim=(0, 103))
+    axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,0 +1,90 @@
+"""The proxies of all skipping layers: captured, fitted and kept, a layer at a time."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibrate import capture
+from ..calibrate.data import Blocks
+from ..modeling.configuration_spts import Proxy, Schedule
+from ..modeling.stock_layer import Norms
+from ..recipe import ProxySection
+from ..utils.distributed import Ranks
+from ..utils.errors import UserError
+from ..utils.store import Store, fingerprint
+from . import metrics
+from .ltp import FeedForward, Tokens
+from .size import choose
+
+
+def fit_proxies(
+    model: PreTrainedModel,
+    schedule: Schedule,
+    section: ProxySection,
+    sequences: Blocks,
+    length: int,
+    key: str,
+    places: Norms,
+    store: Store,
+    ranks: Ranks,
+) -> tuple[Schedule, dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Fit what `store` does not have yet.
+
+    Args:
+        schedule: with the largest size of each layer's proxy.
+        length: of a prompt whose budgets the proxies are to tell.
+        key: fingerprint of all that decides what the model computes.
+        places: where the norms of the decoder layers stand.
+
+    Returns:
+        The schedule with the sizes that were chosen, the parameters by their name in the exported model, and for each
+        layer what was tried and how well it ranks tokens that nothing was fitted or chosen on.
+
+    Raises:
+        UserError: if a finished unit can't be read.
+    """
+    blocks, relative = sequences.fit + sequences.held_out, schedule.ffn_selection == "relative"
+    layers, dtype = range(schedule.start, model.config.num_hidden_layers), model.dtype
+    data_key = fingerprint(key, [block.tolist() for block in blocks])
+    counts = {layer: schedule.counts(layer, length) for layer in layers}
+    shares = {layer: count.ffn_tokens / count.candidates_in for layer, count in counts.items()}
+    full = {layer: schedule.proxy_of(layer) for layer in layers}
+    options = section.model_dump(exclude={"channels", "rank"})
+    keys = {
+        layer: fingerprint(data_key, options, [full[layer].channels, full[layer].rank], layer, shares[layer], relative)
+        for layer in layers
+    }
+    missing = ranks.broadcast([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
+    fitted, held_out = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
+    parts = [fitted, held_out // 2, held_out - held_out // 2]
+    captured = capture.feed_forward(model, blocks, missing, store, data_key, ranks, places) if missing else ()
+    for layer, states, norms in captured:
+        ffn = FeedForward.of(model.model.layers[layer], model.config, places)
+        tokens, check, judge = (
+            Tokens.of(ffn, *part) for part in zip(states.split(parts), norms.split(parts), strict=True)
+        )
+        proxy, tried = choose(ffn, full[layer], tokens, check, section, shares[layer], relative)
+        proxy.to(dtype)  # judged as it is exported
+        judged = {f"judged.{name}": value for name, value in metrics.norms(proxy, ffn, judge).items()}
+        # one unit, so that no kill can part what was tried from what was chosen
+        choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
+        store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
+    ranks.barrier()
+    parameters: dict[str, torch.Tensor] = {}
+    fits, sizes = [], []
+    for layer in layers:
+        unit = store.tensors(f"proxy-{layer}", keys[layer])
+        if unit is None:
+            raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
+        tried = json.loads(bytes(unit.pop("choice").tolist()))
+        judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
+        fits.append(
+            {"layer": layer, "share": shares[layer], **metrics.fidelity(judged, shares[layer], relative), **tried}
+        )
+        chosen = tried["candidates"][tried["chosen"]]
+        sizes.append(Proxy(max(1, chosen["channels"]), chosen["rank"]))
+        parameters |= {f"model.layers.{layer}.proxy.{name}": value for name, value in unit.items()}
+    return replace(schedule, proxy=tuple(sizes)), parameters, fits

@@ -1,0 +1,102 @@
+"""How far a schedule's next tokens are from the dense model's, prompt by prompt and over all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..modeling.calls import SkipRequest
+from ..modeling.configuration_spts import Schedule
+from ..tasks.agreement import agreement
+from ..tasks.recovery import interval
+from ..tasks.runner import Answers
+from ..utils.distributed import SINGLE_PROCESS, Ranks
+from ..utils.store import fingerprint
+from .dense_reference import DenseReference, References
+from .prompts import kind_of
+
+Rows = list[dict[str, Any]]
+
+
+@torch.no_grad()
+def compare(model: Any, schedule: Schedule, reference: DenseReference) -> dict[str, Any]:
+    """How far SPTS is from dense along the dense model's own answer, teacher-forced after a prefill by `schedule`.
+
+    Args:
+        model: the skipping model, with proxies in all layers from the schedule's start on.
+
+    Returns:
+        `kl`: mean KL(dense || SPTS) of the next token, nats; `top1`: share of tokens on which both agree; `same`:
+        whether they agree on all, so that the greedy answer is the dense one.
+    """
+    device, count = model.lm_head.weight.device, len(reference.answer)
+    request = SkipRequest(schedule, last=count, suffix_length=count - 1)
+    layer, states = reference.states_before(schedule.start)
+    options = {"use_cache": True, "logits_to_keep": count}
+    logits = model(inputs_embeds=states.to(device), first_layer=layer, spts=request, **options).logits[0]
+    dense = model.lm_head(reference.final.to(device))
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        dense = torch.tanh(dense / cap) * cap
+    measures = agreement(torch.log_softmax(dense.float(), dim=-1), torch.log_softmax(logits.float(), dim=-1))
+    return {**measures, "same": measures["top1"] == 1}
+
+
+@dataclass
+class Evaluator:
+    """Evaluates schedules on prompts whose dense work is done; every figure is kept at once.
+
+    `model`: the skipping model, with proxies in all layers from the earliest start on. `key`: what figures depend on
+    beside schedule and prompt. `evaluated`: how many were not there yet.
+    """
+
+    model: Any
+    kept: Answers
+    key: str
+    progress: Any
+    kinds: Sequence[str]
+    ranks: Ranks = SINGLE_PROCESS
+    evaluated: int = 0
+
+    def __post_init__(self) -> None:
+        self.ranks.barrier()  # for all to have read what was kept, before anyone adds to it
+
+    def rows(self, schedule: Schedule, references: References) -> Rows:
+        """See `compare`; with `kind`, `task` and `length` of each prompt."""
+        keys = [fingerprint(self.key, schedule.to_dict(), reference.key) for reference in references]
+        missing = {key: r for key, r in zip(keys, references, strict=True) if key not in self.kept.rows}
+        added = [self._add(key, schedule, missing[key]) for key in self.ranks.shard(list(missing))]
+        self.kept.rows.update({row["key"]: row for row in self.ranks.all_gather(added)})
+        self.evaluated += len(missing)
+        return [self.kept.rows[key] for key in keys]
+
+    def _add(self, key: str, schedule: Schedule, reference: DenseReference) -> dict[str, Any]:
+        item = reference.item
+        named = {"key": key, "kind": kind_of(item, self.kinds), "task": item.task, "length": item.limit}
+        row = {**named, **compare(self.model, schedule, reference)}
+        self.kept.add(row)
+        self.progress.update()
+        return row
+
+
+def by_kind(rows: Rows) -> dict[str, dict[str, float]]:
+    """Means of each measure for each kind of prompt."""
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    groups = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
+    return {
+        kind: {name: sum(row[name] for row in group) / len(group) for name in ("kl", "top1", "same")}
+        for kind, group in groups.items()
+    }
+
+
+def loss(rows: Rows) -> float:
+    """Mean over the kinds of their mean KL, and the worst kind's, in equal parts: nats."""
+    kl = [kind["kl"] for kind in by_kind(rows).values()]
+    return (sum(kl) / len(kl) + max(kl)) / 2
+
+
+def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
+    """Mean top-1 agreement with dense, and its 95% interval (percentile bootstrap over prompts, 2000 resamples)."""
+    top1 = [row["top1"] for row in rows]
+    mean = sum(top1) / len(top1)
+    return mean, interval([1.0] * len(top1), top1) or (mean, mean)
