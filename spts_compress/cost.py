@@ -23,7 +23,7 @@ class LayerShape:
 
     `hidden`: D. `intermediate`: D_ff, of all experts that work on one token together; `stored`: of all there are.
     `key`, `value`, `query`, `output`: weights of these projections. Of latent attention, `key` makes the latents and
-    `value` keys and values out of them. `pair`: multiply-adds of all heads for one query and one key, of scores and
+    `expand` keys and values out of them. `pair`: multiply-adds of all heads for one query and one key, of scores and
     weighted values. `probed`: those for a probe's query and a candidate.
     """
 
@@ -32,6 +32,7 @@ class LayerShape:
     stored: int = 0
     key: int = 0
     value: int = 0
+    expand: int = 0
     query: int = 0
     output: int = 0
     pair: int = 0
@@ -55,7 +56,7 @@ class LayerShape:
                 width,
                 stored,
                 key=hidden * cached,
-                value=latent * heads * (config.qk_nope_head_dim + size),
+                expand=latent * heads * (config.qk_nope_head_dim + size),
                 query=hidden * queries if rank is None else (hidden + queries) * rank,
                 output=heads * size * hidden,
                 pair=queries + heads * size,
@@ -64,12 +65,13 @@ class LayerShape:
         size = getattr(config, "head_dim", None) or hidden // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         keys, queries = hidden * kv_heads * size, hidden * heads * size
-        return cls(hidden, width, stored, keys, keys, queries, queries, pair=2 * heads * size, probed=heads * size)
+        pair, probed = 2 * heads * size, heads * size
+        return cls(hidden, width, stored, keys, keys, query=queries, output=queries, pair=pair, probed=probed)
 
     @property
     def weights(self) -> int:
         """All weights, but for a router's."""
-        return self.key + self.value + self.query + self.output + 3 * self.hidden * self.stored
+        return self.key + self.value + self.expand + self.query + self.output + 3 * self.hidden * self.stored
 
     def attention(self, tokens: int, window: int | None = None) -> float:
         """FLOPs of causal attention among `tokens` tokens, each of which sees at most `window` of them: scores and
@@ -84,9 +86,13 @@ class LayerShape:
         """FLOPs of a proxy for one token."""
         return 4.0 * size.rank * (self.hidden + size.channels) + 5.0 * self.hidden
 
+    def update(self, rank: int) -> float:
+        """FLOPs of an update for one token."""
+        return 4.0 * rank * self.hidden
+
     def dense(self, tokens: int, window: int | None = None) -> float:
         """FLOPs of one stock layer."""
-        projections = 2.0 * tokens * (self.key + self.value + self.query + self.output)
+        projections = 2.0 * tokens * (self.key + self.value + self.expand + self.query + self.output)
         return projections + self.attention(tokens, window) + self.feed_forward(tokens)
 
 
@@ -112,8 +118,8 @@ def suitable_proxy(shape: LayerShape, max_fraction: float, channels: int | None,
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of one prefill: tokens (see `Counts`; `cached` of the active ones) and FLOPs by part. Where there is a
-    window, active tokens are counted as if all inside one were neighbours: the most FLOPs there can be."""
+    """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and FLOPs by part. Where there
+    is a window, active tokens are counted as if all inside one were neighbours: the most FLOPs there can be."""
 
     candidates_in: int
     active: int
@@ -123,10 +129,11 @@ class LayerCost:
     probing: float
     attention: float
     feed_forward: float
+    update: float
 
     @property
     def total(self) -> float:
-        return self.probing + self.attention + self.feed_forward
+        return self.probing + self.attention + self.feed_forward + self.update
 
 
 def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]:
@@ -134,19 +141,25 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
     costs = []
     for layer, window in enumerate(layer_windows(config)):
         shape = LayerShape.of(config, layer)
-        candidates_in, active, ffn_tokens, candidates_out = schedule.counts(layer, length)
+        candidates_in, active, ffn_tokens, candidates_out, cached = schedule.counts(layer, length)
         probing = 0.0
         carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
         if schedule.probe.heads_of(layer) and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
             probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed
         if ffn_tokens < candidates_in and schedule.ffn_selection in ("proxy", "relative"):
             probing += candidates_in * shape.proxy(schedule.proxy_of(layer))
-        projections = 2.0 * (candidates_in * shape.key + active * (shape.value + shape.query + shape.output))
-        attention = projections + shape.attention(active, window)
+        update = 0.0
+        if schedule.update and layer >= schedule.start:
+            ranks = schedule.update_of(layer)
+            update += candidates_in * shape.update(ranks.attention_rank) if active < candidates_in else 0.0
+            update += candidates_in * shape.update(ranks.ffn_rank) if ffn_tokens < candidates_in else 0.0
+        projections = candidates_in * shape.key + cached * shape.value
+        projections += active * (shape.expand + shape.query + shape.output)
+        attention = 2.0 * projections + shape.attention(active, window)
         spare = schedule.always_last if layer >= schedule.start and schedule.skips(length) else 0
-        cached = active if window is None else min(active, window - 1 + spare)
+        cached = cached if window is None else min(cached, window - 1 + spare)
         tokens = candidates_in, active, ffn_tokens, candidates_out, cached
-        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(ffn_tokens)))
+        costs.append(LayerCost(*tokens, probing, attention, shape.feed_forward(ffn_tokens), update))
     return costs
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from .evaluate.report import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
 from .fit.proxies import fit_proxies
+from .fit.updates import blank, fit_updates
 from .modeling.configuration_spts import Proxy, Schedule
 from .recipe import Recipe, SearchSection
 from .search import dense_reference, space
@@ -104,6 +105,8 @@ def run(
             ready = _take_found(ready, searched, search_folder, ranks)
         if not ranks.is_main:
             return None
+        with stage("updates") if ready.schedule.update else nullcontext():
+            ready = _with_updates(ready, store)
         if recipe.export.break_even:
             ready = replace(ready, schedule=_from_break_even(ready, device, store, log))
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
@@ -294,6 +297,28 @@ def _chosen(searched: dict[str, Any], section: SearchSection, folder: Path, num_
             "search.quality, or search.on_failure: export"
         )
     return Schedule.from_dict(points[number]["winner"]["schedule"], num_layers)
+
+
+def _with_updates(ready: Prepared, store: Store) -> Prepared:
+    """With the maps that the schedule's `update` asks for, and their R^2 among the fits; what is fitted is kept."""
+    if not ready.schedule.update:
+        return ready
+    ready = replace(
+        ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
+    )
+    text = [part.tolist() for part in (*ready.sequences.fit, *ready.sequences.held_out)]
+    what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
+    key = fingerprint(*what, text, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    kept = store.tensors("updates", key)
+    if kept is None:
+        model = ready.skipping()
+        rows = fit_updates(model, ready.sequences.fit, ready.sequences.held_out)
+        store.json("updates", key, lambda: rows)  # before the maps, by which the unit is known to be whole
+        kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
+        store.put_tensors("updates", key, kept)
+    r2 = {row["layer"]: row for row in store.json("updates", key, list)}
+    fits = [{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits]
+    return replace(ready, parameters={**ready.parameters, **kept}, fits=fits)
 
 
 def _from_break_even(ready: Prepared, device: str, store: Store, log: Log) -> Schedule:

@@ -1,5 +1,6 @@
 """What a recipe would do, before any long work: its values for one model, what they need, and all of it as text."""
 
+from dataclasses import astuple
 from typing import Any
 
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_flop_fraction, suitable_proxy
@@ -63,22 +64,26 @@ def parameters(config: Any) -> int:
 
 
 def proxy_parameters(config: Any, schedule: Schedule) -> int:
-    """Number of parameters of all proxies."""
-    sizes = [schedule.proxy_of(layer) for layer in range(schedule.start, config.num_hidden_layers)]
-    hidden = config.hidden_size
-    return sum(2 * size_.rank * (hidden + size_.channels) + 2 * hidden + 1 for size_ in sizes)
+    """Number of parameters of all proxies and updates."""
+    layers, hidden = range(schedule.start, config.num_hidden_layers), config.hidden_size
+    sizes = [schedule.proxy_of(layer) for layer in layers if schedule.proxy]
+    ranks = [rank for layer in layers if schedule.update for rank in astuple(schedule.update_of(layer))]
+    proxies = sum(2 * size_.rank * (hidden + size_.channels) + 2 * hidden + 1 for size_ in sizes)
+    return proxies + sum((2 * rank + 1) * hidden for rank in ranks)
 
 
-def _counts(tokens: tuple[int, int, int]) -> str:
-    entering, active, changed = tokens
-    return f"{active} of {entering}" + (f", FFN {changed}" if changed != active else "")
+def _counts(tokens: tuple[int, int, int, int]) -> str:
+    entering, active, changed, cached = tokens
+    ffn = f", FFN {changed}" if changed != active else ""
+    return f"{active} of {entering}{ffn}" + (f", KV {cached}" if cached > active else "")
 
 
 def schedule_table(config: Any, schedule: Schedule, lengths: list[int]) -> str:
-    """Candidates and active tokens per layer (those of the FFN where they differ); equal layers share a row."""
+    """Candidates and active tokens per layer (those of the FFN where they differ, those cached where they are more);
+    equal layers share a row."""
     columns = [layer_costs(config, schedule, length) for length in lengths]
     counts = list(
-        zip(*[[(c.candidates_in, c.active, c.ffn_tokens) for c in column] for column in columns], strict=True)
+        zip(*[[(c.candidates_in, c.active, c.ffn_tokens, c.cached) for c in column] for column in columns], strict=True)
     )
     rows, first = [], 0
     for layer in range(1, len(counts) + 1):
@@ -148,7 +153,9 @@ def probe_words(schedule: Schedule) -> str:
 
 def _sizes(schedule: Schedule) -> str:
     ranks = sorted({(size_.channels, size_.rank) for size_ in schedule.proxy})
-    return ", ".join(f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in ranks)
+    proxies = [f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in ranks]
+    updates = sorted({astuple(update) for update in schedule.update})
+    return ", ".join(proxies + [f"updates of rank {a} (attention) and {f} (FFN)" for a, f in updates]) or "none"
 
 
 def _search(search: SearchSection) -> str:
@@ -188,6 +195,8 @@ def describe(
             f"careful   stages end at layers with a window ({', '.join(map(str, blind))}), where pruning drops all "
             "that is before it: end them at layers without one, or set probe.score_carry after such a layer"
         )
+    if schedule.kv is not None and not schedule.update:
+        head.append("careful   kv without update caches keys and values of tokens whose states are stale")
     return "\n".join(
         [
             *head,

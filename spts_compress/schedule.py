@@ -5,16 +5,23 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
-from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS
 from .utils.errors import unknown_key
 
-NESTED = {"budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy}
-LISTS = ("stages", "proxy")
-REQUIRED = {Stage: ("end", "budget"), Proxy: ("channels", "rank"), Schedule: ("start", "stages", "proxy")}
-OPTIONAL = ("cap", "prune_to", "ffn_budget")  # None is as good as nothing
+NESTED = {
+    "budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy,
+    "update": Update,
+}  # fmt: skip
+LISTS = ("stages", "proxy", "update")
+REQUIRED = {
+    Stage: ("end", "budget"), Proxy: ("channels", "rank"), Update: ("attention_rank", "ffn_rank"),
+    Schedule: ("start", "stages"),
+}  # fmt: skip
+OPTIONAL = ("cap", "prune_to", "ffn_budget", "proxy", "update", "kv")  # None is as good as nothing
 TYPES: dict[str, tuple[type, ...]] = {
     "fraction": (int, float), "score_carry": (int, float), "ffn_selection": (str,), "enabled": (bool,),
+    "kv": (int, float),
 }  # fmt: skip
 
 
@@ -105,16 +112,28 @@ def faults(schedule: Schedule, num_layers: int | None = None, num_heads: int | N
         found.append(f"probe.kernel_size is {probe.kernel_size}; it must be odd and at least 1")
     if schedule.ffn_selection not in FFN_SELECTIONS:
         found.append(f"ffn_selection is {schedule.ffn_selection!r}; it must be one of {', '.join(FFN_SELECTIONS)}")
-    if num_layers is not None and len(schedule.proxy) not in (1, num_layers - schedule.start):
-        found.append(f"proxy has {len(schedule.proxy)} sizes for {num_layers - schedule.start} skipping layers")
-    for size in schedule.proxy:
-        found += [*_range("proxy.channels", size.channels, 1), *_range("proxy.rank", size.rank, 0)]
-    return found
+    elif not schedule.proxy and schedule.ffn_selection in ("proxy", "relative"):
+        found.append(f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all")
+    return found + list(_sizes(schedule, num_layers))
 
 
 def _range(path: str, value: float, least: int, most: int | None = None) -> Iterator[str]:
     if not (value >= least and (most is None or value <= most)):
         yield f"{path} is {value}; it must be " + (f"at least {least}" if most is None else f"{least} to {most}")
+
+
+def _sizes(schedule: Schedule, num_layers: int | None) -> Iterator[str]:
+    """Proxies and updates of the skipping layers, and the share of tokens cached."""
+    for name, sizes in (("proxy", schedule.proxy), ("update", schedule.update)):
+        if num_layers is not None and len(sizes) not in (0, 1, num_layers - schedule.start):
+            yield f"{name} has {len(sizes)} sizes for {num_layers - schedule.start} skipping layers"
+    for size in schedule.proxy:
+        yield from (*_range("proxy.channels", size.channels, 1), *_range("proxy.rank", size.rank, 0))
+    for ranks in schedule.update:
+        yield from _range("update.attention_rank", ranks.attention_rank, 0)
+        yield from _range("update.ffn_rank", ranks.ffn_rank, 0)
+    if schedule.kv is not None and not 0 < schedule.kv <= 1:
+        yield f"kv is {schedule.kv}; it must be more than 0 and at most 1"
 
 
 def _stages(schedule: Schedule, last: int | None) -> Iterator[str]:

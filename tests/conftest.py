@@ -99,6 +99,32 @@ def checkpoint(once):
     return once("checkpoint", make) / "out"
 
 
+@pytest.fixture(scope="session")
+def updating(once):
+    """An exported tiny checkpoint whose skipped tokens are updated, and which has no proxies."""
+
+    def make(folder):
+        tiny_base(folder / "base")
+        base = resolve(ModelSection(path=str(folder / "base")), Store(folder / "work"))
+        ranks, generator = {"attention_rank": 2, "ffn_rank": 0}, torch.Generator().manual_seed(0)
+        block = {"start": 2, "stages": [{"end": 4, "budget": 30}], "update": ranks, "kv": 0.6, "recent_tokens": 4}
+        parameters = {
+            f"model.layers.{n}.{name}": torch.randn(shape, generator=generator).bfloat16() / 4
+            for n in range(2, 5)
+            for name, shape in (
+                ("attention_update.bias", (32,)),
+                ("attention_update.down", (2, 32)),
+                ("attention_update.up", (32, 2)),
+                ("ffn_update.bias", (32,)),
+            )
+        }
+        (folder / "out").mkdir()
+        schedule = Schedule.from_dict({**block, "ffn_selection": "attention"}, 5)
+        write.write(base, write.carry(base), schedule, parameters, folder / "out")
+
+    return once("updating", make) / "out"
+
+
 @pytest.fixture
 def hub():
     """A Hub in this process, empty."""

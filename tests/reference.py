@@ -50,10 +50,13 @@ class Reference:
     def transform(self, x, layer):
         """What the feed-forward network adds to a state, between the norms that the layer has."""
         p = f"model.layers.{layer}."
+        return self.norm_if_there(self.ffn(self.ffn_input(x, layer), layer), p + "post_feedforward_layernorm")
+
+    def ffn_input(self, x, layer):
+        p = f"model.layers.{layer}."
         if p + "post_feedforward_layernorm.weight" in self.w:
-            inner = self.norm_if_there(x, p + "pre_feedforward_layernorm")
-            return self.norm(self.ffn(inner, layer), p + "post_feedforward_layernorm")
-        return self.ffn(self.norm(x, p + "post_attention_layernorm"), layer)
+            return self.norm_if_there(x, p + "pre_feedforward_layernorm")
+        return self.norm(x, p + "post_attention_layernorm")
 
     def attended(self, out, layer):
         """What attention adds."""
@@ -196,6 +199,12 @@ class Reference:
             made *= math.sqrt(float((product**2).sum())) ** power
         return made
 
+    def update(self, x, layer, part):
+        """What a layer is estimated to add to a token that it skips."""
+        p = f"model.layers.{layer}.{part}_update."
+        estimate = self.w[p + "bias"]
+        return estimate + self.w[p + "up"] @ (self.w[p + "down"] @ x) if p + "up" in self.w else estimate
+
     def attend(self, q, seen):
         """One token's attention: q (H, d) over a list of keys and values of all heads (H, .)."""
         out = []
@@ -282,7 +291,7 @@ class Reference:
             normed = [self.norm_if_there(v, p + "input_layernorm") for v in x]
             pairs = [self.held(v, layer, pos) for v, pos in zip(normed, positions, strict=True)]
             seen = [self.read(*pair, layer) for pair in pairs]
-            places = range(len(x))
+            places = cached = range(len(x))
             skipping = layer >= self.s["start"]
             if skipping:
                 stage = next((s for s in self.s["stages"] if layer <= s["end"]), self.s["stages"][-1])
@@ -290,12 +299,17 @@ class Reference:
                 score, raw = self.probe(normed, [k for k, _ in seen], positions, layer, carried)
                 carried = dict(zip(positions, raw, strict=True))
                 places = self.top(score, raw, last_budget)
+                share = self.s.get("kv")
+                more = len(places) if share is None else max(len(places), round(share * n))
+                cached = self.top(score, raw, min(len(x), more))
             held = {
-                "pos": [positions[i] for i in places],
-                "k": [pairs[i][0] for i in places],
-                "v": [pairs[i][1] for i in places],
+                "pos": [positions[i] for i in cached],
+                "k": [pairs[i][0] for i in cached],
+                "v": [pairs[i][1] for i in cached],
             }
             self.cache.append(held)
+            for i in set(range(len(x))) - set(places) if self.s.get("update") else ():
+                x[i] = x[i] + self.update(normed[i], layer, "attention")
             for number, i in enumerate(places):
                 q = self.query(normed[i], layer, positions[i])
                 before = [j for j in places[: number + 1] if self.sees(layer, positions[i], positions[j])]
@@ -314,8 +328,11 @@ class Reference:
                     size = [torch.sqrt((v * v).mean() + self.c.rms_norm_eps) for v in x]
                     change = [c / float(s) for c, s in zip(change, size, strict=True)]
                 places = self.top(change, raw, ffn_budget)
-            for i in places:
-                x[i] = x[i] + self.transform(x[i], layer)
+            for i in range(len(x)):
+                if i in places:
+                    x[i] = x[i] + self.transform(x[i], layer)
+                elif self.s.get("update"):
+                    x[i] = x[i] + self.update(self.ffn_input(x[i], layer), layer, "ffn")
             if skipping and layer == stage["end"] and stage.get("prune_to") is not None:
                 count = min(len(x), self.amount(stage["prune_to"], n))
                 keep = self.top(score, raw, count)

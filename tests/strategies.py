@@ -34,10 +34,14 @@ def schedules(draw, layers: int = 5):
             stages[-1]["ffn_budget"] = stages[-1]["budget"]
         stages[0]["ffn_budget"] = draw(st.integers(1, 40))
     sizes = [{"channels": 12, "rank": 4}, {"channels": 1, "rank": 0}]
+    ranks = [{"attention_rank": 4, "ffn_rank": 0}, {"attention_rank": 0, "ffn_rank": 3}]
+    ffn_selection = draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"]))
+    proxy = st.sampled_from([sizes[0], [sizes[i % 2] for i in range(5 - start)]])
+    update = st.sampled_from([ranks[0], [ranks[i % 2] for i in range(5 - start)]])
     return dict(
         start=start,
         stages=stages,
-        proxy=draw(st.sampled_from([sizes[0], [sizes[i % 2] for i in range(5 - start)]])),
+        proxy=draw(proxy if ffn_selection in ("proxy", "relative") else st.none() | proxy),
         probe={
             "window_size": draw(st.sampled_from([1, 1, 2, 5])),
             "heads": draw(st.sampled_from(["mean", "max"]) | scoring_heads(start)),
@@ -46,5 +50,7 @@ def schedules(draw, layers: int = 5):
         },
         sink_tokens=draw(st.integers(0, 3)),
         recent_tokens=draw(st.integers(1, 4)),
-        ffn_selection=draw(st.sampled_from(["proxy", "proxy", "relative", "relative", "attention", "all"])),
+        ffn_selection=ffn_selection,
+        update=draw(st.none() | update),
+        kv=draw(st.sampled_from([None, 0.2, 0.6, 1.0])),
     )

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import SCHEDULE, TEXT, stock_twin, tiny_model, tiny_tokenizer
+from tiny import BARE, SCHEDULE, TEXT, UPDATING, stock_twin, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
@@ -13,15 +13,17 @@ from transformers.generation.streamers import BaseStreamer
 from spts_compress.modeling.stock_layer import layer_kinds, layer_windows
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-FAMILIES = ["llama", "qwen2", "gemma3_text"]  # the last one has windows
+SCHEDULES = {"llama": SCHEDULE, "qwen2": BARE, "gemma3_text": UPDATING}  # the last one has windows
 
 
 def prompt(length=40, rows=1, seed=1):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def cached(model, counts, later=0):
-    """Tokens in the layers' caches after attention on `counts` tokens of the prompt, and `later` ones."""
+def cached(model, later=0):
+    """Tokens in the layers' caches after a prompt of 40 tokens, and `later` ones."""
+    share = model.config.spts.get("kv") or 0
+    counts = [max(n, min(m, round(share * 40))) for n, m in zip([40, 12, 12, 8, 8], [40, 40, 40, 16, 16], strict=True)]
     windows = [model.config.sliding_window if "sliding" in kind else None for kind in layer_kinds(model.config)]
     return [
         n + later if w is None else min(n + later, w - (i == 0))
@@ -47,9 +49,9 @@ def greedy(model, tokens, count, forbid=()):
     return made
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SCHEDULES)
 def model(request):
-    return tiny_model(request.param)
+    return tiny_model(request.param, SCHEDULES[request.param])
 
 
 def new_tokens(model, tokens, count=6, **options):
@@ -172,7 +174,7 @@ def test_hidden_states_and_attentions_are_the_stock_ones(model):
         after = model(tokens, logits_to_keep=1).past_key_values
         step = model(tokens[:, :1], past_key_values=after, output_hidden_states=True, output_attentions=True)
         assert len(step.hidden_states) == 6
-        assert [a.shape[-1] - 1 for a in step.attentions] == cached(model, [40, 12, 12, 8, 8])
+        assert [a.shape[-1] - 1 for a in step.attentions] == cached(model)
         assert isinstance(model(tokens, logits_to_keep=1, return_dict=False), tuple)
         assert isinstance(model.model(tokens, spts=True, return_dict=False), tuple)
 
@@ -300,7 +302,7 @@ def test_half_precision_selects_like_single_precision_scores(model, dtype):
         half = model.to(dtype)(tokens, logits_to_keep=1)
         assert half.logits.dtype == dtype
         assert torch.isfinite(half.logits).all()
-        assert [layer.keys.shape[2] for layer in half.past_key_values.layers] == cached(model, [40, 12, 12, 8, 8])
+        assert [layer.keys.shape[2] for layer in half.past_key_values.layers] == cached(model)
     assert new_tokens(model, tokens)[0].tolist() == greedy(model, tokens[0], 6)
 
 
@@ -365,7 +367,9 @@ def test_cache_operations(model):
             count = a.keys.shape[2]  # a stock layer with a window only holds its last tokens again
             assert torch.equal(a.keys, b.keys[:, :, -count:]) and count >= min(9, b.keys.shape[2])
         step = model(tokens[:, :1], past_key_values=next_pass()).logits
-        cropped = copy.deepcopy(cache)
+        cropped = DynamicCache(config=model.config)
+        cropped.activate_past_recording()
+        model(tokens, past_key_values=cropped, logits_to_keep=1, spts={"kv": None})  # what attention ran on, no more
         cropped.crop(-1)  # every layer holds the prompt's last token
         again = model(tokens[:, -1:], past_key_values=cropped).logits
         torch.testing.assert_close(again, out.logits, rtol=1e-5, atol=1e-4)
@@ -424,7 +428,7 @@ def test_copies_and_casts_answer_alike(model):
 
 def test_lora_adapters_work_and_come_off():
     peft = pytest.importorskip("peft")
-    model, tokens = tiny_model(), prompt()
+    model, tokens = tiny_model("llama", UPDATING), prompt()
     expected = new_tokens(model, tokens)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -467,12 +471,17 @@ def test_a_compiled_model_answers_alike(model):
 
 def test_a_call_can_change_the_schedule(model):
     tokens = prompt()
-    changed = {**SCHEDULE, "stages": [{"end": 4, "budget": 20}], "sink_tokens": 3}
+    before = model.config.spts
+    changed = {**before, "stages": [{"end": 4, "budget": 20}], "sink_tokens": 3}
     other = tiny_model(model.config.model_type.removeprefix("spts_"), changed)
     expected = new_tokens(other, tokens)
     assert torch.equal(new_tokens(model, tokens, spts={"stages": changed["stages"], "sink_tokens": 3}), expected)
-    assert model.config.spts == SCHEDULE
-    for bad, error in (({"start": 2}, "can't be changed"), ({"stagse": []}, "stagse")):
+    assert model.config.spts is before
+    for bad, error in (
+        ({"start": 2}, "can't be changed"),
+        ({"update": {"attention_rank": 1, "ffn_rank": 1}}, "can't be changed"),
+        ({"stagse": []}, "stagse"),
+    ):
         with pytest.raises(ValueError, match=error):
             new_tokens(model, tokens, spts=bad)
     with pytest.raises(TypeError, match="spts must be"):
@@ -489,7 +498,7 @@ def test_the_cache_says_what_was_skipped(model):
     seen = model.skipped(out.past_key_values)
     assert [layer["candidates"] for layer in seen] == [42, 40, 40, 16, 16]
     assert [layer["active"] for layer in seen] == [42, 12, 12, 8, 8]
-    assert [layer["cached"] for layer in seen] == cached(model, [40, 12, 12, 8, 8], later=2)
+    assert [layer["cached"] for layer in seen] == cached(model, later=2)
     for number, row in enumerate(rows):
         alone = model(row[None], logits_to_keep=1, spts={"positions": True})
         for ours, single in zip(seen[1:], model.skipped(alone.past_key_values)[1:], strict=True):
@@ -574,7 +583,7 @@ def test_autocast_keeps_the_scores_in_single_precision(model):
     tokens = prompt()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model(tokens, logits_to_keep=1)
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == cached(model, [40, 12, 12, 8, 8])
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == cached(model)
 
 
 def test_a_proxy_out_of_float16_range_does_not_spoil_the_selection():
@@ -626,7 +635,7 @@ def test_quantised_loading_leaves_the_proxies_alone(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    model, tokens = tiny_model(hidden_size=64), prompt()
+    model, tokens = tiny_model("llama", UPDATING, hidden_size=64), prompt()
     options = dict(quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), dtype=torch.bfloat16)
     stock_twin(model).save_pretrained(tmp_path / "stock")
     model.save_pretrained(tmp_path / "spts")
@@ -635,9 +644,10 @@ def test_quantised_loading_leaves_the_proxies_alone(tmp_path):
     layer = ours.model.layers[2]
     assert type(layer.self_attn.k_proj.weight) is not torch.nn.Parameter
     assert type(layer.proxy.down) is torch.nn.Parameter
-    assert layer.proxy.down.dtype == torch.bfloat16
+    assert layer.proxy.down.dtype == layer.attention_update.up.dtype == torch.bfloat16
+    assert type(layer.attention_update.up) is torch.nn.Parameter
     with torch.no_grad():
         assert torch.equal(ours(tokens, logits_to_keep=1, spts=False).logits, stock(tokens, logits_to_keep=1).logits)
         out = ours(tokens, logits_to_keep=1)
-    assert [held.keys.shape[2] for held in out.past_key_values.layers] == [40, 12, 12, 8, 8]
+    assert [held.keys.shape[2] for held in out.past_key_values.layers] == cached(model)
     assert new_tokens(ours, tokens)[0].tolist() == greedy(ours, tokens[0], 6)

@@ -5,20 +5,20 @@ import pickle
 
 import pytest
 import torch
-from tiny import stock_twin, tiny_model, tiny_tokenizer
+from tiny import SCHEDULE, UPDATING, stock_twin, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-FAMILIES = ["llama", "gemma3_text"]  # the last one has windows
+SCHEDULES = {"llama": SCHEDULE, "gemma3_text": UPDATING}  # the last one has windows
 
 
 def prompt(length=40, rows=1, seed=1):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SCHEDULES)
 def model(request):
-    return tiny_model(request.param)
+    return tiny_model(request.param, SCHEDULES[request.param])
 
 
 def new_tokens(model, tokens, count=6, **options):

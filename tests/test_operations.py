@@ -36,7 +36,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
-        if name not in FREE:
+        if name not in FREE and not name.startswith("profiler::"):
             self.calls[name] += 1
         if name in COPIES or name.startswith("scatter"):
             self.copied += result.numel() if isinstance(result, torch.Tensor) else 0
@@ -59,6 +59,7 @@ SCHEDULES = {
     "proxy": SCHEDULE,
     "attention": {**SCHEDULE, "ffn_selection": "attention"},
     "heads": {**SCHEDULE, "probe": HEADS},  # layers 2 and 4 do not probe
+    "update": {**SCHEDULE, "update": {"attention_rank": 4, "ffn_rank": 8}, "kv": 0.45},
 }
 
 

@@ -124,3 +124,7 @@ def test_two_processes_evaluate_what_one_evaluates(checkpoint, tmp_path):
 @pytest.mark.parametrize("built", ["llama", "deepseek_v2"], indirect=True)
 def test_devices_that_share_the_heads_choose_the_same_tokens(built, tmp_path):
     assert [text.count("ALIKE") for text in together(2, "-c", PARALLEL, built[0] / "out", cwd=tmp_path)] == [1, 1]
+
+
+def test_devices_that_share_the_heads_update_the_same_tokens(updating, tmp_path):
+    assert [text.count("ALIKE") for text in together(2, "-c", PARALLEL, updating, cwd=tmp_path)] == [1, 1]

@@ -34,13 +34,13 @@ def test_the_papers_llama_recipe_gives_the_papers_figures():
 def test_counts_follow_stages_and_pruning():
     schedule = load(find("llama.yaml")).read_schedule(32)
     n = 32768
-    assert schedule.counts(9, n) == (n, n, n, n)
-    assert schedule.counts(10, n) == (n, 9000, 9000, n)
-    assert schedule.counts(13, n) == (n, 9000, 9000, 8000)
-    assert schedule.counts(14, n) == (8000, 7000, 7000, 8000)
-    assert schedule.counts(28, n) == (3000, 2000, 2000, 3000)
-    assert schedule.counts(31, n) == (3000, 2000, 2000, 3000)  # after the last stage end: its budget, no pruning
-    assert schedule.counts(31, 2000) == (2000, 2000, 2000, 2000)
+    assert schedule.counts(9, n) == (n, n, n, n, n)
+    assert schedule.counts(10, n) == (n, 9000, 9000, n, 9000)
+    assert schedule.counts(13, n) == (n, 9000, 9000, 8000, 9000)
+    assert schedule.counts(14, n) == (8000, 7000, 7000, 8000, 7000)
+    assert schedule.counts(28, n) == (3000, 2000, 2000, 3000, 2000)
+    assert schedule.counts(31, n) == (3000, 2000, 2000, 3000, 2000)  # after the last end: its budget, no pruning
+    assert schedule.counts(31, 2000) == (2000,) * 5
     assert not schedule.skips(2000)
     assert schedule.skips(2001)
 

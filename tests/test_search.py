@@ -19,7 +19,7 @@ from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval
 from spts_compress.search.space import Costs
 from spts_compress.tasks import agreement
 from spts_compress.tasks.example import Example
-from spts_compress.tasks.runner import encode
+from spts_compress.tasks.runner import encode, ways_of
 from spts_compress.timing.latency_table import grid
 from spts_compress.utils.distributed import SINGLE_PROCESS
 from spts_compress.utils.store import Store
@@ -55,7 +55,8 @@ def test_a_tail_on_kept_states_equals_the_whole_model(family, start, kept, heads
     whole.config.spts = searched.to_dict()
     ids = encode(TOKENIZER, [item.text], whole.device)["input_ids"]
     own = stock_twin(whole).generate(ids, do_sample=False, max_new_tokens=6)
-    logs = [agreement.log_probabilities(whole, own[:, :-1], own.shape[1] - ids.shape[1], s) for s in (False, None)]
+    count = own.shape[1] - ids.shape[1]
+    logs = [agreement.log_probabilities(way, own[:, :-1], count) for way in ways_of(whole).values()]
     expected = agreement.agreement(*logs)
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 0
     assert found["top1"] == pytest.approx(expected["top1"]) and found["same"] == (expected["top1"] == 1)

@@ -52,6 +52,10 @@ SCHEDULE = dict(
     stages=[{"end": 2, "budget": 12, "prune_to": 16}, {"end": 4, "budget": 8}],
     proxy={"channels": 12, "rank": 4},
 )
+# The same where skipped tokens are updated and more of them cached: with proxies, and without.
+UPDATES = [{"attention_rank": 4, "ffn_rank": 0}, {"attention_rank": 2, "ffn_rank": 3}] * 2
+UPDATING = {**SCHEDULE, "update": UPDATES, "kv": 0.6}
+BARE = {**SCHEDULE, "proxy": None, "ffn_selection": "attention", "update": UPDATES[1], "kv": 1.0}
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, SptsDeepseekV2Config, SptsDeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, SptsDeepseekV3Config, SptsDeepseekV3ForCausalLM),
@@ -168,7 +172,8 @@ def stock_twin(model):
     stock = stock_class(config).eval()
     if experts := model.config._experts_implementation:
         stock.set_experts_implementation(experts)
-    stock.load_state_dict({k: v for k, v in model.state_dict().items() if ".proxy." not in k})
+    own = stock.state_dict().keys()  # without what skipping adds
+    stock.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
     return stock.to(model.dtype)
 
 

@@ -45,7 +45,7 @@ def states() -> tuple[np.ndarray, list[int]]:
     worth = np.convolve(rng.gumbel(size=blocks + 4), np.ones(5) / 5, "valid")  # what matters is found in runs
     there, shown, active_counts = np.arange(blocks), np.zeros((LAYERS, blocks), int), []
     for layer in range(LAYERS):
-        _, active, changed, leaving = schedule.counts(layer, TOKENS)
+        _, active, changed, leaving, _ = schedule.counts(layer, TOKENS)
         active_counts.append(active)
         scores = worth + 0.25 * rng.normal(size=blocks)
         scores[-1] = math.inf  # the last token asks

@@ -89,6 +89,14 @@ PROXIES: dict[str, Show] = {
     "recall, skipped states": _on_skipped("recall"),
     "why this size": "{reason}",
 }
+UPDATES: dict[str, Show] = {
+    "R^2 of the update, attention": lambda fit: _r2(fit, "attention"),
+    "R^2 of the update, feed-forward": lambda fit: _r2(fit, "ffn"),
+}
+
+
+def _r2(fit: dict, part: str) -> str:
+    return f"{fit['update'][part]:.2f}" if part in fit["update"] else ""
 
 
 BENCH: dict[str, Show] = {
@@ -137,8 +145,9 @@ def score_tables(result: dict) -> str:
 
 
 def proxy_table(fits: list[dict]) -> str:
-    """Every layer's proxy: its size, and how well it ranks tokens."""
-    return columns_table(PROXIES, fits)
+    """Every layer's proxy: its size, and how well it ranks tokens; and of its updates, if there are any, R^2."""
+    updates = UPDATES if any("update" in fit for fit in fits) else {}
+    return columns_table({**PROXIES, **updates}, fits)
 
 
 def ablation_table(result: dict) -> str:

@@ -12,19 +12,27 @@ class SkippedCacheLayer(DynamicLayer):
     """KV cache of a layer that skipped prompt tokens: shorter than the prompt, and its rows may start with padding.
 
     `prompt_length`: slots of the prompt, with padding. `candidates`: what its tokens were chosen from. `active`: slots
-    its attention ran on. `kept`: those still held. `protected`: how many of the prompt's last tokens every layer holds.
-    `stage`: layers of one stage run on equally many tokens. `generated`: tokens that came after the prompt.
+    its attention ran on. `cached`: slots that entered the cache. `kept`: those still held. `protected`: how many of the
+    prompt's last tokens every layer holds. `stage`: layers of one stage run on equally many tokens. `generated`: tokens
+    that came after the prompt.
     What goes by rows and moves with them: `valid`: which of the kept slots are not padding, (B, kept), None if all are.
-    `positions`: on request, the places in the row's prompt that the active tokens came from, (B, active), -1 for
+    `positions`: on request, the places in the row's prompt that the cached tokens came from, (B, cached), -1 for
     padding, and `ends`, the place behind it, (B, 1).
     """
 
     def __init__(
-        self, prompt_length: int, candidates: int, active: int, valid: torch.Tensor | None, protected: int, stage: int
+        self,
+        prompt_length: int,
+        candidates: int,
+        active: int,
+        cached: int,
+        valid: torch.Tensor | None,
+        protected: int,
+        stage: int,
     ):
         super().__init__()
-        self.prompt_length, self.candidates, self.active = prompt_length, candidates, active
-        self.protected, self.stage, self.kept, self.generated = protected, stage, active, 0
+        self.prompt_length, self.candidates, self.active, self.cached = prompt_length, candidates, active, cached
+        self.protected, self.stage, self.kept, self.generated = protected, stage, cached, 0
         self.valid = valid
         self.positions: torch.Tensor | None = None
         self.ends: torch.Tensor | None = None
@@ -33,7 +41,7 @@ class SkippedCacheLayer(DynamicLayer):
         return self.prompt_length + self.generated
 
     def note_positions(self, slots: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Keep which tokens were active, if `ends` is set: those at `slots` (B, active) of the padded prompt."""
+        """Keep which tokens are cached, if `ends` is set: those at `slots` (B, cached) of the padded prompt."""
         if self.ends is not None:
             positions = slots.to(self.ends.device) - (self.prompt_length - self.ends)
             self.positions = positions if valid is None else positions.masked_fill(~valid.to(positions.device), -1)
@@ -64,7 +72,8 @@ class SkippedCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.prompt_length = self.candidates = self.active = self.kept = self.protected = self.generated = 0
+        self.prompt_length = self.candidates = self.active = self.cached = 0
+        self.kept = self.protected = self.generated = 0
         self.valid = self.positions = self.ends = None
 
     def attention_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
@@ -98,7 +107,8 @@ class SkippedCacheLayer(DynamicLayer):
         self.generated -= count - of_prompt
         if of_prompt:
             self.prompt_length, self.protected = self.prompt_length - of_prompt, self.protected - of_prompt
-            self.active, self.kept = self.active - of_prompt, self.kept - of_prompt
+            for name in ("active", "cached", "kept"):
+                setattr(self, name, getattr(self, name) - of_prompt)
             ends = None if self.ends is None else self.ends - of_prompt
             self._move_rows(lambda rows: rows[:, : rows.shape[1] - of_prompt])
             self.ends = ends

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import SkippedCacheLayer
 from .generation import GenerationCalls
 from .stock_layer import SkippingPreTrainedModel
+from .update import UPDATES
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,10 @@ class SkipRequest:
             raise ValueError("this model's config has no spts block, so it can't skip tokens")
         changes = dict(spts) if isinstance(spts, dict) else {}
         positions = changes.pop("positions", False)
-        fixed = {"start", "proxy"} & set(changes)
+        # What was fitted may be left out.
+        fixed = [key for key in ("start", "proxy", "update") if changes.get(key) not in (None, config.spts.get(key))]
         if fixed:
-            raise ValueError(
-                f"{', '.join(sorted(fixed))} can't be changed for one call: the proxies were fitted for it"
-            )
+            raise ValueError(f"{', '.join(fixed)} can't be changed for one call: what was fitted is fixed")
         return cls(config.schedule(**changes), last, 0 if last is None else last - 1, positions)
 
     def prompt_lengths(self, attention_mask: torch.Tensor | None, batch: int, slots: int) -> list[int]:
@@ -140,7 +140,8 @@ def check_call(
         raise ValueError("tokens are skipped in inference only; call model.eval(), or pass spts=False")
     if wants_every_layer(model.config, kwargs):
         raise ValueError("hidden states, attentions and routing of every layer need spts=False")
-    if not all(hasattr(layer, "proxy") for layer in model.layers[request.schedule.start :]):
+    parts = [*(["proxy"] if request.schedule.proxy else []), *(UPDATES if request.schedule.update else [])]
+    if not all(hasattr(layer, part) for layer in model.layers[request.schedule.start :] for part in parts):
         raise ValueError("the spts block was set or changed after this model was built; load it again")
     if (tokens[0] is None) == (tokens[1] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")

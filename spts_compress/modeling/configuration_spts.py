@@ -84,14 +84,24 @@ class Proxy:
     rank: int
 
 
+@dataclass(frozen=True)
+class Update:
+    """Ranks of a layer's two estimates of what it adds to a token that it skips: of its attention and of its
+    feed-forward network, see `LowRankUpdate`. With rank 0 an estimate is a mere mean."""
+
+    attention_rank: int
+    ffn_rank: int
+
+
 class Counts(NamedTuple):
     """Tokens of a layer: candidates coming in, active ones in attention and in the feed-forward network, candidates
-    going on."""
+    going on, and those whose keys and values are cached."""
 
     candidates_in: int
     active: int
     ffn_tokens: int
     candidates_out: int
+    cached: int
 
 
 @dataclass(frozen=True)
@@ -100,19 +110,27 @@ class Schedule(SptsBlock):
     that keeps all; layers are numbered from 0.
 
     The first `sink_tokens` and the last `recent_tokens` are always active, inside the budgets, as are the probe's
-    queries. `proxy` holds one size for every skipping layer, or one for each. `ffn_selection` says which candidates the
-    feed-forward network runs on: those with the highest attention score times predicted norm ("proxy", the paper's LTP)
-    or predicted norm over the state's own ("relative"), those that the "attention" score alone ranks highest, or "all".
-    Prompts shorter than `min_length` run dense, and all do if `enabled` is false.
+    queries. `proxy` holds one size for every skipping layer, or one for each; none if no layer has a proxy.
+    `ffn_selection` says which candidates the feed-forward network runs on: those with the highest attention score times
+    predicted norm ("proxy", the paper's LTP) or predicted norm over the state's own ("relative"), those that the
+    "attention" score alone ranks highest, or "all". Prompts shorter than `min_length` run dense, and all do if
+    `enabled` is false.
+
+    Beyond the paper, `update` holds one pair of ranks for every skipping layer, or one for each: skipped candidates get
+    estimates of what the layer would have added. `kv` is the share of a prompt's tokens whose keys and values a layer
+    caches, those of the highest scores among its candidates, and never fewer than the active ones, which None stands
+    for. Without `update` it does harm: what is cached of skipped tokens is then stale.
     """
 
     start: int
     stages: tuple[Stage, ...]
-    proxy: tuple[Proxy, ...]
+    proxy: tuple[Proxy, ...] = ()
     probe: Probe = Probe()
     sink_tokens: int = 0
     recent_tokens: int = 1
     ffn_selection: str = "proxy"
+    update: tuple[Update, ...] = ()
+    kv: float | None = None
     min_length: int = 0
     enabled: bool = True
 
@@ -123,6 +141,10 @@ class Schedule(SptsBlock):
     def proxy_of(self, layer: int) -> Proxy:
         """Size of the proxy of a skipping layer."""
         return self.proxy[0] if len(self.proxy) == 1 else self.proxy[layer - self.start]
+
+    def update_of(self, layer: int) -> Update:
+        """Ranks of the update of a skipping layer."""
+        return self.update[0] if len(self.update) == 1 else self.update[layer - self.start]
 
     def stage_of(self, layer: int) -> int:
         """Index of the stage that `layer` belongs to; layers after the last stage end belong to the last stage."""
@@ -135,7 +157,7 @@ class Schedule(SptsBlock):
     def counts(self, layer: int, length: int) -> Counts:
         """Tokens of `layer` for a prompt of `length` tokens."""
         if layer < self.start or not self.skips(length):
-            return Counts(length, length, length, length)
+            return Counts(length, length, length, length, length)
         number, candidates = self.stage_of(layer), length
         for before in self.stages[:number]:
             if before.prune_to is not None:
@@ -144,7 +166,9 @@ class Schedule(SptsBlock):
         active, ffn = (min(candidates, self.tokens(amount, length)) for amount in (stage.budget, stage.ffn_tokens))
         if layer == stage.end and stage.prune_to is not None:
             left = min(candidates, self.tokens(stage.prune_to, length))
-        return Counts(candidates, active, candidates if self.ffn_selection == "all" else ffn, left)
+        ffn = candidates if self.ffn_selection == "all" else ffn
+        cached = min(candidates, max(active, Amount(self.kv or 0).at(length)))
+        return Counts(candidates, active, ffn, left, cached)
 
     def skips(self, length: int) -> bool:
         """Whether a prompt of `length` tokens has any token to skip."""

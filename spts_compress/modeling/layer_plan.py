@@ -44,6 +44,7 @@ class LayerPlan:
     active: Count
     ffn_tokens: Count
     candidates_out: Count
+    cached: Count
     schedule: Any
     heads: str | tuple[int, ...]
     window: int | None
@@ -101,15 +102,15 @@ class PlannedRuns(StockRuns):
         while cache.layer_class_to_replicate is not None and len(cache.layers) < len(self.layers):
             cache.layers.append(cache.layer_class_to_replicate())
         for layer, plan in enumerate(plans, len(self.layers) - len(plans)):
-            old, active = cache.layers[layer], plan.active
+            old = cache.layers[layer]
             if not isinstance(old, SkippedCacheLayer) and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
                     f"skipping needs a dynamic cache, this one has {type(old).__name__}; "
                     "leave cache_implementation unset, or pass spts=False"
                 )
-            protected, stage = min(plan.schedule.always_last, active.width), plan.schedule.stage_of(layer)
-            counts = slots, plan.candidates_in.width, active.width, active.valid, protected, stage
-            cache.layers[layer] = self.cache_layer(old, layer, *counts)
+            widths = plan.candidates_in.width, plan.active.width, plan.cached.width
+            protected, stage = min(plan.schedule.always_last, plan.active.width), plan.schedule.stage_of(layer)
+            cache.layers[layer] = self.cache_layer(old, layer, slots, *widths, plan.cached.valid, protected, stage)
             if notes or self.window_of(layer) is not None:
                 cache.layers[layer].ends = ends
 

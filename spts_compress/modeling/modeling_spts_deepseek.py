@@ -8,7 +8,6 @@ Their attention is multi-head latent attention: of a token the stock layers cach
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -31,7 +30,7 @@ class LatentDecoderLayer(SkippingDecoderLayer):
         latent = rms_norm(attention.kv_a_layernorm, latent)
         return torch.cat([latent.unsqueeze(1), self.rotate(key.unsqueeze(1), *cos_sin)], dim=-1)
 
-    def queries(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def query_parts(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Parts of the queries without positions, (B, H, T, d - r), and with them, (B, H, T, r)."""
         attention = self.self_attn
         if attention.q_lora_rank is None:
@@ -46,7 +45,7 @@ class LatentDecoderLayer(SkippingDecoderLayer):
         """Queries (B, H, w, R + r) for the latents themselves: the matrix that would make a head's keys of them is
         applied to its few queries instead, which gives the same products. In float32, as all of scoring."""
         attention = self.self_attn
-        still, turned = self.queries(normed, *cos_sin)
+        still, turned = self.query_parts(normed, *cos_sin)
         if is_plain(attention.kv_b_proj):
             weight = attention.kv_b_proj.weight
         else:  # the matrix is what the module makes of the unit vectors, whatever it is
@@ -57,15 +56,17 @@ class LatentDecoderLayer(SkippingDecoderLayer):
             moved = torch.matmul(still.float(), heads[:, : attention.qk_nope_head_dim].float())
         return torch.cat([moved, turned.float()], dim=-1)
 
-    def qkv(
-        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *cos_sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys (B, H, M, d) and values (B, H, M, v); latents and rotated keys are cached, as by stock."""
-        attention = self.self_attn
-        latent, turned = key.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1)
-        if cache is not None:
-            cache.update(latent, turned, attention.layer_idx)
-        return torch.cat(self.queries(normed, *cos_sin), dim=-1), *attention.expand_kv(latent, turned)
+    def queries(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.query_parts(normed, *cos_sin), dim=-1)
+
+    def cached(self, normed: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, 1, K, R) and rotated keys (B, 1, K, r), as by stock."""
+        latent, turned = key.split([self.self_attn.kv_lora_rank, self.self_attn.qk_rope_head_dim], dim=-1)
+        return latent, turned
+
+    def keys_values(self, *cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (B, H, M, d) and values (B, H, M, v)."""
+        return self.self_attn.expand_kv(*cached)
 
 
 class V2DecoderLayer(LatentDecoderLayer):

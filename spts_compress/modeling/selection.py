@@ -63,9 +63,9 @@ def protect(score: torch.Tensor, first: int, last: int, rows: torch.Tensor | Non
     """Scores (B, T) with those of each row's `first` and `last` tokens raised above all others; `rows` (B, 1): tokens
     of each row, which has its padding on the left; None if there is no padding."""
     score = score.clone()
-    score[:, -last:] = float("inf")
+    score[:, -last:].fill_(float("inf"))
     if rows is None:
-        score[:, :first] = float("inf")
+        score[:, :first].fill_(float("inf"))
     else:
         slots = torch.arange(score.shape[1], device=score.device)
         score.masked_fill_(slots < score.shape[1] - rows + first, float("inf"))
@@ -111,13 +111,24 @@ def select(
     return torch.zeros_like(slot[:, :1]).repeat(1, width + 1).scatter_(1, slot, source)[:, :width]
 
 
-def gather_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather along dimension 1: (B or 1, T, ...) and (B, M) give (B, M, ...)."""
+def gather_tokens(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Gather along dimension 1: (B or 1, T, ...) and (B, M) give (B, M, ...); None: all of them."""
+    if index is None:
+        return states
     if index.shape[0] == 1:
         return states.index_select(1, index[0])
     if states.shape[0] == 1:
         return states[0][index]
     return states[torch.arange(index.shape[0], device=index.device)[:, None], index]
+
+
+def gather_among(
+    held: tuple[torch.Tensor, ...], index: torch.Tensor | None, fewer: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """From tensors (B, heads, K, .) of the tokens at `index` (B, K; None: all), those of `fewer` of them (B, M)."""
+    if index is not None and fewer is not None:  # both rise, and their unused slots hold the same token
+        fewer = torch.searchsorted(index.contiguous(), fewer.contiguous())
+    return tuple(gather_tokens(part.transpose(1, 2), fewer).transpose(1, 2) for part in held)
 
 
 def scatter_tokens(
@@ -126,10 +137,10 @@ def scatter_tokens(
     """`states[b, index[b]] = update[b]` for all valid slots; in place if no gradient runs."""
     if torch.is_grad_enabled() and (states.requires_grad or update.requires_grad):
         states = states.clone()
-    if valid is not None:  # unused slots hold index 0, which may be a real token
-        rows, slots = valid.nonzero(as_tuple=True)
-        states[rows, index[rows, slots]] = update[rows, slots]
-    elif index.shape[0] == 1:
+    if valid is not None:  # unused slots hold index 0, which may be a real token: they repeat the last one, which is
+        index = torch.where(valid, index, index[:, -1:])
+        update = torch.where(valid[..., None], update, update[:, -1:].detach())
+    if index.shape[0] == 1:
         states.index_copy_(1, index[0], update)
     else:
         states[torch.arange(index.shape[0], device=index.device)[:, None], index] = update

@@ -1,19 +1,22 @@
 """Self-Predictive Token Skipping (SPTS, arXiv 2601.13155) for stock transformers decoders: the method.
 
 During the prefill, layers from `start` on work on a budget of *active* tokens; a token that is skipped keeps its hidden
-state through the residual path and may be chosen again by a later layer:
+state through the residual path, or gets an estimate of what the layer would have added, and may be chosen again by a
+later layer:
 
 - Partial Attention Probing (PAP): keys of all candidates and the queries of the last tokens give every candidate a
-  score; attention runs among the top candidates, and only their keys and values enter the KV cache.
+  score; attention runs among the top candidates, and only their keys and values enter the KV cache, or those of a
+  larger share of the candidates (`kv`).
 - Low-rank Transformation Probing (LTP): a small proxy predicts the norm of each candidate's feed-forward output; the
   feed-forward network runs on the candidates with the largest (predicted norm x attention score).
 - Multi-Stage Delayed Pruning (MSDP): at the end of a stage, the lowest-scoring candidates leave the sequence for good.
 
-Decoding runs densely on the shortened caches: a layer's holds the tokens that were active there, and what came after
-the prompt. The method is this file, `configuration_spts.py` (which layers skip how much) and `selection.py`
-(scores, proxies, the choice). The other files are bookkeeping, and where families differ; README.md says which is what.
+Decoding runs densely on the shortened caches: a layer's holds the tokens that were cached there, and what came after
+the prompt. The method is this file, `configuration_spts.py` (which layers skip how much), `selection.py` (scores,
+proxies, the choice) and `update.py` (the estimates). The other files are bookkeeping, and where families differ;
+README.md says which is what.
 
-Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, D hidden size. Rows have
+Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, K cached ones, D hidden size. Rows have
 their padding on the left.
 """
 
@@ -26,17 +29,26 @@ from transformers.masking_utils import create_causal_mask
 from .calls import SkipRequest
 from .decoding import Pass
 from .layer_plan import Count, LayerPlan, PlannedRuns
-from .selection import FeedForwardProxy, gather_tokens, pool_scores, probe_scores, reduce_heads, scatter_tokens
+from .selection import (
+    FeedForwardProxy,
+    gather_among,
+    gather_tokens,
+    pool_scores,
+    probe_scores,
+    reduce_heads,
+    scatter_tokens,
+)
 from .stock_layer import StockLayer, activation_of, cos_sin_of, layer_kinds
+from .update import LowRankUpdate
 
 
 class SkippingDecoderLayer(StockLayer):
     """Mixed into a family's decoder layer: PAP and LTP. Without a `plan` the layer is the stock one."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, plan: LayerPlan | None = None, **kwargs: Any) -> Any:
-        """Stock layer without `plan`; with it, four results: hidden states (B, T, D), prompt slots (B, M) of the tokens
-        active in attention, indices (B, T') of the candidates to go on with, and scores (B, T) of the candidates before
-        pooling; None instead of all indices, and of scores where nothing was ranked."""
+        """Stock layer without `plan`; with it, four results: hidden states (B, T, D), prompt slots (B, K) of the tokens
+        cached, indices (B, T') of the candidates to go on with, and scores (B, T) of the candidates before pooling;
+        None instead of all indices, and of scores where nothing was ranked."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)
         return self._skip(hidden_states, plan, **kwargs)
@@ -51,8 +63,8 @@ class SkippingDecoderLayer(StockLayer):
         past_key_values: Any,
         carried: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        cos_sin, selection, raw, score = position_embeddings, plan.schedule.ffn_selection, None, None
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
+        cos_sin, raw, score = position_embeddings, None, None
         with record_function("spts.probing"):
             normed = self.normed("before_attention", states)
             key = self.keys(normed, *cos_sin)
@@ -60,31 +72,47 @@ class SkippingDecoderLayer(StockLayer):
                 raw = self._scores(normed, key, cos_sin, slots, plan, carried)
                 score = pool_scores(raw, plan.schedule.probe.kernel_size, plan.candidates_in.valid)
         attention_index = plan.choose(plan.active, score, raw)
+        cached_index = attention_index if plan.cached is plan.active else plan.choose(plan.cached, score, raw)
         with record_function("spts.gathers"):
-            if attention_index is not None:
-                normed, slots = gather_tokens(normed, attention_index), gather_tokens(slots, attention_index)
-                key = gather_tokens(key.transpose(1, 2), attention_index).transpose(1, 2)
-                cos_sin = tuple(gather_tokens(table, attention_index) for table in cos_sin)
+            active = gather_tokens(normed, attention_index)
+            cached = active if cached_index is attention_index else gather_tokens(normed, cached_index)
+            key = gather_tokens(key.transpose(1, 2), cached_index).transpose(1, 2)
+            cos_sin = tuple(gather_tokens(table, attention_index) for table in cos_sin)
 
         # Attention among the active tokens, in their order and with their original positions.
         with record_function("spts.attention"):
-            output = self.attend(*self.qkv(normed, key, past_key_values, *cos_sin), attention_mask, slots, plan)
+            held: tuple[torch.Tensor, ...] = self.cached(cached, key)
+            if past_key_values is not None:
+                past_key_values.update(*held, self.self_attn.layer_idx)
+            if cached_index is not attention_index:
+                held = gather_among(held, cached_index, attention_index)
+            qkv = self.queries(active, *cos_sin), *self.keys_values(*held)
+            output = self.attend(*qkv, attention_mask, gather_tokens(slots, attention_index), plan)
             output = self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
             output = self.normed("after_attention", output)
-        states = self._add(states, attention_index, output, plan.active)
+        estimate = None
+        if plan.schedule.update and attention_index is not None:
+            with record_function("spts.updates"):
+                estimate = self.attention_update(normed)
+        states = self._add(states, attention_index, output, plan.active, estimate)
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
-        worth = score
+        worth, selection = score, plan.schedule.ffn_selection
         if plan.ffn_tokens is not plan.candidates_in and selection != "attention":
             with record_function("spts.probing"):
                 worth = self.proxy(states, selection == "relative") * score
         ffn_index = plan.choose(plan.ffn_tokens, worth, raw)
+        estimate, normed = None, states
+        if plan.schedule.update and ffn_index is not None:
+            with record_function("spts.updates"):
+                normed = self.normed("before_feed_forward", states)
+                estimate = self.ffn_update(normed)
         with record_function("spts.gathers"):
-            ffn_states = states if ffn_index is None else gather_tokens(states, ffn_index)
+            active = gather_tokens(normed, ffn_index)
         with record_function("spts.feed-forward"):
-            output = self.feed_forward(ffn_states)
-        states = self._add(states, ffn_index, output, plan.ffn_tokens)
-        return states, slots, plan.choose(plan.candidates_out, score, raw), raw
+            output = self.feed_forward(active) if estimate is None else self.transformed(active)
+        states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
+        return states, gather_tokens(slots, cached_index), plan.choose(plan.candidates_out, score, raw), raw
 
     def _scores(
         self,
@@ -116,12 +144,21 @@ class SkippingDecoderLayer(StockLayer):
         return self.attention_function()(query, key, value, mask)[0]
 
     @staticmethod
-    def _add(states: torch.Tensor, index: torch.Tensor | None, output: torch.Tensor, count: Count) -> torch.Tensor:
-        """States (B, T, D) with the output of the chosen tokens, or of all, added to theirs."""
+    def _add(
+        states: torch.Tensor,
+        index: torch.Tensor | None,
+        output: torch.Tensor,
+        count: Count,
+        estimate: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """States (B, T, D) with the output of the chosen tokens, or of all, added to theirs, and to the others' what is
+        estimated of them all, (B, T, D)."""
         if index is None:
             return states + output
         with record_function("spts.gathers"):
-            return scatter_tokens(states, index, gather_tokens(states, index) + output, count.valid)
+            if estimate is None:
+                return scatter_tokens(states, index, gather_tokens(states, index) + output, count.valid)
+            return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
 
 
 class SkippingModel(PlannedRuns):
@@ -136,10 +173,14 @@ class SkippingModel(PlannedRuns):
         schedule = config.schedule()
         for index, layer in enumerate(self.layers):
             layer.__class__ = self.layer_class  # the stock layer with the methods of a skipping one
-            if index >= schedule.start:
+            if index >= schedule.start and schedule.proxy:
                 size = schedule.proxy_of(index)
                 shape = config.hidden_size, size.channels, size.rank
                 layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
+            if index >= schedule.start and schedule.update:
+                ranks = schedule.update_of(index)
+                layer.attention_update = LowRankUpdate(config.hidden_size, ranks.attention_rank)
+                layer.ffn_update = LowRankUpdate(config.hidden_size, ranks.ffn_rank)
         self.post_init()
 
     def _prompt(self, run: Pass, request: SkipRequest, lengths: list[int]) -> torch.Tensor:
@@ -164,7 +205,7 @@ class SkippingModel(PlannedRuns):
             if plan.window is None and id(active) not in masks:  # not by width: rows may be filled differently
                 shape = states.new_empty(states.shape[0], active.width, 0)
                 masks = {id(active): create_causal_mask(self.config, shape, active.valid, None)}
-            states, active_slots, next_index, scores = self.layers[index](
+            states, cached_slots, next_index, scores = self.layers[index](
                 states,
                 plan=plan,
                 attention_mask=masks.get(id(active)),
@@ -175,7 +216,7 @@ class SkippingModel(PlannedRuns):
             )
             carried = carried if scores is None else scores
             if cache is not None:
-                cache.layers[index].note_positions(active_slots, active.valid)
+                cache.layers[index].note_positions(cached_slots, plan.cached.valid)
             if next_index is None:
                 continue
             here = next_index.to(device)  # layers may be on several devices

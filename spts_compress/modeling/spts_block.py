@@ -4,7 +4,7 @@ It travels with every exported checkpoint and imports neither torch nor spts_com
 block at once; here the first one is an error.
 """
 
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, astuple, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 HEAD_REDUCTIONS = ("mean", "max")
@@ -15,6 +15,8 @@ def read(kind: Any, value: Any) -> Any:
     """Plain data as the dataclass, or the tuple of dataclasses, that the annotation `kind` names."""
     several = get_origin(kind) is tuple
     inner: Any = next((each for each in get_args(kind) or (kind,) if is_dataclass(each)), None)
+    if several and value is None:
+        return ()
     if inner is None or value is None:
         return value
     if several:
@@ -44,7 +46,9 @@ class SptsBlock:
     def to_dict(self: Any) -> dict[str, Any]:
         """The `spts` block."""
         block = write(asdict(self))
-        block["proxy"] = block["proxy"][0] if len(self.proxy) == 1 else block["proxy"]
+        for name in ("proxy", "update"):
+            if sizes := block.pop(name):
+                block[name] = sizes[0] if len(sizes) == 1 else sizes
         if not isinstance(self.probe.heads, str):
             layers = dict.fromkeys(layer for layer, _ in self.probe.heads)
             block["probe"]["heads"] = {str(layer): list(self.probe.heads_of(layer)) for layer in layers}
@@ -88,7 +92,11 @@ class SptsBlock:
             (0 <= self.probe.score_carry <= 1, "probe.score_carry"),
             (self.ffn_selection in FFN_SELECTIONS, "ffn_selection"),
             (fine_heads, "probe.heads"),
-            (len(self.proxy) in (1, num_layers - self.start), "the number of proxies"),
+            (len(self.proxy) in (0, 1, num_layers - self.start), "the number of proxies"),
+            (self.proxy or self.ffn_selection in ("attention", "all"), "ffn_selection, which needs a proxy,"),
+            (len(self.update) in (0, 1, num_layers - self.start), "the number of updates"),
+            (all(type(rank) is int and rank >= 0 for u in self.update for rank in astuple(u)), "update"),
+            (self.kv is None or 0 < self.kv <= 1, "kv"),
         ):
             if not fine:
                 raise ValueError(f"{what} is out of range")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import SkippedCacheLayer
 from .selection import FeedForwardProxy
+from .update import LowRankUpdate
 
 if TYPE_CHECKING:
     Stock = Any  # what is mixed into a stock class uses what is there
@@ -96,8 +96,9 @@ class StockLayer(Stock):
 
     `rotate_half` and `eager_attention` are the family's own functions, `norms` says which norms there are, `project`
     how queries, keys and values are made, and `rotate` how they get their positions; a family whose attention does so
-    in another way overrides it. One that caches something else than keys and values overrides `keys`, `probes` and
-    `qkv`. `by_heads` names a projection whose rows tensor parallelism may share among devices, head by head.
+    in another way overrides it. One that caches something else than keys and values overrides `keys`, `probes`,
+    `queries`, `cached` and `keys_values`. `by_heads` names a projection whose rows tensor parallelism may share among
+    devices, head by head.
     """
 
     norms = Norms()
@@ -126,17 +127,21 @@ class StockLayer(Stock):
 
     def probes(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
         """Queries (B, H, w, d) that score such keys."""
+        return self.queries(normed, *cos_sin)
+
+    def queries(self, normed: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
+        """Queries (B, H, M, d) from normed states (B, M, D) and their rotary tables."""
         return self.rotate(self.project("q", normed), *cos_sin)
 
-    def qkv(
-        self, normed: torch.Tensor, key: torch.Tensor, cache: Cache | None, *cos_sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values (B, heads, M, .) of the active tokens, which are cached, from their normed states
-        (B, M, D), their `keys` and their rotary tables."""
-        query, value = self.rotate(self.project("q", normed), *cos_sin), self.project("v", normed)
-        if cache is not None:
-            cache.update(key, value, self.self_attn.layer_idx)
-        return query, key, value
+    def cached(self, normed: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds of tokens, mostly keys and values (B, G, K, d), from their normed states (B, K, D) and
+        their `keys`."""
+        return key, self.project("v", normed)
+
+    def keys_values(self, *cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, heads, M, .) that attention reads, from what the cache holds of the same tokens."""
+        key, value = cached
+        return key, value
 
     def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, H, T) of all heads, of which tensor parallelism has given each device some: all devices must
@@ -164,14 +169,18 @@ class StockLayer(Stock):
 
     def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
         """What the feed-forward network adds to residual states (B, T, D)."""
-        return self.normed("after_feed_forward", self.mlp(self.normed("before_feed_forward", states)))
+        return self.transformed(self.normed("before_feed_forward", states))
+
+    def transformed(self, normed: torch.Tensor) -> torch.Tensor:
+        """The same from states (B, T, D) that are normed already."""
+        return self.normed("after_feed_forward", self.mlp(normed))
 
 
 def layers_held(cache: Any) -> list[dict[str, Any]]:
     """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens that attention ran on; the
-    feed-forward network ran on as many), `cached` (those a window still sees, and the tokens since), `bytes` of keys
-    and values, and `positions` of the active tokens if the call asked for them with `spts={"positions": True}`. In a
-    padded batch the counts are the longest row's."""
+    feed-forward network ran on as many), `cached` (those held now, of which a window sees no more, and the tokens
+    since), `bytes` of keys and values, and `positions` of the tokens that were cached if the call asked for them with
+    `spts={"positions": True}`. In a padded batch the counts are the longest row's."""
     rows = []
     for held in cache.layers:
         skipped = held if isinstance(held, SkippedCacheLayer) else None
@@ -189,13 +198,13 @@ def layers_held(cache: Any) -> list[dict[str, Any]]:
 
 
 class SkippingPreTrainedModel(Stock):
-    """Mixed into both model classes of a family: how proxies without trained weights are initialised."""
+    """Mixed into both model classes of a family: how what skipping adds is initialised where it has no weights."""
 
     skipped = staticmethod(layers_held)
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if isinstance(module, FeedForwardProxy):
+        if isinstance(module, FeedForwardProxy | LowRankUpdate):
             for parameter in module.parameters():
                 init.normal_(parameter, std=self.config.initializer_range)
 

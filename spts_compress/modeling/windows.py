@@ -76,7 +76,7 @@ class WindowCacheLayer(SkippedCacheLayer):
         return full
 
     def crop(self, tokens_to_remove: int) -> None:
-        held, was = self.get_seq_length(), self.active + self.generated
+        held, was = self.get_seq_length(), self.cached + self.generated
         if held < was and held - abs(tokens_to_remove) < self.window - 1:
             raise ValueError(
                 f"cannot crop {abs(tokens_to_remove)} tokens: the window behind them is gone. Call the cache's "

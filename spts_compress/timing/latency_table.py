@@ -44,8 +44,9 @@ class LatencyTable:
             total += (
                 self.of(kinds[layer], cost.active)
                 + self.of("keys", cost.candidates_in - cost.active)
+                + self.of("keys", max(0, cost.cached - cost.active))  # values cost as much
                 + width * self.of("feed_forward", cost.ffn_tokens)
-                + cost.probing * pace
+                + (cost.probing + cost.update) * pace
             )
         return dense / total
 

@@ -30,7 +30,8 @@ def stock_twin(model: Any) -> Any:
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         twin = stock(type(model))(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".proxy." not in name}
+    own = twin.state_dict().keys()  # without what skipping adds
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     twin.generation_config = model.generation_config

@@ -1,0 +1,177 @@
+"""Updates: what a layer would add to a token that it skips, estimated by two affine maps of low rank.
+
+They are fitted in closed form, layer after layer, on the states that skipping leaves there: a map's target is what
+takes a skipped token to the dense model's state, so that later layers mend what earlier ones left undone.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling.configuration_spts import Schedule
+from ..modeling.layer_plan import LayerPlan
+from ..modeling.selection import gather_tokens
+from ..modeling.stock_layer import MASKS, layer_kinds, position_tables
+from ..modeling.update import UPDATES, LowRankUpdate
+
+BLOCK = 4096  # tokens of a prompt that maps are fitted on
+PENALTY = 1e-2  # of the ridge regression, in units of the features' mean variance
+SPARE = 16  # further directions that the randomised eigenvectors are looked for in
+
+
+@torch.no_grad()
+def solve(update: LowRankUpdate, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    """Reduced-rank ridge regression: the map `b + V U x` of the update's rank that is nearest to `targets` (N, D) for
+    `inputs` (N, D), in the least squares over all of them. Set in place."""
+    inputs, targets = inputs.float(), targets.float()
+    mean_in, mean_out = inputs.mean(0), targets.mean(0)
+    if not update.rank:
+        update.bias.copy_(mean_out)
+        return
+    centred, wanted = inputs - mean_in, targets - mean_out
+    gram, cross = centred.T @ centred, centred.T @ wanted
+    gram.diagonal().add_(PENALTY * gram.diagonal().mean() + 1e-12)
+    weights = torch.linalg.solve(gram, cross)  # of full rank, (D, D)
+    explained = cross.T @ weights
+    with torch.random.fork_rng(devices=[explained.device] if explained.is_cuda else []):
+        torch.manual_seed(0)  # svd_lowrank draws; the same run is to give the same maps
+        few = min(update.rank + SPARE, len(explained))
+        up = torch.svd_lowrank(explained + explained.T, few, niter=6)[0][:, : update.rank]
+    down = (weights @ up).T
+    update.up.copy_(up)
+    update.down.copy_(down)
+    update.bias.copy_(mean_out - up @ (down @ mean_in))
+
+
+@dataclass(frozen=True)
+class NotedPlan(LayerPlan):
+    """A plan that keeps what was chosen by it, in order."""
+
+    chosen: list[torch.Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: LayerPlan) -> "NotedPlan":
+        return cls(**{name: getattr(plan, name) for name in LayerPlan.__dataclass_fields__})
+
+    def choose(self, *arguments: Any) -> torch.Tensor | None:
+        self.chosen.append(super().choose(*arguments))
+        return self.chosen[-1]
+
+
+class Fitting(nn.Module):
+    """Stands in for the update `name` of a layer: asked for estimates, it first fits the map to what is asked."""
+
+    def __init__(self, update: LowRankUpdate, layer: "LayerFit", name: str):
+        super().__init__()
+        self.update, self.layer, self.name = update, layer, name
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        target, skipped = layer.target(self.name)
+        fitted = skipped.clone()
+        fitted[layer.fitted :] = False
+        solve(self.update, inputs[fitted], target[fitted])
+        estimate = self.update(inputs)
+        judged = skipped & ~fitted if layer.fitted < len(skipped) else fitted
+        wanted, left = target[judged].float(), (target - estimate)[judged].float()
+        spread = (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12)
+        layer.r2[self.name.removesuffix("_update")] = float(1 - left.square().sum() / spread)
+        if self.name == UPDATES[0]:
+            layer.states = layer.states + estimate  # of the skipped tokens, which alone are looked at again
+        return estimate
+
+
+class LayerFit:
+    """One skipping layer while its maps are fitted; of the rows, the first `fitted` are fitted on."""
+
+    def __init__(self, fitted: int):
+        self.fitted, self.r2 = fitted, dict[str, float]()
+
+    def enter(self, dense: "DenseStates", number: int, layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Hook before the layer: notes the candidates' states (B, T, D), and what the dense model makes of them."""
+        self.states, plan = args[0], NotedPlan.of(kwargs["plan"])
+        self.plan, after = plan, dense.run(number, layer, self.states)
+        self.dense = {name: gather_tokens(states, kwargs["slots"]) for name, states in zip(UPDATES, after, strict=True)}
+        return args, {**kwargs, "plan": plan}
+
+    def target(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What takes the candidates to the dense model's states (B, T, D), and which ones are skipped (B, T)."""
+        skipped = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
+        for index in (self.plan.chosen[0], self.plan.chosen[-1]) if name == UPDATES[1] else self.plan.chosen[:1]:
+            if index is not None:
+                skipped.scatter_(1, index, False)
+        return self.dense[name] - self.states, skipped
+
+
+class DenseStates:
+    """The dense model beside the skipping one, a layer at a time: states (B, n, D) of the prompts `ids` (B, n)."""
+
+    def __init__(self, decoder: Any, ids: torch.Tensor):
+        self.config, like = decoder.config, decoder.embed_tokens(ids[:1])
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self.rotary = position_tables(decoder.rotary_emb, self.config, like, positions)
+        self.masks = {kind: MASKS[kind](self.config, like, None, None) for kind in set(layer_kinds(self.config))}
+        self.states: torch.Tensor | None = None
+
+    def run(self, number: int, layer: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States after a layer's attention and after the layer; `states` go into the first one."""
+        kind, middle = layer_kinds(self.config)[number], list[torch.Tensor]()
+        options = {"attention_mask": self.masks[kind], "position_embeddings": self.rotary[kind]}
+        place = getattr(layer, layer.norms.before_feed_forward or "mlp")
+        handle = place.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0]))
+        try:
+            rows = [layer.forward(row[None], **options) for row in (states if self.states is None else self.states)]
+        finally:
+            handle.remove()
+        self.states = torch.cat(rows)
+        return torch.cat(middle), self.states
+
+
+def blank(schedule: Schedule, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Updates that add nothing, by their parameters' names in the exported model."""
+    parameters = {}
+    for layer in range(schedule.start, config.num_hidden_layers):
+        ranks = schedule.update_of(layer)
+        for name, rank in zip(UPDATES, (ranks.attention_rank, ranks.ffn_rank), strict=True):
+            for part, value in LowRankUpdate(config.hidden_size, rank).named_parameters():
+                parameters[f"model.layers.{layer}.{name}.{part}"] = torch.zeros_like(value.data, dtype=dtype)
+    return parameters
+
+
+def prompts_of(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
+    """Token sequences as prompts (B, `length`): one stream, cut; what is left over is left out."""
+    stream = torch.cat(sequences)
+    return stream[: len(stream) // length * length].view(-1, length)
+
+
+@torch.no_grad()
+def fit_updates(model: Any, fit: list[torch.Tensor], held_out: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """Fit the updates of all skipping layers of a skipping causal language model, in place.
+
+    Args:
+        fit, held_out: token sequences to fit on and to judge by.
+
+    Returns:
+        For each skipping layer its number, and where it skips tokens `attention` and `ffn`: R^2 of its maps, on
+        held-out tokens that it skips.
+    """
+    length = min(BLOCK, model.config.max_position_embeddings, sum(map(len, fit)))
+    prompts = prompts_of(fit, length)
+    ids = torch.cat([prompts, prompts_of(held_out, length)]).to(model.device)
+    start, layers = model.config.schedule().start, model.model.layers
+    dense, fitted = DenseStates(model.model, ids), {}
+    with ExitStack() as stack:
+        for number in range(start, len(layers)):
+            fitted[number] = own = LayerFit(len(prompts))
+            for name in UPDATES:
+                stack.callback(setattr, layers[number], name, update := getattr(layers[number], name))
+                setattr(layers[number], name, Fitting(update, own, name))
+            enter = partial(own.enter, dense, number)
+            handle = layers[number].register_forward_pre_hook(enter, with_kwargs=True)
+            stack.callback(handle.remove)
+        model(ids, logits_to_keep=1, use_cache=False, spts={"min_length": 0})
+    return [{"layer": number, **own.r2} for number, own in fitted.items()]

@@ -1,0 +1,30 @@
+"""The update: what a layer would add to a token, estimated where the layer skips it."""
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+UPDATES = ("attention_update", "ffn_update")  # names in a layer
+
+
+class LowRankUpdate(nn.Module):
+    """`b + V U x`: an estimate (B, T, D) of what a layer's attention, or its feed-forward network, adds to residual
+    states, from that part's own input `x` (B, T, D): the normed states, or the states themselves where the family has
+    no norm before. What a norm after the part does is in the estimate.
+
+    `bias` (D) is `b`, `down` (r, D) is `U` and `up` (D, r) is `V`: 4 r D floating-point operations a token. With rank 0
+    there is the bias alone.
+    """
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.rank = rank
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        if rank:
+            self.down = nn.Parameter(torch.empty(rank, hidden_size))
+            self.up = nn.Parameter(torch.empty(hidden_size, rank))
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        if not self.rank:
+            return self.bias.expand_as(normed).clone()
+        return linear(linear(normed, self.down), self.up, self.bias)

@@ -1,0 +1,88 @@
+"""Fitting what a layer would have added to the tokens it skips."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import recipe_for, run
+from tiny import tiny_base, tiny_model
+from transformers import AutoModelForCausalLM
+
+from spts_compress.fit.updates import PENALTY, blank, fit_updates, solve
+from spts_compress.modeling.update import LowRankUpdate
+
+SCHEDULE = {
+    "start": 1,
+    "stages": [{"end": 2, "budget": {"fraction": 0.5}}, {"end": 4, "budget": {"fraction": 0.3}}],
+    "ffn_selection": "attention",
+    "update": {"attention_rank": 4, "ffn_rank": 8},
+    "kv": 1.0,
+}
+
+
+@pytest.mark.parametrize("rank", [0, 3, 6])
+def test_the_map_is_the_reduced_rank_ridge_regression(rank):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 6))
+    targets = inputs @ rng.normal(size=(6, 6)) + 0.1 * rng.normal(size=(400, 6)) + 2
+    update = LowRankUpdate(6, rank)
+    solve(update, torch.tensor(inputs).float(), torch.tensor(targets).float())
+    centred, wanted = inputs - inputs.mean(0), targets - targets.mean(0)
+    gram = centred.T @ centred
+    gram += PENALTY * np.trace(gram) / 6 * np.eye(6)
+    full = np.linalg.solve(gram, centred.T @ wanted)
+    # Of all maps of this rank, the best one projects the full solution on the main directions of what it explains.
+    values, vectors = np.linalg.eigh(wanted.T @ centred @ full)
+    kept = vectors[:, np.argsort(values)[::-1][:rank]]
+    expected = centred @ full @ kept @ kept.T + targets.mean(0)
+    with torch.no_grad():
+        found = update(torch.tensor(inputs).float()[None])[0]
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "mixtral", "deepseek_v3"])
+def test_fitted_updates_bring_skipped_states_nearer_to_the_dense_ones(family):
+    model = tiny_model(family, SCHEDULE, max_position_embeddings=64)
+    model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
+    generator = torch.Generator().manual_seed(3)
+    fit, held_out = (list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (24, 6))
+
+    def distance():
+        ids = torch.stack(held_out)
+        with torch.no_grad():
+            dense, skipping = (model.model(ids, spts=spts).last_hidden_state for spts in (False, True))
+        return float((dense - skipping).square().mean())
+
+    before, modules = distance(), [name for name, _ in model.named_modules()]
+    rows = fit_updates(model, fit, held_out)
+    assert distance() < before
+    assert [row["layer"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["attention"] < 1 and row["ffn"] < 1 for row in rows)
+    assert [name for name, _ in model.named_modules()] == modules  # nothing of the fitting is left
+    again = tiny_model(family, SCHEDULE, max_position_embeddings=64)
+    again.load_state_dict({**again.state_dict(), **blank(again.config.schedule(), again.config, torch.float32)})
+    fit_updates(again, fit, held_out)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_recipe_with_updates_makes_a_checkpoint_that_uses_them(corpus, tmp_path):
+    base = tiny_base(tmp_path / "base")
+    schedule = {**SCHEDULE, "start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.3, "floor": 20}}], "kv": 0.5}
+    recipe = recipe_for(base, corpus, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**data, "schedule": schedule}))
+    run("recipe", recipe)
+    out = tmp_path / "out"
+    assert "is whole" in run("verify", out)
+    assert "R^2 of the update, attention" in run("inspect", out)
+    report = json.loads((out / "spts_report.json").read_text())
+    assert all({"attention", "ffn"} <= fit["update"].keys() for fit in report["proxies"])
+    assert report["speed"][0]["spts"]["kv_bytes"] < report["speed"][0]["dense"]["kv_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with_updates, without = (model(ids, logits_to_keep=1, spts=spts).logits for spts in (None, {"update": None}))
+    assert not torch.equal(with_updates, without)
+    assert yaml.safe_load((out / "recipe.resolved.yaml").read_text())["schedule"]["update"] == SCHEDULE["update"]
