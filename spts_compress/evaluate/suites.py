@@ -139,10 +139,11 @@ def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "")
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config, keys = read_config(folder), folder_keys(folder)
+    config = read_config(folder)
     if faults := setting_faults(folder):
         raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
     require_context(config, tokens, what)
+    keys = folder_keys(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)

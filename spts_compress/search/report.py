@@ -55,8 +55,8 @@ def as_text(search: dict[str, Any]) -> str:
     seconds = search["seconds"]
     parts = [
         f"{search['candidates']} candidates, {search['evaluations']} evaluations, {seconds['all'] / 60:.0f} minutes "
-        f"in this run, of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its own "
-        "answers, half the mean over the kinds of prompt, half the worst kind's.",
+        f"in this run, of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its "
+        "own answers, half the mean over the kinds of prompt, half the worst kind's.",
         front_table(search),
     ]
     if search["points"]:
