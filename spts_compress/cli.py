@@ -6,11 +6,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .utils.errors import UserError
@@ -44,8 +46,9 @@ def _plain_errors(debug: bool) -> Iterator[None]:
     """Ends the process with the lines of an error in place of a traceback."""
     try:
         yield
-    except KeyboardInterrupt:
-        click.echo("\nstopped; what is finished is kept, and the same command goes on from there", err=True)
+    except KeyboardInterrupt as stop:
+        kept = "what is finished is kept, and the same command goes on from there"
+        click.echo(f"\nstopped; {stop or kept}", err=True)
         sys.exit(130)
     except (click.exceptions.Exit, click.Abort, click.exceptions.NoArgsIsHelpError):
         raise
@@ -202,6 +205,7 @@ def sweep(
     """Study how size, rho, calibration and objective change the proxies' fidelity."""
     from .recipe import find, load, load_study
 
+    _single_process()
     _quiet()
     _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
     own, numbers = _device(device), _numbers("--layers", layers) if layers is not None else None
@@ -227,16 +231,24 @@ def evaluate(
     if suites:
         options["suites"] = suites
     config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
-    _claim(output, () if rescore else work.FILES, folder)
+    work.require_outside(output, config.haystack)
+    _claim(output, work.RESULTS if rescore else work.FILES, folder)
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
+    if certify:
+        work.card_text(folder)  # which is added to in the end
     if not rescore:
         with _spread(device) as (ranks, own):
-            model, tokenizer = work.load(folder, own, dtype)
-            work.collect(model, tokenizer, folder, config, output, ranks)
+            model, tokenizer, keys = work.load(folder, own, dtype, max(config.lengths), "--lengths")
+            work.collect(model, tokenizer, folder, keys, config, output, ranks)
         if not ranks.is_main:
             return
     result = work.summarise(output)
+    if rescore:
+        values, source = {**asdict(config), "dtype": dtype}, click.get_current_context().get_parameter_source
+        asked = {name: value for name, value in values.items() if source(name) is ParameterSource.COMMANDLINE}
+        for warning in work.differences(folder, result["setting"], asked):
+            click.echo(f"warning: {warning}", err=True)
     click.echo(work.save(result, output))
     if certify:
         work.certify(folder, result)
@@ -253,14 +265,18 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     from .evaluate import ablate as work
     from .evaluate import suites as evaluation
 
+    _single_process()
     device, dtype = _device(options.pop("device")), options.pop("dtype")
     options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
     config = evaluation.EvalConfig(suites=suites, lengths=(length,), **options).checked()
+    evaluation.require_outside(output, config.haystack)
     _claim(output, work.FILES, folder)
-    model, tokenizer = evaluation.load(folder, device, dtype)
     numbers = tuple(_numbers("--new-tokens", new_tokens))
-    click.echo(work.save(work.ablate(model, tokenizer, folder, config, output, pairs, numbers), output))
+    model, tokenizer, keys = evaluation.load(folder, device, dtype, length, "--length")
+    result = work.ablate(model, tokenizer, keys, config, output, pairs, numbers)
+    evaluation.require_unchanged(folder, keys)
+    click.echo(work.save(result, output))
 
 
 @main.command()
@@ -276,6 +292,7 @@ def bench(
     """Time, memory and what the arithmetic allows: dense and SPTS on the same weights."""
     from .evaluate import benchmark
 
+    _single_process()
     _claim(output, ("bench.json", "bench.md", "bench.png"), folder)
     own = _device(device)
     command = (
@@ -283,7 +300,11 @@ def bench(
         f"--pairs {pairs} --dtype {dtype} --device {device}"
     )
     sizes = _numbers("--lengths", lengths), _numbers("--batch", batches)
-    click.echo(benchmark.save(benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command), output))
+    try:
+        result = benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("bench.json has the rows that are finished, and the same command starts anew") from None
+    click.echo(benchmark.save(result, output))
 
 
 @main.command()
@@ -344,6 +365,15 @@ def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE") or 1) == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
+def _single_process() -> None:
+    """Raises UserError if this is one of several processes, which would disturb each other's times."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        name = click.get_current_context().info_name
+        raise UserError(
+            f"{name} is for one process: start it without torchrun or accelerate launch (WORLD_SIZE is set)"
+        )
+
+
 def _quiet() -> None:
     import transformers
 
@@ -352,9 +382,9 @@ def _quiet() -> None:
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """A list of whole numbers, from 1,2,3."""
+    """A list of different whole numbers, from 1,2,3."""
     try:
-        return [int(part) for part in text.split(",")]
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UserError(f"{option} {text}: give whole numbers, separated by commas") from None
 
@@ -365,6 +395,8 @@ def _named_files(texts: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
             raise UserError(f"--text {text}: give it as NAME=FILE")
+        if name in files:
+            raise UserError(f"--text {text}: the name {name} is given twice")
         try:
             files[name] = Path(expand(path))
         except ValueError as error:

@@ -104,7 +104,7 @@ def test_growth_finds_the_linear_and_the_quadratic_term():
     assert benchmark.growth(rows[:2]) is None
 
 
-def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
+def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     options = ["--lengths", "150,400", "--batch", "1,2", "--new-tokens", "3", "--pairs", "2", "--dtype", "float32"]
     shown = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])
     assert shown.exit_code == 0, (shown.output, shown.exception)
@@ -117,6 +117,14 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path):
     assert (tmp_path / "bench.md").read_text().startswith("`spts-compress bench out") and (
         tmp_path / "bench.png"
     ).exists()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "compare", stopped)
+    stop = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])
+    assert stop.exit_code == 130 and "starts anew" in stop.output and "goes on" not in stop.output
+    assert not any((tmp_path / name).exists() for name in benchmark.FILES)  # the earlier run's
     long = CliRunner().invoke(main, ["bench", str(checkpoint), "--lengths", "99999", "--output", str(tmp_path)])
     assert long.exit_code == 2 and "more than the context of 2048" in long.output
 

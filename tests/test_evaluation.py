@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXT, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from spts_compress.evaluate.suites import stale
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
@@ -374,3 +375,102 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     kv = [rows[name]["kv_bytes"] for name in names]
     assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
     assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and len(rows["+PAP"]["seconds"]) == 2
+
+
+def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path, monkeypatch):
+    """Documents that fit into both lengths have one answer; of the long one something is skipped at the second."""
+    folder, output = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "spts": {**config["spts"], "min_length": 600}}))
+    monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["fox"] * len(batch))
+    bench = bench_folder(tmp_path)
+
+    def evaluated(reference):
+        contexts = ["One fox.", "One fox.", "Two foxes.", TEXT * 60]
+        lines = [{"input": "Who?", "context": c, "answers": [reference], "all_classes": None} for c in contexts]
+        (bench / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        options = ["--suite", "longbench", "--longbench", bench, "--task", "qasper", "--lengths", "512,1024,512"]
+        shown = run("evaluate", folder, "--output", output, *options, "--items", 4, "--batch", 4)
+        rows = json.loads((output / "evaluation.json").read_text())["tasks"]
+        return [(row["length"], row["items"], row["unskipped"], row["spts"]) for row in rows], shown
+
+    rows, shown = evaluated("owl")
+    assert rows == [(512, 4, 4, 0.0), (1024, 4, 3, 0.0)]
+    assert "| 4 (4 not skipped) |" in shown and "say nothing of skipping" in shown
+    assert evaluated("fox")[0] == [(512, 4, 4, 1.0), (1024, 4, 3, 1.0)]
+    assert len((output / "answers.jsonl").read_text().splitlines()) == 2 * 4
+
+    other = run("evaluate", checkpoint, "--output", output, "--rescore", "--items", 3, "--dtype", "float32")
+    assert "another checkpoint's than that in" in other
+    assert "asked for with items 4, not 3" in other and "asked for with dtype bfloat16, not float32" in other
+    same = run("evaluate", folder, "--output", output, "--rescore", "--items", 4)
+    assert "warning" not in same and "| 4 (4 not skipped) |" in same
+
+
+def test_equal_prompts_of_a_batch_have_a_row_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["x"] * len(batch))
+    ways, keys = {"dense": (None, {}), "spts": (None, {})}, {"dense": "d", "spts": "s"}
+    items, done = [item_of("same", n) for n in range(3)], runner.Answers(tmp_path / "answers.jsonl")
+    rows = list(runner.run(ways, TOKENIZER, items, keys, done, 3))
+    assert [(row["mode"], row["index"]) for row in rows] == [(m, n) for m in ("dense", "spts") for n in range(3)]
+
+
+def test_a_checkpoint_replaced_while_it_is_loaded_answers_nothing(checkpoint, tmp_path, monkeypatch):
+    folder, whole = shutil.copytree(checkpoint, tmp_path / "model"), AutoModelForCausalLM.from_pretrained
+
+    def load(*arguments, **options):
+        (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 5.0}))
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    for command, output in (("evaluate", "one"), ("ablate", "two"), ("bench", "three")):
+        (folder / "generation_config.json").write_text("{}")
+        options = ["--length" if command == "ablate" else "--lengths", 300, "--output", tmp_path / output]
+        assert "was changed during the run" in run(command, folder, *options, code=2)
+        assert not (tmp_path / output).exists()
+
+
+def test_what_can_not_be_measured_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
+    common = ["--output", tmp_path / "out"]
+    for command, option in (("evaluate", "--lengths"), ("ablate", "--length")):
+        assert "more than the context of 2048" in run(command, checkpoint, option, 2049, *common, code=2)
+        inside = run(command, checkpoint, option, 300, *common, "--haystack", tmp_path, code=2)
+        assert "is inside --haystack" in inside and not (tmp_path / "out").exists()
+    (tmp_path / "recipe.yaml").write_text("")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command, what in (("bench", checkpoint), ("ablate", checkpoint), ("sweep", tmp_path / "recipe.yaml")):
+        assert f"{command} is for one process" in run(command, what, *common, code=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", b"\xff\xfe"),
+        ("README.md", b"---\na: [\n---\n"),
+        ("README.md", b"---\nmodel-index: [{name: x}]\n---\n"),
+        ("spts_evaluation.json", b"{"),
+        ("spts_evaluation.json", b"[]"),
+    ],
+)
+def test_what_can_not_be_certified_is_named_before_any_work(name, content, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / name).write_bytes(content)
+    shown = run("evaluate", folder, "--output", tmp_path / "out", "--lengths", 300, "--certify", code=2)
+    assert f"error: {folder / name}: " in shown and not (tmp_path / "out").exists()
+
+
+def test_prompts_are_padded_without_a_token_for_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    ids, mask = runner.encode(tokenizer, ["fox", "The quick fox"], torch.device("cpu")).values()
+    for text, row, real in zip(["fox", "The quick fox"], ids, mask, strict=True):
+        own = runner.encode(tokenizer, [text], torch.device("cpu"))
+        assert own["attention_mask"].all() and torch.equal(row[real.bool()], own["input_ids"][0])
+        assert real.tolist() == [0] * (ids.shape[1] - int(real.sum())) + [1] * int(real.sum())
+    assert ids.shape[0] == 2 and mask[0, 0] == 0
+
+
+def test_text_too_short_to_follow_a_prompt_has_no_perplexity():
+    ways = runner.ways_of(tiny_model(vocab_size=300).eval())
+    assert agreement.following_loss(ways, TOKENIZER, "A short text.", 400) is None
+    assert set(agreement.following_loss(ways, TOKENIZER, TEXT * 20, 400)) == {"dense", "spts"}

@@ -305,10 +305,11 @@ def test_an_evaluation_that_goes_on_has_the_answers_of_a_new_one(folder, monkeyp
     how = suites.computed_how(SimpleNamespace(
         dtype=torch.float32, device=torch.device("cpu"), config=SimpleNamespace(_attn_implementation="sdpa")
     ))  # fmt: skip
-    now = suites.mode_keys(folder / "out", how)
+    now = suites.mode_keys(suites.folder_keys(folder / "out"), how)
     assert now == json.loads((folder / "results/setting.json").read_text())["keys"]
     for number in range(len(how)):  # each of them counts
-        assert suites.mode_keys(folder / "out", [*how[:number], "another", *how[number + 1 :]]) != now
+        changed = [*how[:number], "another", *how[number + 1 :]]
+        assert suites.mode_keys(suites.folder_keys(folder / "out"), changed) != now
 
 
 def test_a_model_that_changes_during_its_evaluation_is_named(folder, monkeypatch):

@@ -1,9 +1,15 @@
 """What all measurements share: tables declared by column, pictures in one style, ways of answering, and the card."""
 
+import errno
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import run
+from huggingface_hub import ModelCard
 from tiny import SCHEDULE, tiny_model
 
 from spts_compress.evaluate import suites
@@ -91,3 +97,41 @@ def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
 def test_a_study_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"studies/nothing\.py is missing"):
         load_study("nothing")
+
+
+def test_a_full_disk_leaves_an_earlier_result_whole(tmp_path, monkeypatch):
+    tables.save([1], "table", tmp_path, "x")
+
+    def write_text(path, text, **_):
+        path.write_bytes(text[:2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(UserError, match=r"no space left on the disk while writing x\.json"):
+        tables.save([2], "other", tmp_path, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md"]
+    assert (tmp_path / "x.json").read_text() == "[\n 1\n]\n"
+
+
+def test_a_cards_results_of_others_stay():
+    theirs = {"task": {"type": "text-generation"}, "dataset": {"type": "mmlu", "name": "MMLU"}}
+    theirs["metrics"] = [{"type": "acc", "value": 41.5, "name": "accuracy"}]
+    text = f"---\nlicense: mit\nmodel-index: [{{name: theirs, results: [{json.dumps(theirs)}]}}]\n---\nwords\n"
+    row = {"task": "vt", "length": 512, "items": 2, "dense": 1.0, "spts": 0.5}
+    for rows, expected in (([row], 3), ([row, {**row, "task": "cwe"}], 5), ([{**row, "unskipped": 2}], 1), ([], 1)):
+        text = card.with_results(text, "ours", rows)
+        data = ModelCard(text).data
+        assert (len(data.eval_results), data.model_name) == (expected, "theirs")
+        assert [r.metric_value for r in data.eval_results if r.dataset_type == "mmlu"] == [41.5]
+    assert ModelCard(card.with_results("words", "ours", [row])).data.model_name == "ours"
+
+
+def test_inspect_says_what_changed_since_the_measurements(built, tmp_path):
+    folder = shutil.copytree(built[0] / "out", tmp_path / "out")
+    assert "Warning" not in run("inspect", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "spts": {**config["spts"], "sink_tokens": 3}}))
+    assert "Warning: config.json changed since the export" in run("inspect", folder)
+    for content in ("{", "[]", '{"speed": [1]}', '{"speed": []}'):
+        (folder / "spts_report.json").write_text(content)
+        assert f"error: {folder / 'spts_report.json'}: " in run("inspect", folder, code=2)

@@ -475,3 +475,16 @@ def test_a_model_without_a_cache_is_not_measured(name, folder, tmp_path):
             assert not (folder / "results").exists()
         path.write_text(before)
         assert f"{name}: use_cache is false" in shown
+
+
+def test_a_claimed_name_that_was_not_made_is_free_for_others(tmp_path):
+    with claimed(tmp_path, ("made", "picture")):
+        (tmp_path / "made").write_text("ours")
+    with claimed(tmp_path, ("made", "picture")):
+        (tmp_path / "made").write_text("ours again")
+    (tmp_path / "picture").write_text("theirs")
+    with pytest.raises(UserError, match="picture exists and was not made"), claimed(tmp_path, ("made", "picture")):
+        pass
+    with claimed(tmp_path, ("made",)):
+        pass
+    assert (tmp_path / "picture").read_text() == "theirs"

@@ -19,10 +19,10 @@ from spts_compress.search.retrieval_heads import FINDING, reliability, retrieval
 from spts_compress.search.space import Costs
 from spts_compress.tasks import agreement
 from spts_compress.tasks.example import Example
-from spts_compress.tasks.runner import encode, ways_of
+from spts_compress.tasks.runner import Answers, encode, ways_of
 from spts_compress.timing.latency_table import grid
 from spts_compress.utils.distributed import SINGLE_PROCESS
-from spts_compress.utils.store import Store
+from spts_compress.utils.store import Store, fingerprint
 
 TOKENIZER = tiny_tokenizer()
 KINDS = ("retrieval", "multi-hop", "free")
@@ -313,3 +313,15 @@ def test_a_front_is_drawn_if_it_has_more_than_one_point():
         assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
         assert ("1.50x *" in text) == (chosen is not None) and "0.800 (0.700-0.850)" in text
         assert "| start | 2      | 0.500" in text and "+0.300" in text
+
+
+def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):
+    kept = Answers(tmp_path / "rows.jsonl")
+    reference = DenseReference(Example("vt", 0, TEXT, [], 9, 64, 4), *[None] * 5)
+    key = fingerprint("key", schedule(2).to_dict(), None)
+    kept.add({"key": key, "kind": "multi-hop", "task": "vt", "length": 32, "kl": 0.5, "top1": 1.0, "same": True})
+    for kinds, kind in ((("vt",), "vt"), (("multi-hop",), "multi-hop")):
+        used = evaluator.Evaluator(None, kept, "key", None, kinds)
+        for _ in range(2):
+            [row] = used.rows(schedule(2), [reference])
+        assert (row["kind"], row["length"], row["kl"], len(used.used)) == (kind, 64, 0.5, 1)

@@ -69,6 +69,8 @@ def test_bad_options_are_named(folder):
         (("--vary", "colour"), "--vary colour: give one of size,"),
         (("--text", "nowhere"), "--text nowhere: give it as NAME=FILE"),
         (("--text", "a=nowhere.txt"), "nowhere.txt does not exist"),
+        (("--text", "python-docs=x.txt"), "--text python-docs: there is a source of this name already"),
+        (("--text", "a=x.txt", "--text", "a=y.txt"), "the name a is given twice"),
     ):
         result = sweep(folder, *options)
         assert result.exit_code == 2 and message in result.output, result.output

@@ -27,7 +27,7 @@ from spts_compress.plan import complete
 from spts_compress.recipe import CalibrationSection, ProxySection, Recipe
 from spts_compress.utils import tables
 from spts_compress.utils.distributed import SINGLE_PROCESS
-from spts_compress.utils.errors import UserError
+from spts_compress.utils.errors import UserError, some
 from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import PALETTE, Show, columns_table, has_matplotlib
 
@@ -98,6 +98,8 @@ def sequences(recipe: Recipe, texts: dict[str, Path], tokenizer: Any) -> dict[st
     own = recipe.calibration.model_dump()
     sections = {name: {**own, "source": [name]} for name in ("python-docs", "python-code")}
     sections |= {name: {**own, "source": [name]} for name in recipe.calibration.source}
+    if taken := sections.keys() & texts:
+        raise UserError(f"--text {some(taken)}: there is a source of this name already; give another name")
     sections |= {name: {**own, "source": ["files"], "path": str(path), "column": None} for name, path in texts.items()}
     by_source = {}
     for name, values in sections.items():

@@ -15,7 +15,7 @@ from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.store import fingerprint
 from .columns import ablation_table
-from .suites import EvalConfig, all_examples, computed_how, mode_keys
+from .suites import EvalConfig, all_examples, computed_how, mode_keys, require_context
 
 FILES = ("answers.jsonl", "ablation.json", "ablation.md")  # in the output
 
@@ -41,22 +41,34 @@ def argument(schedule: Schedule) -> dict[str, Any]:
 
 
 def ablate(
-    model: Any, tokenizer: Any, folder: Path, config: EvalConfig, output: Path, pairs: int, new_tokens: tuple[int, ...]
+    model: Any,
+    tokenizer: Any,
+    folder_keys: dict[str, str],
+    config: EvalConfig,
+    output: Path,
+    pairs: int,
+    new_tokens: tuple[int, ...],
 ) -> dict[str, Any]:
     """Measure every variant on a prompt of the configuration's first length and on its tasks.
 
     Args:
+        folder_keys: of the checkpoint when it was loaded.
         pairs: rounds in which all variants are timed in turn, after a warm-up.
         new_tokens: end-to-end times are taken with these.
 
     Returns:
         the `setting`, and `rows`: for each variant its times (see `compare`), `flop_speedup` and `scores` by task.
+
+    Raises:
+        UserError: if the prompt and the new tokens are more than the model's context.
     """
     length = config.lengths[0]
     tried = variants(model.config.schedule(), model.config.num_hidden_layers, length)
     examples = all_examples(config, tokenizer)
+    ids = encode(tokenizer, [examples[0].text], model.device)["input_ids"]
+    require_context(model.config, ids.shape[1] + max(new_tokens), "--length and --new-tokens")
     how = computed_how(model)
-    own = mode_keys(folder, how)  # which reads all of the weights
+    own = mode_keys(folder_keys, how)
     ways: dict[str, Way] = {"dense": (model, {"spts": False})}
     keys = {"dense": own["dense"]}
     for name, schedule in tried.items():
@@ -64,7 +76,6 @@ def ablate(
         keys[name] = fingerprint(own["spts"], argument(schedule))
     done = Answers(output / "answers.jsonl")
     scored = score_rows(list(run(ways, tokenizer, examples, keys, done, config.batch)))
-    ids = encode(tokenizer, [examples[0].text], model.device)["input_ids"]
     with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
         times = compare(ways, ids, pairs, (1, *new_tokens), progress.update)
     rows = []
@@ -73,8 +84,11 @@ def ablate(
         other = "+PAP" if name == "dense" else name  # a summary compares dense with another
         scores = {row["task"]: row[name] for row in summary(scored, other)}
         rows.append({"variant": name, **times[name], "flop_speedup": flops, "scores": scores})
+    counts = {name: sum(not schedule.skips(e.tokens) for e in examples) for name, schedule in tried.items()}
+    unskipped = {name: count for name, count in counts.items() if count}
     setting = {"hardware": hardware(str(model.device)), "how": how, "tokens": ids.shape[1], "pairs": pairs}
-    return {"setting": {**setting, "items": config.items, "length": length, "new_tokens": [*new_tokens]}, "rows": rows}
+    setting |= {"items": config.items, "length": length, "new_tokens": [*new_tokens], "unskipped": unskipped}
+    return {"setting": setting, "rows": rows}
 
 
 def save(result: dict[str, Any], output: Path) -> str:

@@ -51,10 +51,8 @@ def run(
     """
     if min([*lengths, *batches, new_tokens, pairs]) < 1 or new_tokens < 2:
         raise UserError("--lengths, --batch and --pairs must be at least 1, --new-tokens at least 2")
-    spts, tokenizer = load(folder, device, dtype)
-    limit = spts.config.max_position_embeddings
-    if max(lengths) + new_tokens > limit:
-        raise UserError(f"--lengths: {max(lengths)} and {new_tokens} new tokens are more than the context of {limit}")
+    longest = max(lengths) + new_tokens
+    spts, tokenizer, _ = load(folder, device, dtype, longest, "--lengths and --new-tokens")
     dense, schedule = stock_twin(spts), spts.config.schedule()
     text = tokenizer("\n\n".join(data.python_docs()), verbose=False)["input_ids"]
     result: dict[str, Any] = {
@@ -65,6 +63,8 @@ def run(
         "rows": [],
     }
     output.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # an earlier run's, which are not of these rows
+        (output / name).unlink(missing_ok=True)
     with tqdm(total=len(lengths) * len(batches) * (pairs + 1), desc="timing", unit="round") as progress:
         for batch in batches:
             for length in lengths:

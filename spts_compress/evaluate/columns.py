@@ -18,10 +18,22 @@ SPEED: dict[str, Show] = {
 }
 
 
+UNSKIPPED = (
+    "**Not skipped**: these prompts are shorter than the schedule's `min_length` or its budgets, so SPTS ran dense on "
+    "them, and their figures say nothing of skipping."
+)
+
+
 def share_of_dense(row: dict[str, Any], what: str) -> str:
     """Bytes of SPTS, and what part of dense's they are."""
     dense, spts = (row[mode][what] for mode in ("dense", "spts"))
     return f"{size(spts)} ({spts / max(1, dense):.0%})"
+
+
+def prompts(row: dict[str, Any]) -> str:
+    """The number of prompts, and of those that SPTS read as dense does, since they have no token to skip."""
+    unskipped = row.get("unskipped")
+    return f"{row['items']} ({unskipped} not skipped)" if unskipped else f"{row['items']}"
 
 
 def _interval(row: dict, digits: int) -> str:
@@ -35,7 +47,7 @@ def _of_mode(what: str, mode: str, spec: str) -> Show:
 TASKS: dict[str, Show] = {
     "task": "{task}",
     "tokens": "{length}",
-    "prompts": "{items}",
+    "prompts": lambda row: prompts(row),
     "dense": lambda row: f"{100 * row['dense']:.1f}",
     "SPTS": lambda row: f"{100 * row['spts']:.1f}",
     "recovery (95% interval)": lambda row: (
@@ -45,7 +57,7 @@ TASKS: dict[str, Show] = {
 FIDELITY: dict[str, Show] = {
     "free answers about": "{prompts}",
     "tokens": "{length}",
-    "prompts": "{items}",
+    "prompts": lambda row: prompts(row),
     "next token as dense (95% interval)": lambda row: f"{row['top1']:.1%}{_interval(row, 3)}",
     "KL, nats": "{kl:.3f}",
     "repeating, dense": _of_mode("repeats", "dense", ""),
@@ -126,7 +138,10 @@ def speed_table(report: dict) -> str:
 def score_tables(result: dict) -> str:
     """Scores of `tasks` and `fidelity` of free answers, of a report or an evaluation; empty if none was measured."""
     both = ((TASKS, result["tasks"]), (FIDELITY, result["fidelity"]))
-    return "\n\n".join(columns_table(columns, rows) for columns, rows in both if rows)
+    parts = [columns_table(columns, rows) for columns, rows in both if rows]
+    if any(row.get("unskipped") for _, rows in both for row in rows):
+        parts.append(UNSKIPPED)
+    return "\n\n".join(parts)
 
 
 def proxy_table(fits: list[dict]) -> str:
@@ -145,7 +160,10 @@ def ablation_table(result: dict) -> str:
     columns["KV cache"] = lambda row: f"{row['kv_bytes'] / dense['kv_bytes']:.0%}"
     for task in dense["scores"]:
         columns[task] = f"{{scores[{task}]:.1%}}"
-    return columns_table(columns, result["rows"])
+    table = columns_table(columns, result["rows"])
+    if unskipped := setting.get("unskipped"):
+        table += f"\n\n{UNSKIPPED} Prompts by variant: {', '.join(f'{n} ({c})' for n, c in unskipped.items())}."
+    return table
 
 
 def bench_tables(result: dict) -> str:

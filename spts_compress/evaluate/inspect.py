@@ -1,14 +1,14 @@
 """Looking at an exported checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.families import FAMILIES, model_class
-from ..checkpoint.layout import CONFIG, REPORT, read_json
+from ..checkpoint.layout import CONFIG, MANIFEST, REPORT, read_json
 from ..plan import describe
 from ..search.report import as_text
-from ..utils.errors import UserError, reason
+from ..utils.errors import UserError, reason, some
+from ..utils.store import file_hash
 from ..utils.tables import size
 from .columns import proxy_table, score_tables, speed_table
 
@@ -43,11 +43,34 @@ def inspect(folder: Path) -> str:
         raise UserError("\n".join(f"{folder / CONFIG}: {fault}" for fault in error.args)) from None
     files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())
     path = folder / REPORT
-    report = json.loads(path.read_text()) if path.is_file() else None
-    lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
+    report = read_json(path) if path.is_file() else None
+    try:
+        measured = _measurements(report) if report else []
+        lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a report of this toolkit, so remove it: {reason(error)}") from None
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
-    if report:
-        parts += [proxy_table(report["proxies"]), speed_table(report), score_tables(report)]
-        parts += [as_text(report["search"])] if report.get("search") else []
-    return "\n\n".join(part for part in parts if part)
+    if report and (names := _changed(folder)):
+        parts.append(
+            f"Warning: {some(names)} changed since the export; what was measured then is of what it said then:"
+        )
+    return "\n\n".join(part for part in (*parts, *measured) if part)
+
+
+def _measurements(report: dict[str, Any]) -> list[str]:
+    """What a report says, as tables."""
+    parts = [proxy_table(report["proxies"]), speed_table(report), score_tables(report)]
+    return parts + ([as_text(report["search"])] if report.get("search") else [])
+
+
+def _changed(folder: Path) -> list[str]:
+    """Files that differ from the manifest; the weights, which take long to read, are left to `verify`."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    listed = read_json(folder / MANIFEST).get("sha256")
+    return [
+        name
+        for name, digest in (listed if isinstance(listed, dict) else {}).items()
+        if not name.endswith(".safetensors") and (folder / name).is_file() and file_hash(folder / name) != digest
+    ]

@@ -85,16 +85,19 @@ def measure_all(
             row = compare(ways, any_ids(length)["input_ids"], section.pairs, tick=progress.update)
             return {**row, "length": length, "flops": predicted(spts.config, schedule, row["tokens"])}
 
+        def row_of(example: Example) -> dict[str, Any]:
+            return {**example.to_row(), "skips": schedule.skips(example.tokens)}
+
         def answer(example: Example) -> list[dict]:
             found = {mode: answers(model, tokenizer, [example])[0] for mode, (model, _) in ways.items()}
             progress.update()
-            return [{**example.to_row(), "mode": mode, "answer": text} for mode, text in found.items()]
+            return [{**row_of(example), "mode": mode, "answer": text} for mode, text in found.items()]
 
         def agree(example: Example) -> dict:
             own = agreement.free_answer(ways["dense"], tokenizer, example)
             row = agreement.along_answer(ways, tokenizer, example, own)
             progress.update()
-            return {**example.to_row(), **row}
+            return {**row_of(example), **row}
 
         def skipped_states() -> dict:
             if schedule.ffn_selection not in ("proxy", "relative"):

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from yaml import YAMLError
 
 from ..calibrate import data
 from ..calibrate.base_checks import setting_faults
+from ..checkpoint.families import context_of
 from ..checkpoint.keys import environment, folder_key
-from ..checkpoint.layout import CARD, CERTIFICATE
+from ..checkpoint.layout import CARD, CERTIFICATE, read_json
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Example, sentences
@@ -21,13 +23,14 @@ from ..tasks.runner import MODES, Answers, answer_key, run, ways_of
 from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.distributed import SINGLE_PROCESS, Ranks
-from ..utils.errors import UserError
-from ..utils.store import fingerprint, writing
+from ..utils.errors import UserError, reason
+from ..utils.store import file_hash, fingerprint, writing
 from ..utils.tables import COLOURS, LABELS, plot_interval
 from .columns import score_tables
 from .inspect import read_config
 
-FILES = ("answers.jsonl", "setting.json", "evaluation.json", "evaluation.md", "evaluation.png")  # in the output
+RESULTS = ("evaluation.json", "evaluation.md", "evaluation.png")  # in the output
+FILES = ("answers.jsonl", "setting.json", *RESULTS)
 SUITES = ("ruler", "longbench", "diversity", "fidelity")
 MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
 FREE_TOKENS = 64
@@ -39,7 +42,8 @@ BANDS = 5  # of needle depth
 class EvalConfig:
     """What to run. `tasks`: only these (none: all of the suites). `lengths` in tokens, answers included. `items` a task
     and length. `haystack`: a file or folder of text (none: CPython's language reference). `longbench`:
-    LongBench's folder. `batch`: prompts at a time; rows equal their own runs."""
+    LongBench's folder. `batch`: prompts at a time; rows equal their own runs but for rounding, which in bfloat16 can
+    change a token."""
 
     suites: tuple[str, ...] = ("ruler", "diversity", "fidelity")
     tasks: tuple[str, ...] = ()
@@ -99,26 +103,57 @@ def free_examples(config: EvalConfig, tokenizer: Any, haystack: str) -> list[Exa
     return examples
 
 
-def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
-    """The checkpoint with its own code, and its tokenizer.
+def require_context(config: Any, tokens: int, what: str) -> None:
+    """Raises UserError, naming `what` they come from, if so many `tokens` are more than the model's context."""
+    if tokens > (context := context_of(config)):
+        raise UserError(f"{what}: {tokens} tokens are more than the context of {context}")
+
+
+def require_outside(output: Path, haystack: str | None) -> None:
+    """Raises UserError if `output` is in the folder of text that prompts are made of, and would become part of it."""
+    if haystack and Path(haystack).is_dir() and output.resolve().is_relative_to(Path(haystack).resolve()):
+        raise UserError(f"--output {output} is inside --haystack {haystack}, whose text it would become; give another")
+
+
+def folder_keys(folder: Path) -> dict[str, str]:
+    """For dense and skipping answers, what of the checkpoint they depend on. Reads all of the weights."""
+    weights = {path.name: file_hash(path) for path in folder.glob("*.safetensors")}
+    return {mode: folder_key(folder, weights, dense=mode == "dense") for mode in MODES}
+
+
+def require_unchanged(folder: Path, keys: dict[str, str]) -> None:
+    """Raises UserError if the checkpoint is no longer the one of these `folder_keys`."""
+    if folder_keys(folder) != keys:
+        raise UserError(f"{folder} was changed during the run, so the answers may be of either: give a new --output")
+
+
+def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "") -> tuple[Any, Any, dict[str, str]]:
+    """The checkpoint with its own code, its tokenizer, and its `folder_keys`.
+
+    Args:
+        tokens, what: see `require_context`.
 
     Raises:
-        UserError: if the folder holds no checkpoint of this toolkit.
+        UserError: if the folder holds no checkpoint of this toolkit, or was changed while it was read, or its context
+            is too short.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read_config(folder)
+    config = read_config(folder)
     if faults := setting_faults(folder):
         raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
+    require_context(config, tokens, what)
+    keys = folder_keys(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
-    return model.to(device).eval(), tokenizer
+    require_unchanged(folder, keys)
+    return model.to(device).eval(), tokenizer, keys
 
 
-def mode_keys(folder: Path, how: list[str]) -> dict[str, str]:
+def mode_keys(keys: dict[str, str], how: list[str]) -> dict[str, str]:
     """For dense and skipping answers, what they depend on beside the prompt."""
-    return {mode: fingerprint(folder_key(folder, dense=mode == "dense"), how) for mode in MODES}
+    return {mode: fingerprint(key, how) for mode, key in keys.items()}
 
 
 def computed_how(model: Any) -> list[str]:
@@ -132,29 +167,43 @@ def free_key(spts_key: str, example: Example) -> str:
 
 
 def collect(
-    model: Any, tokenizer: Any, folder: Path, config: EvalConfig, output: Path, ranks: Ranks = SINGLE_PROCESS
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    folder_keys: dict[str, str],
+    config: EvalConfig,
+    output: Path,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> None:
     """Run everything; each answer is in `output`/answers.jsonl at once (of several processes each has its own
     answers.N.jsonl, and its share of the prompts), and what is there is not run again.
 
-    `output`/setting.json says beforehand which answers belong to this evaluation, so that a stopped one can be scored.
+    `output`/setting.json says beforehand which answers belong to this evaluation, so that a stopped one can be scored,
+    and to which examples: one answer may be that of several, such as of a document that fits into two lengths.
+
+    Args:
+        folder_keys: of the checkpoint in `folder` when it was loaded.
 
     Raises:
         UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile.
     """
     done = Answers(output / "answers.jsonl", ranks.rank)
     how = computed_how(model)
-    keys, ways = mode_keys(folder, how), ways_of(model)
+    keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
     if "fidelity" in config.suites:
         haystack = config.text()
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
     wanted = {mode: [answer_key(key, example) for example in examples] for mode, key in keys.items()}
     wanted["fidelity"] = [free_key(keys["spts"], example) for example in free]
+    rows = {
+        name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
+        for name, some in (("known", examples), ("free", free))
+    }
     setting = {"keys": keys, "request": asdict(config), "hardware": hardware(str(model.device)), "how": how}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
-            partial.write_text(json.dumps({**setting, "answers": wanted}))
+            partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
     for _ in run(ways, tokenizer, ranks.shard(examples), keys, done, config.batch):
         pass
     shard = ranks.shard(list(zip(free, wanted["fidelity"], strict=True)))
@@ -164,8 +213,7 @@ def collect(
             following = text[begin:] + text[:begin] if example.task == agreement.TASK else None
             measures = agreement.measure(ways, tokenizer, example, following)
             done.add({"key": key, "mode": "fidelity", **example.to_row(), **measures})
-    if mode_keys(folder, how) != keys:
-        raise UserError(f"{folder} was changed during the run, so the answers may be of either: give a new --output")
+    require_unchanged(folder, folder_keys)
     ranks.barrier()
 
 
@@ -177,11 +225,18 @@ def summarise(output: Path) -> dict[str, Any]:
     """
     try:
         setting = json.loads((output / "setting.json").read_text())
-        wanted = setting.pop("answers")
+        wanted, examples = setting.pop("answers"), setting.pop("examples")
     except (OSError, ValueError, KeyError, AttributeError):
         raise UserError(f"{output}: no evaluation there") from None
     answers = Answers(output / "answers.jsonl").rows
-    rows = {mode: [answers[key] for key in keys if key in answers] for mode, keys in wanted.items()}
+    rows = {
+        mode: [
+            {**answers[key], **example}
+            for key, example in zip(keys, examples["free" if mode == "fidelity" else "known"], strict=True)
+            if key in answers
+        ]
+        for mode, keys in wanted.items()
+    }
     scored = recovery.score_rows([{**row, "mode": mode} for mode in MODES for row in rows[mode]])
     free: dict[tuple[int, str], list[dict]] = {
         (length, source): [] for length in setting["request"]["lengths"] for source in (HAYSTACK, LONGBENCH)
@@ -270,11 +325,39 @@ def _draw_depths(axis: Any, rows: list[dict], lengths: list[int]) -> None:
     axis.figure.colorbar(image, ax=axis, label="points lost")
 
 
+def card_text(folder: Path) -> str:
+    """The checkpoint's model card; empty if it has none.
+
+    Raises:
+        UserError: if it can't be read or added to.
+    """
+    card = folder / CARD
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        with_results(text, folder.resolve().name, [])
+    except (ValueError, YAMLError) as error:
+        raise UserError(f"{card}: no model card that can be added to; mend or remove it: {reason(error)}") from None
+    return text
+
+
+def differences(folder: Path, setting: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Warnings if an evaluation's answers are another checkpoint's, or were asked for with other values than `asked`,
+    options by name."""
+    warnings = []
+    if setting["keys"]["spts"] != fingerprint(folder_key(folder), setting["how"]):
+        warnings.append(f"these answers are another checkpoint's than that in {folder}")
+    known = {**setting["request"], "dtype": setting["how"][0].removeprefix("torch.")}
+    for name, value in json.loads(json.dumps(asked)).items():
+        if name in known and value != known[name]:
+            warnings.append(f"these answers were asked for with {name} {known[name]}, not {value}")
+    return warnings
+
+
 def certify(folder: Path, result: dict[str, Any]) -> None:
     """Put the result into the checkpoint: a file for machines, and a section of the model card.
 
     Raises:
-        UserError: if answers are missing, or are another checkpoint's.
+        UserError: if answers are missing, or are another checkpoint's, or the card can't be added to.
     """
     key, setting = folder_key(folder), result["setting"]
     if setting["keys"]["spts"] != fingerprint(key, setting["how"]):
@@ -284,11 +367,10 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     request = setting["request"]
     paths = {name: Path(value).name for name in ("haystack", "longbench") if (value := request[name])}
     public = {**setting, "request": {**request, **paths}}  # where a user's files lie is nobody's business
+    text = card_text(folder)
     certificate = {"checkpoint": key, "setting": public, "tasks": result["tasks"], "fidelity": result["fidelity"]}
     with writing(folder / CERTIFICATE) as partial:
         partial.write_text(json.dumps(certificate, indent=1) + "\n")
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
     begin, end = MARKS
     if begin in text and end in text:
         text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
@@ -307,13 +389,17 @@ Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: 
 Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolkit's own tasks"}; other lengths.
 {end}"""
     text = with_results(f"{text.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
-    with writing(card) as partial:
+    with writing(folder / CARD) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def stale(folder: Path) -> str | None:
-    """A warning if the checkpoint was changed since its certificate was written."""
+    """A warning if the checkpoint was changed since its certificate was written.
+
+    Raises:
+        UserError: if the certificate can't be read.
+    """
     path = folder / CERTIFICATE
-    if not path.is_file() or json.loads(path.read_text()).get("checkpoint") == folder_key(folder):
+    if not path.is_file() or read_json(path).get("checkpoint") == folder_key(folder):
         return None
     return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"

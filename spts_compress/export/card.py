@@ -27,6 +27,9 @@ The schedule was searched for; "same answer" is the share of prompts whose greed
 """
 
 
+METRICS = {"dense": "score with spts=False", "spts": "score with skipping"}
+
+
 def license_of(base: Base) -> dict[str, Any]:
     """Licence fields of the base's own card, if it has one."""
     card = base.folder / "README.md"
@@ -37,27 +40,34 @@ def license_of(base: Base) -> dict[str, Any]:
 
 
 def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
-    """The card `text` with scores in its metadata (the Hub's model-index), in the place of those it had.
+    """The card `text` with scores in its metadata (the Hub's model-index), in the place of those that this toolkit put
+    there; tasks of which no token was skipped are left out.
 
     Args:
         name: of the model.
         tasks: rows with `task`, `length` in tokens, `items`, and scores of `dense` and `spts` from 0 to 1.
+
+    Raises:
+        ValueError, YAMLError: if the card's metadata can't be read.
     """
-    card = ModelCard(text, ignore_metadata_errors=True)
+    card = ModelCard(text)
     data: Any = card.data  # typed without the fields of a model's card
-    data.model_name = name if tasks else None
-    data.eval_results = [
+    others = [result for result in data.eval_results or [] if result.metric_name not in METRICS.values()]
+    own = [
         EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
             dataset_name=f"{row['task']}, {row['length']} tokens, {row['items']} prompts",
             metric_type="score",
-            metric_name=f"score with {'skipping' if mode == 'spts' else 'spts=False'}",
+            metric_name=metric,
             metric_value=round(100 * row[mode], 1),
         )
         for row in tasks
-        for mode in ("dense", "spts")
-    ] or None
+        if row.get("unskipped", 0) < row["items"]
+        for mode, metric in METRICS.items()
+    ]
+    data.eval_results = [*others, *own] or None
+    data.model_name = (data.model_name if others else name) if data.eval_results else None
     return str(card)
 
 

@@ -1,7 +1,7 @@
 """How far a schedule's next tokens are from the dense model's, prompt by prompt and over all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from ..modeling.calls import SkipRequest
 from ..modeling.configuration_spts import Schedule
 from ..tasks.agreement import agreement
+from ..tasks.example import Example
 from ..tasks.recovery import interval
 from ..tasks.runner import Answers
 from ..utils.distributed import SINGLE_PROCESS, Ranks
@@ -47,7 +48,7 @@ class Evaluator:
     """Evaluates schedules on prompts whose dense work is done; every figure is kept at once.
 
     `model`: the skipping model, with proxies in all layers from the earliest start on. `key`: what figures depend on
-    beside schedule and prompt. `evaluated`: how many were not there yet.
+    beside schedule and prompt. `used`: the keys of all figures asked for, kept or made now.
     """
 
     model: Any
@@ -56,7 +57,7 @@ class Evaluator:
     progress: Any
     kinds: Sequence[str]
     ranks: Ranks = SINGLE_PROCESS
-    evaluated: int = 0
+    used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.ranks.barrier()  # for all to have read what was kept, before anyone adds to it
@@ -67,13 +68,15 @@ class Evaluator:
         missing = {key: r for key, r in zip(keys, references, strict=True) if key not in self.kept.rows}
         added = [self._add(key, schedule, missing[key]) for key in self.ranks.shard(list(missing))]
         self.kept.rows.update({row["key"]: row for row in self.ranks.all_gather(added)})
-        self.evaluated += len(missing)
-        return [self.kept.rows[key] for key in keys]
+        self.used.update(keys)
+        # a name is this search's: a kept row may be that of one with other kinds
+        return [{**self.kept.rows[key], **self._named(r.item)} for key, r in zip(keys, references, strict=True)]
+
+    def _named(self, item: Example) -> dict[str, Any]:
+        return {"kind": kind_of(item, self.kinds), "task": item.task, "length": item.limit}
 
     def _add(self, key: str, schedule: Schedule, reference: DenseReference) -> dict[str, Any]:
-        item = reference.item
-        named = {"key": key, "kind": kind_of(item, self.kinds), "task": item.task, "length": item.limit}
-        row = {**named, **compare(self.model, schedule, reference)}
+        row = {"key": key, **self._named(reference.item), **compare(self.model, schedule, reference)}
         self.kept.add(row)
         self.progress.update()
         return row

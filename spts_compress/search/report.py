@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_spts import Schedule
+from ..utils.store import writing
 from ..utils.tables import table
 
 FILES = ("search.json", "search.md", "search.png")
@@ -53,9 +54,9 @@ def as_text(search: dict[str, Any]) -> str:
     """The tables as Markdown."""
     seconds = search["seconds"]
     parts = [
-        f"{search['candidates']} candidates, {search['evaluations']} evaluations, {seconds['all'] / 60:.0f} minutes, "
-        f"of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its own answers, "
-        "half the mean over the kinds of prompt, half the worst kind's.",
+        f"{search['candidates']} candidates, {search['evaluations']} evaluations, {seconds['all'] / 60:.0f} minutes "
+        f"in this run, of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its "
+        "own answers, half the mean over the kinds of prompt, half the worst kind's.",
         front_table(search),
     ]
     if search["points"]:
@@ -67,10 +68,12 @@ def as_text(search: dict[str, Any]) -> str:
 def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`."""
     (folder / "search.png").unlink(missing_ok=True)  # an earlier search's
-    (folder / "search.json").write_text(json.dumps(search, indent=1) + "\n")
-    (folder / "search.md").write_text(as_text(search) + "\n")
+    for name, text in (("search.json", json.dumps(search, indent=1)), ("search.md", as_text(search))):
+        with writing(folder / name) as partial:
+            partial.write_text(text + "\n")
     if search["points"] and importlib.util.find_spec("matplotlib"):
-        picture(search, num_layers).savefig(folder / "search.png", dpi=110)
+        with writing(folder / "search.png") as partial:
+            picture(search, num_layers).savefig(partial, format="png", dpi=110)
 
 
 def picture(search: dict[str, Any], num_layers: int) -> Any:

@@ -101,7 +101,8 @@ def run(
         of what is lost, and all that was `tried`. `chosen`: the number of the point that meets the target, None if none
         does. `reliability` of every layer's ranking by the last winner's probe. `heads`: layer, head and what it finds
         over what the best one does, best first; None if no candidate could choose some. `latencies`: the table of
-        measured costs, None if they are counted. And the numbers of `candidates` and `evaluations`, and `seconds`.
+        measured costs, None if they are counted. And the numbers of `candidates` and `evaluations`, those of
+        earlier runs included, and the `seconds` of this run.
     """
     begin, section, num_layers = time.monotonic(), prompts.section, model.config.num_hidden_layers
     longest, fitted = max(section.lengths), skipping.config.schedule()
@@ -149,7 +150,7 @@ def run(
         "reliability": rankings,
         "heads": heads and sorted(([*pair, worth] for pair, worth in heads.items()), key=lambda row: -row[2]),
         "latencies": latencies and asdict(latencies),
-        "evaluations": evaluator.evaluated,
+        "evaluations": len(evaluator.used),
         "candidates": sum(len(point["tried"]) for point in points),
         "seconds": {"dense": dense_seconds, "all": time.monotonic() - begin},
     }

@@ -74,9 +74,12 @@ def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answ
     return {**agreement(dense, spts), "tokens": len(answer)}
 
 
-def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float]:
-    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them."""
+def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float] | None:
+    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if there
+    are none before them."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length].to(ways["dense"][0].device)
+    if ids.shape[1] <= FOLLOWING:
+        return None
     target = ids[0, -FOLLOWING:, None]
     return {
         name: -float(log_probabilities(way, ids[:, :-1], FOLLOWING).gather(1, target).mean())
@@ -89,7 +92,7 @@ def measure(ways: Mapping[str, Way], tokenizer: Any, example: Example, following
 
     Args:
         following: text of which a prompt as long as the example's is made for `following_loss`; None if that is not
-            wanted.
+            wanted. The `loss` is None then, and where the text is too short.
     """
     tokens = {name: free_answer(way, tokenizer, example) for name, way in ways.items()}
     return {

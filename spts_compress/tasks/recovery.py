@@ -42,8 +42,10 @@ def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[flo
 
 
 def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:
-    """Per task and length: number of examples, mean scores of dense and `mode`, recovery with its interval."""
+    """Per task and length: number of examples, and of those `unskipped` of which SPTS skips no token (by the rows'
+    `skips`), mean scores of dense and `mode`, recovery with its interval."""
     scores: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    unskipped = {(row["task"], row["limit"], row["index"]) for row in rows if row.get("skips") is False}
     for row in rows:
         scores[row["task"], row["limit"]][row["mode"]][row["index"]] = row["score"]
     result = []
@@ -56,6 +58,7 @@ def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:
                 "task": task,
                 "length": limit,
                 "items": len(both),
+                "unskipped": sum((task, limit, i) in unskipped for i in both),
                 "dense": sum(dense) / len(dense),
                 mode: sum(other) / len(other),
                 "recovery": sum(other) / sum(dense) if any(dense) else None,
@@ -73,6 +76,7 @@ def fidelity_summary(rows: list[dict]) -> dict[str, Any]:
         top1[row["task"]].append(row["top1"])
     return {
         "items": len(rows),
+        "unskipped": sum(row.get("skips") is False for row in rows),
         "kl": mean([row["kl"] for row in rows]),
         "top1": mean([row["top1"] for row in rows]),
         "interval": interval([1.0] * len(rows), [row["top1"] for row in rows]),

@@ -72,13 +72,15 @@ def answer_key(mode_key: str, example: Example) -> str:
 
 
 def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
-    """Token ids and mask of prompts that already carry their chat template, padded on the left."""
+    """Token ids and mask of prompts that already carry their chat template, padded on the left: by hand, since a
+    tokenizer may have no token for it."""
     special = not getattr(tokenizer, "chat_template", None)
-    if len(texts) > 1:
-        tokenizer.padding_side = "left"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=special, verbose=False)
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    spare = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [[pad] * count + row for count, row in zip(spare, rows, strict=True)]
+    mask = [[0] * count + [1] * len(row) for count, row in zip(spare, rows, strict=True)]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 @torch.no_grad()
@@ -136,8 +138,8 @@ def run(
                     texts = answers(model, tokenizer, list(missing.values()), **options)
                     for (key, example), answer in zip(missing.items(), texts, strict=True):
                         done.add({"key": key, "mode": mode, **example.to_row(), "answer": answer})
-                for key, example in by_key.items():
-                    yield {**done.rows[key], **example.to_row(), "mode": mode}
+                for example in group:
+                    yield {**done.rows[answer_key(keys[mode], example)], **example.to_row(), "mode": mode}
                 progress.update(len(group))
 
 

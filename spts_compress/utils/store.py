@@ -95,7 +95,11 @@ def claimed(folder: Path, names: Iterable[str] = (), use: str = "this folder") -
                 ours |= set(names)
                 yield
             finally:  # while it is locked, so that nobody else's is removed
-                if not any((folder / name).exists() for name in ours):
+                made = [name for name in sorted(ours) if os.path.lexists(folder / name)]
+                stream.truncate(0)  # what was not made is free for others
+                stream.writelines(f"{name}\n" for name in made)
+                stream.flush()
+                if not made:
                     claim.unlink(missing_ok=True)
     finally:
         with suppress(OSError):  # not empty

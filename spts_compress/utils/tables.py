@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .store import writing
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dense and SPTS are the same two everywhere.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")
 COLOURS = {"dense": "#666666", "spts": PALETTE[0]}
@@ -64,8 +66,9 @@ def save(
     Returns:
         The `tables`.
     """
-    (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / f"{name}.md").write_text(tables + "\n")
+    for suffix, text in (("json", json.dumps(result, indent=1)), ("md", tables)):
+        with writing(output / f"{name}.{suffix}") as partial:
+            partial.write_text(text + "\n")
     picture = output / f"{name}.png"
     picture.unlink(missing_ok=True)
     if draw is not None and has_matplotlib():
@@ -75,7 +78,8 @@ def save(
         with rc_context(STYLE):
             figure = Figure(figsize=(width, 4), layout="constrained")
             draw(figure)
-            figure.savefig(picture, dpi=150, metadata={"Software": None})
+            with writing(picture) as partial:
+                figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     return tables
 
 
