@@ -115,7 +115,7 @@ def _with(*options: Any) -> Callable[[Any], Any]:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Turn a Hugging Face causal language model into a skip-ready checkpoint (SPTS, arXiv 2601.13155)."""
-    if int(os.environ.get("RANK", 0)) > 0:  # of several processes only the first shows progress
+    if not _is_first():  # of several processes only the first shows progress
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
 
 
@@ -154,6 +154,7 @@ def recipe(
     path = find(file)
     read = load(path, edits)
     from . import pipeline
+    from .checkpoint.outputs import refuse_to_hold
     from .evaluate.columns import score_tables, speed_table
     from .export import hub
 
@@ -163,7 +164,8 @@ def recipe(
         return
     target = output or Path(read.export.path)
     if read.export.push_to_hub:
-        hub.need_token()  # now, not after hours
+        hub.check_target(read.export.push_to_hub, read.export.private)  # now, not after hours
+    refuse_to_hold(target, "an input of this run", path)
     with _spread(device) as (ranks, own):
         log = click.echo if ranks.is_main else lambda _: None
         report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, log, ranks)
@@ -330,11 +332,16 @@ def strip(folder: Path, output: Path) -> None:
 @main.command()
 @CHECKPOINT
 @click.argument("repo_id", metavar="REPO_ID")
-@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--private", is_flag=True, help="Create it as private; one that is public already is refused.")
 @click.option("--revision", help="Branch to upload to; made if it is not there.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 def push(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> None:
-    """Upload an exported checkpoint to the Hub."""
+    """Upload an exported checkpoint to the Hub: the files that the export made, and no others.
+
+    A repository that holds a checkpoint made here is made equal to this one: other files that a loader might read are
+    removed, and the model card is replaced; its history keeps both. One that holds anything else is refused, so that
+    neither a model nor a card of yours is overwritten; there, use a new --revision or --create-pr.
+    """
     from .export import hub
 
     _quiet()
@@ -349,7 +356,7 @@ def _claim(output: Path, names: tuple[str, ...], checkpoint: Path | None = None)
 
     if checkpoint is not None:
         refuse_inside(output, checkpoint)
-    if int(os.environ.get("RANK", 0)) == 0:  # which writes for all
+    if _is_first():  # which writes for all
         click.get_current_context().with_resource(claimed(output, names))
 
 
@@ -360,6 +367,11 @@ def _single_process() -> None:
         raise UserError(
             f"{name} is for one process: start it without torchrun or accelerate launch (WORLD_SIZE is set)"
         )
+
+
+def _is_first() -> bool:
+    """Whether this is the first of several processes, or the only one, whose RANK would mean nothing."""
+    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def _quiet() -> None:
@@ -407,6 +419,6 @@ def _device(name: str) -> str:
     from .utils import devices
 
     device = devices.choose(name)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_first():
         click.echo(f"computing on {devices.in_words(device)}", err=True)
     return device

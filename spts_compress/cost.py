@@ -118,8 +118,8 @@ def suitable_proxy(shape: LayerShape, max_fraction: float, channels: int | None,
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and FLOPs by part. Where there
-    is a window, active tokens are counted as if all inside one were neighbours: the most FLOPs there can be."""
+    """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and FLOPs by part. Where there is a
+    window, active tokens are counted as if all inside one were neighbours: the most FLOPs there can be."""
 
     candidates_in: int
     active: int

@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from . import __version__, plan
+from .calibrate.base_checks import tell_of_own_code
 from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
-from .checkpoint.outputs import new_folder, refuse
+from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
 from .evaluate.report import check_prompts, measure_all
@@ -59,6 +60,7 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     recipe, schedule = suited(recipe, config, notes.append)
     _read_haystacks(recipe)
     name = recipe.model.path or str(recipe.model.gguf_file)
+    tell_of_own_code(config, name, notes.append)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
     return "\n".join([plan.describe(name, config, schedule, *rest), *notes])
 
@@ -89,6 +91,7 @@ def run(
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     named = (recipe.model.path, recipe.calibration.path, recipe.report.text, recipe.search and recipe.search.text)
     inputs = [Path(path) for path in named if path]
+    refuse_among_inputs(output, root, inputs[0] if recipe.model.path else None, inputs[bool(recipe.model.path) :])
     check_first(recipe, output, root, inputs, device, force)
     store, stage, searched = Store(root), StageTimer(device), None
     with ExitStack() as stack:
@@ -242,6 +245,7 @@ def prepare(
         texts = documents(recipe.calibration, log)
         with ranks.main_first():  # who may convert or download it
             base = resolve(recipe.model, store)
+        tell_of_own_code(base.config, base.name, log)
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
         tokenizer = base.tokenizer(recipe.calibration.chat_template)

@@ -112,9 +112,7 @@ def faults(schedule: Schedule, num_layers: int | None = None, num_heads: int | N
         found.append(f"probe.kernel_size is {probe.kernel_size}; it must be odd and at least 1")
     if schedule.ffn_selection not in FFN_SELECTIONS:
         found.append(f"ffn_selection is {schedule.ffn_selection!r}; it must be one of {', '.join(FFN_SELECTIONS)}")
-    elif not schedule.proxy and schedule.ffn_selection in ("proxy", "relative"):
-        found.append(f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all")
-    return found + list(_sizes(schedule, num_layers))
+    return [*found, *_sizes(schedule, num_layers)]
 
 
 def _range(path: str, value: float, least: int, most: int | None = None) -> Iterator[str]:
@@ -123,15 +121,19 @@ def _range(path: str, value: float, least: int, most: int | None = None) -> Iter
 
 
 def _sizes(schedule: Schedule, num_layers: int | None) -> Iterator[str]:
-    """Proxies and updates of the skipping layers, and the share of tokens cached."""
-    for name, sizes in (("proxy", schedule.proxy), ("update", schedule.update)):
+    """Proxies and updates, and the share of tokens cached."""
+    for name in ("proxy", "update"):
+        sizes = getattr(schedule, name)
         if num_layers is not None and len(sizes) not in (0, 1, num_layers - schedule.start):
-            yield f"{name} has {len(sizes)} sizes for {num_layers - schedule.start} skipping layers"
+            yield f"{name} has {len(sizes)} entries for {num_layers - schedule.start} skipping layers"
+    if not schedule.proxy and schedule.ffn_selection in ("proxy", "relative"):
+        yield f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all"
     for size in schedule.proxy:
-        yield from (*_range("proxy.channels", size.channels, 1), *_range("proxy.rank", size.rank, 0))
-    for ranks in schedule.update:
-        yield from _range("update.attention_rank", ranks.attention_rank, 0)
-        yield from _range("update.ffn_rank", ranks.ffn_rank, 0)
+        yield from _range("proxy.channels", size.channels, 1)
+        yield from _range("proxy.rank", size.rank, 0)
+    for update in schedule.update:
+        yield from _range("update.attention_rank", update.attention_rank, 0)
+        yield from _range("update.ffn_rank", update.ffn_rank, 0)
     if schedule.kv is not None and not 0 < schedule.kv <= 1:
         yield f"kv is {schedule.kv}; it must be more than 0 and at most 1"
 

@@ -39,6 +39,8 @@ class Hub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         digest = hashlib.sha1("".join(f"{n}{hashlib.sha256(c).hexdigest()}" for n, c in sorted(files.items())).encode())
         self.repos[repo][digest.hexdigest()] = files
         self.branches[repo][branch] = digest.hexdigest()
@@ -118,7 +120,12 @@ class Handler(BaseHTTPRequestHandler):
             names = [{"rfilename": name} for name in files]
             return self.answer(
                 200,
-                {"id": repo, "sha": hub.branches[repo].get(revision, revision), "siblings": names, "private": False},
+                {
+                    "id": repo,
+                    "sha": hub.branches[repo].get(revision, revision),
+                    "siblings": names,
+                    "private": hub.private[repo],
+                },
             )
         if found := re.fullmatch(r"/(\w+/[\w.-]+)/resolve/(\w+)/(.+)", path):
             repo, revision, name = found.groups()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEXT, tiny_base, tiny_tokenizer
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from spts_compress.calibrate.base_model import resolve_config
+from spts_compress.calibrate.base_checks import tell_of_own_code
+from spts_compress.calibrate.base_model import resolve, resolve_config
 from spts_compress.checkpoint import loadable
 from spts_compress.checkpoint.families import context_of
 from spts_compress.cli import main
@@ -20,6 +21,7 @@ from spts_compress.evaluate.report import check_prompts
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig
 from spts_compress.recipe import ModelSection, ReportSection
 from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 UP, INDEX = "model.layers.3.mlp.up_proj.weight", "model.safetensors.index.json"
 
@@ -142,6 +144,10 @@ REFUSED = {
     "attentions": (edit("generation_config.json", output_attentions=True), "output_attentions is true"),
     "tuples": (edit("config.json", return_dict=False), "return_dict is false"),
     "static cache": (edit("generation_config.json", cache_implementation="static"), "cache_implementation is static"),
+    "in chunks": (edit("generation_config.json", prefill_chunk_size=64), "prefill_chunk_size is 64, with which gen"),
+    "guidance": (edit("generation_config.json", guidance_scale=1.5), "guidance_scale is 1.5"),
+    "guidance, in the config": (edit("config.json", guidance_scale=1.5), "config.json: guidance_scale is 1.5"),
+    "early exit": (edit("generation_config.json", assistant_early_exit=2), "assistant_early_exit is 2"),
     "generation config: no JSON": (write("generation_config.json", "{"), "generation_config.json: can't be read"),
     "classifier": (
         edit("config.json", architectures=["LlamaForSequenceClassification"]),
@@ -198,6 +204,7 @@ TAKEN = {
     "extra layers": ({"family": "deepseek_v3"}, plus(model__layers__61__embed_tokens__weight=HALF)),
     "float32": ({}, weights(lambda w: {k: v.float() for k, v in w.items()})),
     "an index that the plain name hides": ({}, write(INDEX, "{}")),
+    "guidance of no effect": ({}, edit("generation_config.json", guidance_scale=1.0, prefill_chunk_size=None)),
     "hybrid cache, which is dynamic now": ({}, edit("generation_config.json", cache_implementation="hybrid")),
 }
 
@@ -351,3 +358,28 @@ def test_a_stretched_context_counts():
 
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
     assert context(rope_type="default") == 100 and context(**yarn) == 400
+
+
+def test_a_revision_is_of_a_repository_alone(bases, tmp_path):
+    base = bases(tmp_path / "base")
+    for section in ({"path": str(base)}, {"package": "click", "gguf_file": "x.gguf"}):
+        with pytest.raises(UserError, match=r"model\.revision: v2 is of a model on the Hub, not of .*; leave it out"):
+            resolve_config(ModelSection(revision="v2", **section))
+
+
+def test_a_base_of_the_hubs_cache_is_called_by_its_repository(bases, tmp_path):
+    sha = "0123456789abcdef" * 2 + "01234567"
+    for parent, repository, title in (("models--org--name", "org/name", "name"), ("own", None, sha)):
+        folder = bases(tmp_path / parent / "snapshots" / sha)
+        base = resolve(ModelSection(path=str(folder)), Store(tmp_path / "work"))
+        assert (base.repository, base.title, base.revision) == (repository, title, None)
+        assert base.name == str(folder)
+
+
+def test_modelling_code_of_the_base_that_does_not_run_is_told(bases, tmp_path):
+    told = []
+    for stated in ({}, {"AutoTokenizer": ["a.A", None]}, {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.Model"}):
+        base = bases(tmp_path / str(len(stated)))
+        edit("config.json", auto_map=stated)(base)
+        tell_of_own_code(resolve_config(ModelSection(path=str(base))), "base", told.append)
+    assert len(told) == 1 and "its own modelling code (own.Model) is not run" in told[0]

@@ -1,6 +1,7 @@
 """Publishing to a Hub and loading from it, with the real client over HTTP."""
 
 import os
+import shutil
 
 import warm
 from helpers import recipe_for
@@ -45,6 +46,65 @@ def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):
     other = push(hub, tmp_path, folder, "user/model", "--revision", "later")
     assert other.returncode == 0, other.stderr
     assert hub.files("user/model", "later") == hub.files("user/model")
+
+
+def holding(hub, private=False, **files):
+    """A repository that is there already, user/theirs."""
+    hub.repos["user/theirs"] = {"1" * 40: {name.replace("__", "."): content for name, content in files.items()}}
+    hub.branches["user/theirs"], hub.private["user/theirs"] = {"main": "1" * 40}, private
+    return hub.files("user/theirs")
+
+
+def test_only_what_the_export_made_is_uploaded(built, hub, tmp_path):
+    folder = shutil.copytree(built[0] / "out", tmp_path / "out")
+    theirs = {".env", "customers.csv", "notes.zip", ".cache/token"}
+    (folder / ".cache").mkdir()
+    for name in theirs:
+        (folder / name).write_text("secret")
+    done = push(hub, tmp_path, folder, "user/model")
+    assert done.returncode == 0, done.stderr
+    assert set(hub.files("user/model")) == {p.name for p in (built[0] / "out").iterdir()}
+    assert {line.split()[-1] for line in done.stdout.splitlines() if "left out" in line} == theirs
+
+
+def test_a_repository_of_a_model_or_card_of_others_is_not_written_to(built, hub, tmp_path):
+    theirs = holding(hub, model__safetensors=b"plain", README__md=b"my own card", __gitattributes=b"")
+    refused = push(hub, tmp_path, built[0] / "out", "user/theirs")
+    assert refused.returncode == 2 and "user/theirs: holds files of others: README.md" in refused.stderr
+    named = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "main")
+    assert named.returncode == 2 and hub.files("user/theirs") == theirs
+    # on a branch of its own, where a plain model.safetensors would hide the index
+    hub.fail, hub.status = "/commit/", 400
+    assert push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts").returncode == 2
+    hub.fail = ""
+    done = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts")
+    assert done.returncode == 0 and "removed there: model.safetensors" in done.stdout, done.stderr
+    made = {p.name: p.read_bytes() for p in (built[0] / "out").iterdir()}
+    assert hub.files("user/theirs", "spts") == {**made, ".gitattributes": b""}
+    assert hub.files("user/theirs") == theirs
+
+
+def test_a_checkpoint_made_here_is_replaced_whole_and_what_says_nothing_of_it_stays(built, hub, tmp_path):
+    old = {"model__safetensors": b"plain", "vocab__txt": b"", "spts_evaluation__json": b"{}", "notes__md": b"mine"}
+    holding(hub, spts_files__json=b"{}", **old)
+    done = push(hub, tmp_path, built[0] / "out", "user/theirs")
+    assert done.returncode == 0, done.stderr
+    assert hub.files("user/theirs") == {
+        **{p.name: p.read_bytes() for p in (built[0] / "out").iterdir()},
+        "notes.md": b"mine",
+    }
+
+
+def test_private_is_kept_to(built, corpus, hub, tmp_path):
+    before = holding(hub)
+    done = push(hub, tmp_path, built[0] / "out", "user/theirs", "--private")
+    assert done.returncode == 2 and "user/theirs: is public, not private" in done.stderr
+    options = {"export__push_to_hub": "user/theirs", "export__private": True}
+    recipe = recipe_for(built[1], corpus, tmp_path, **options)
+    early = call(hub, tmp_path, "-m", "spts_compress", "recipe", recipe)
+    assert early.returncode == 2 and "is public, not private" in early.stderr and not (tmp_path / "out").exists()
+    assert hub.files("user/theirs") == before and hub.private == {"user/theirs": False}
+    assert not any("create" not in request for request in hub.requests if request.startswith("POST"))
 
 
 def test_a_recipe_pushes_what_it_made(built, corpus, hub, tmp_path):

@@ -255,6 +255,42 @@ def test_a_kill_in_the_last_step_leaves_the_old_or_the_new(tmp_path):
     assert number > 2 and found == {"old", "new"}
 
 
+def _killed_between_renames(out: Path) -> None:
+    """Replacing `out` is killed when the old checkpoint is renamed away and the new one has no name yet."""
+    child = os.fork()
+    if child == 0:
+        whole = Path.rename
+        Path.rename = lambda self, target: (whole(self, target), os._exit(9))
+        with new_folder(out, True) as new:
+            (new / "config.json").write_text("new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_an_old_checkpoint_comes_back_to_an_empty_folder_too(tmp_path):
+    out = made_here(tmp_path / "out")
+    before = everything(tmp_path)
+    _killed_between_renames(out)
+    out.mkdir()  # as a job's script does before it starts a run
+    with pytest.raises(RuntimeError), new_folder(out, True):
+        raise RuntimeError
+    assert everything(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_checkpoint_is_deleted_for_a_whole_one_alone(tmp_path):
+    out = made_here(tmp_path / "out")
+    _killed_between_renames(out)
+    made_here(out, "another")  # but extra/x.jinja, which it lists, is not there
+    with pytest.raises(UserError, match=r"the old checkpoint is .*old"), new_folder(out, True):
+        raise RuntimeError("must not come here")
+    assert (tmp_path / ".out.spts-compress/old/config.json").read_text() == "old"
+    (out / "extra").mkdir()
+    (out / "extra/x.jinja").touch()
+    with pytest.raises(RuntimeError), new_folder(out, True):
+        raise RuntimeError
+    assert (out / "config.json").read_text() == "another" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_hidden_folders_that_are_not_ours_stay(tmp_path):
     (tmp_path / ".out.spts-compress/new").mkdir(parents=True)
     (tmp_path / ".out.spts-compress/new/theirs").touch()
@@ -351,6 +387,15 @@ def test_results_replace_no_file_of_others(command, name, folder, tmp_path):
     assert everything(tmp_path) == {name: "mine"}
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "", "WORLD_SIZE": ""}])
+def test_a_rank_alone_replaces_no_file_of_others(variables, folder, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "bench.md").write_text("mine")
+    assert "was not made by this toolkit" in invoke("bench", folder / "out", "--output", tmp_path, code=2)
+    assert everything(tmp_path) == {"bench.md": "mine"}
+
+
 def test_strip_fills_no_folder_of_others(folder, tmp_path):
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock/mine").touch()
@@ -370,14 +415,50 @@ def test_strip_fills_no_folder_of_others(folder, tmp_path):
         ("new", ["--work", "new/work"], "is in the output"),
         ("out", [], "or --force to replace it"),
         ("text.jsonl", ["--force"], "is or holds an input"),
+        ("new", ["--work", "base"], "is in the base"),
+        ("new", ["--work", "base/work"], "is in the base"),
+        ("new", ["--work", "out"], "is in the checkpoint"),
+        ("new", ["--work", "out/work"], "is in the checkpoint"),
+        ("out/new", [], "is in the checkpoint"),
     ],
 )
 def test_a_recipe_says_at_its_start_what_is_in_the_way(output, options, message, folder, tmp_path):
     recipe = recipe_for(folder, folder / output, tmp_path / "recipe.yaml")
-    options = [folder / option if option.startswith("new") else option for option in options]
+    options = [option if option.startswith("--") else folder / option for option in options]
     names = sorted(p.name for p in folder.iterdir())
     assert message in invoke("recipe", recipe, *options, code=2)
     assert sorted(p.name for p in folder.iterdir()) == names
+
+
+def test_a_recipe_inside_the_checkpoint_it_would_replace_stays(folder, tmp_path):
+    recipe = recipe_for(folder, folder / "out", folder / "out/recipe.yaml")
+    assert "an input of this run, " in invoke("recipe", recipe, "--force", code=2)
+    assert recipe.exists()
+    recipe.unlink()
+
+
+@pytest.mark.parametrize("section", ["calibration", "report"])
+def test_what_a_run_makes_does_not_become_its_text(section, folder, tmp_path):
+    (tmp_path / "text").mkdir()
+    recipe = recipe_for(folder, tmp_path / "text/out", tmp_path / "recipe.yaml")
+    key = {"calibration": "path", "report": "text"}[section]
+    edit = ("--set", f"{section}.{key}={tmp_path / 'text'}")
+    for place in (
+        (),
+        ("--output", tmp_path / "text/deep/out"),
+        ("--output", tmp_path / "o", "--work", tmp_path / "text"),
+    ):
+        assert f"is in {tmp_path / 'text'}, all files of which" in invoke("recipe", recipe, *edit, *place, code=2)
+    assert not list((tmp_path / "text").iterdir())
+
+
+def test_an_output_may_lie_in_the_folder_of_the_base_and_be_replaced_there(tmp_path):
+    base = made_here(tmp_path / "base")
+    out = made_here(base / "out")
+    refuse(out, True, [base])
+    (base / "link").symlink_to(out)
+    with pytest.raises(UserError, match="is or holds an input"):
+        refuse(out, True, [base])
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

@@ -1,6 +1,7 @@
 """What a base must be for skipping: its family, its settings, its tokenizer, and that its checkpoint loads."""
 
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ OUTPUTS = {
     "return_dict": True,
     "use_cache": True,
 }
+# Settings of generation that run more than one prompt, or a prompt in parts: the answers to all prompts are dense.
+DENSE = {"prefill_chunk_size": (None,), "guidance_scale": (None, 1), "assistant_early_exit": (None,)}
 CACHES = (None, "dynamic", "offloaded", "hybrid")  # transformers takes the dynamic one for hybrid
 MARK = "Hello there"  # what a chat template must pass on
 
@@ -102,6 +105,16 @@ def judge(folder: Path, config: Any, name: str, weights: bool = True) -> None:
         raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
 
 
+def tell_of_own_code(config: Any, name: str, say: Callable[[str], None]) -> None:
+    """Say so if the base brings modelling code, which does not run: the family's code in transformers does."""
+    named = getattr(config, "auto_map", None)
+    if own := {str(code) for key, code in named.items() if "Model" in key} if isinstance(named, dict) else set():
+        say(
+            f"{name}: its own modelling code ({some(own)}) is not run, but that of transformers for the family "
+            f"{config.model_type}; make sure that they compute the same"
+        )
+
+
 def setting_faults(folder: Path) -> list[str]:
     """What `config.json` or `generation_config.json` must not say, a line each."""
     faults = []
@@ -113,6 +126,11 @@ def setting_faults(folder: Path) -> list[str]:
             f"{file}: {key} is {str(not right).lower()}, with which no token is skipped; set it to {str(right).lower()}"
             for key, right in OUTPUTS.items()
             if stated.get(key, right) not in (right, None)
+        ]
+        faults += [
+            f"{file}: {key} is {stated[key]}, with which generate skips no token; leave it out"
+            for key, harmless in DENSE.items()
+            if stated.get(key) not in harmless
         ]
         if (cache := stated.get("cache_implementation")) not in CACHES:
             faults.append(f"{file}: cache_implementation is {cache}, but skipping needs a dynamic cache; leave it out")

@@ -38,12 +38,14 @@ from .base_checks import check_family, judge, read_tokenizer
 class Base:
     """A base checkpoint on disk.
 
-    `folder`: config, tokenizer and safetensors files. `name`: what the recipe calls it. `revision`: the Hub commit, or
-    None. `weights`: safetensors file names with their SHA-256. `trusted`: whether its tokenizer's own code may run.
+    `folder`: config, tokenizer and safetensors files. `name`: what the recipe calls it. `repository`: its id on the
+    Hub, None if it is not known to be there. `revision`: the commit, if the recipe names the repository. `weights`:
+    safetensors file names with their SHA-256. `trusted`: whether its tokenizer's own code may run.
     """
 
     folder: Path
     name: str
+    repository: str | None
     revision: str | None
     weights: dict[str, str]
     config: Any
@@ -52,7 +54,7 @@ class Base:
     @property
     def title(self) -> str:
         """The model's own name, without the place it was found in."""
-        return self.name.rstrip("/").split("/")[-1]
+        return (self.repository or self.name).rstrip("/").split("/")[-1]
 
     @property
     def family(self) -> str:
@@ -112,7 +114,10 @@ def resolve(section: ModelSection, store: Store) -> Base:
     """
     name, gguf = section.path or str(section.gguf_file), section.gguf_file
     folder = _locate(section, weights=True)
-    revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix())
+    repository, revision = (snapshot[1].replace("--", "/"), snapshot[2]) if snapshot else (None, None)
+    if Path(section.path or "").exists():
+        revision = None  # a folder goes by its path
     if gguf:
         key = fingerprint(folder_key(folder, {gguf: file_hash(folder / gguf)}), section.dtype, environment())
         converted = store.path("base", key)
@@ -124,7 +129,7 @@ def resolve(section: ModelSection, store: Store) -> Base:
     judge(folder, config, name)
     files = weight_files(folder, getattr(config, "transformers_weights", None))
     weights = {file: file_hash(folder / file) for file in files}
-    base = Base(folder, name, revision, weights, config, section.trust_remote_code)
+    base = Base(folder, name, repository, revision, weights, config, section.trust_remote_code)
     _ = base.key  # of the files as they are before anything is loaded
     return base
 
@@ -153,6 +158,9 @@ def _read_config(folder: Path, name: str, gguf: str | None = None) -> Any:
 
 def _locate(section: ModelSection, weights: bool) -> Path:
     """Folder of the base, which holds its GGUF file, if it is one."""
+    if section.revision is not None and (section.package or Path(section.path or "").exists()):
+        where = f"the package {section.package}" if section.package else f"{section.path}, a folder"
+        raise UserError(f"model.revision: {section.revision} is of a model on the Hub, not of {where}; leave it out")
     if section.package is not None:
         folder = _package_folder(section.package)
     elif (folder := Path(section.path or "")).exists():

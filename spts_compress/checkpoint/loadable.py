@@ -122,7 +122,10 @@ def _load(model: Any, stored: dict[str, Stored]) -> tuple[Any, set[str]]:
     options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
     info, _ = convert_and_load_state_dict_in_model(model, tensors, options)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    unexpected = set(info.unexpected_keys)
+    unexpected, depth = set(info.unexpected_keys), model.config.num_hidden_layers
+    # Layers that predict further tokens: stock code names those of the published depth alone.
+    for layer in range(depth, depth + getattr(model.config, "num_nextn_predict_layers", 0)):
+        info.unexpected_keys -= {name for name in unexpected if f"layers.{layer}." in name}
     model._adjust_missing_and_unexpected_keys(info)
     return info, unexpected - info.unexpected_keys
 

@@ -19,6 +19,27 @@ def refuse_inside(output: Path, checkpoint: Path) -> None:
         raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
 
 
+def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iterable[Path]) -> None:
+    """Raises UserError if the checkpoint `output` or the folder for finished work would lie in a folder of text, which
+    the next run would read it as; in another checkpoint, which would no longer be whole; or `work` in the base."""
+    own, root = _place(output), _place(work)
+    made = (("--output", output, own), ("--work", work, root))
+    for text in (text for text in texts if text.is_dir()):
+        for option, path, place in made:
+            if place.is_relative_to(text.resolve()):
+                raise UserError(
+                    f"{option} {path} is in {text}, all files of which are read as text, so the next run would read "
+                    "this one's as well; give one outside"
+                )
+    read_only = base.resolve() if base and base.is_dir() else None
+    if read_only and root.is_relative_to(read_only) and (root == read_only or not own.is_relative_to(read_only)):
+        raise UserError(f"--work {work} is in the base {base}, which is only read; give another --work")
+    for option, path, place in made:
+        for folder in (place, *place.parents):
+            if folder != own and (folder / MANIFEST).exists():
+                raise UserError(f"{option} {path} is in the checkpoint {folder}, which it would change; give another")
+
+
 def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ()) -> None:
     """Raises UserError, saying what is in the way, unless `output` is free to be made: there is nothing, or an empty
     folder, or with `force` a checkpoint made here that holds nothing else.
@@ -31,13 +52,10 @@ def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ())
     if not os.path.lexists(place):
         return
     other = "give another --output"
-    for what, path in [
-        ("the working folder", Path.cwd()),
-        ("your home", Path.home()),
-        *(("an input of this run", path) for path in inputs),
-    ]:
-        if any(real.is_relative_to(place) for real in _real(path)):
-            raise UserError(f"{output} is or holds {what}, {path}; {other}")
+    refuse_to_hold(output, "the working folder", Path.cwd())
+    refuse_to_hold(output, "your home", Path.home())
+    for path in inputs:
+        refuse_to_hold(output, "an input of this run", path)
     if not place.is_dir():
         raise UserError(f"{output} exists and is a file; {other}")
     if os.path.ismount(place):
@@ -54,6 +72,12 @@ def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ())
         raise UserError(f"{output} exists; {other}, or --force to replace it")
 
 
+def refuse_to_hold(output: Path, what: str, path: Path) -> None:
+    """Raises UserError if replacing `output` would delete `path`."""
+    if any(real.is_relative_to(_place(output)) for real in _real(path)):
+        raise UserError(f"{output} is or holds {what}, {path}; give another --output")
+
+
 def _place(output: Path) -> Path:
     """Where an output really lies: a link stays, and what it points to is made."""
     try:
@@ -64,7 +88,8 @@ def _place(output: Path) -> Path:
 
 def _real(path: Path) -> list[Path]:
     """Where an input really lies, and what the links in it point to."""
-    return [path.absolute(), path.resolve(), *(p.resolve() for p in (path.iterdir() if path.is_dir() else ()))]
+    inside = path.iterdir() if path.is_dir() else ()
+    return [path.absolute(), path.resolve(), *(p.resolve() for p in inside if p.is_symlink())]
 
 
 def _listed(folder: Path) -> set[str] | None:
@@ -73,6 +98,12 @@ def _listed(folder: Path) -> set[str] | None:
         return {*read_json(folder / MANIFEST)["sha256"], *FREE}
     except (UserError, KeyError, TypeError):
         return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint made here has all files on its list."""
+    listed = _listed(folder)
+    return listed is not None and set(all_files(folder)) >= listed - set(FREE)
 
 
 @contextmanager
@@ -96,10 +127,18 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
     new, old = hidden / "new", hidden / "old"  # being written; renamed away while the new one gets its name
 
     def tidy() -> None:
-        if old.exists() and not place.exists():
+        shutil.rmtree(new, ignore_errors=True)
+        if not old.exists():
+            return
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
             old.rename(place)
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        elif _is_whole(place):  # killed, or failed, when all but the deletion was done
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            raise UserError(
+                f"{place}: something was put there while it was being replaced; the old checkpoint is {old}, so move "
+                "one of the two elsewhere"
+            )
 
     with claimed(hidden, (new.name, old.name), f"{output} as its output"):
         tidy()
@@ -113,6 +152,7 @@ def new_folder(output: Path, force: bool | None = None, inputs: Iterable[Path] =
                 if place.exists() and any(place.iterdir()):
                     place.rename(old)
                 new.rename(place)  # takes the place of nothing but an empty folder
+                shutil.rmtree(old, ignore_errors=True)
             except UserError as error:
                 raise UserError(f"{error}{hint}") from None
             except OSError as error:

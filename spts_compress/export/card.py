@@ -83,9 +83,9 @@ def render(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=base.name if base.revision else None,
+        base_model=base.repository,
         # its weights with modules trained on top: of the Hub's four words the one that says nothing untrue
-        base_model_relation="finetune" if base.revision else None,
+        base_model_relation="finetune" if base.repository else None,
         tags=["spts", "token-skipping", "kv-cache-compression", "custom_code"],
     )
     for name, value in license_of(base).items():
