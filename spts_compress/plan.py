@@ -104,7 +104,7 @@ def prediction_table(config: Any, schedule: Schedule, lengths: list[int]) -> str
 
 def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: SearchSection | None) -> int:
     """Bytes a run writes at most: the checkpoint, the proxies twice, two sets of hidden states, and the dense states
-    of the search's prompts in front of every layer where skipping may begin."""
+    of the search's prompts before every layer where skipping may begin."""
     proxies, states = proxy_parameters(config, schedule), 2 * tokens
     if search is not None:
         places = {*search.start_layers(config.num_hidden_layers), schedule.start}

@@ -79,7 +79,7 @@ def attention_in(layer: Any, states: torch.Tensor, rotary: Any, cache: Any, wind
 
 
 def through(model: Any, layers: Any, states: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-    """States (1, n, D) behind some stock layers, without any mask but causality."""
+    """States (1, n, D) after some stock layers, without any mask but causality."""
     rotary = model.model.rotary_emb(states, position_ids=positions)
     for layer in layers:
         states = layer(states, position_embeddings=rotary, position_ids=positions, past_key_values=cache)

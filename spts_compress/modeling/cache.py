@@ -17,7 +17,7 @@ class SkippedCacheLayer(DynamicLayer):
     that came after the prompt.
     What goes by rows and moves with them: `valid`: which of the kept slots are not padding, (B, kept), None if all are.
     `positions`: on request, the places in the row's prompt that the cached tokens came from, (B, cached), -1 for
-    padding, and `ends`, the place behind it, (B, 1).
+    padding, and `ends`, the place after it, (B, 1).
     """
 
     def __init__(

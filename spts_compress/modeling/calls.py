@@ -166,7 +166,7 @@ class DecoderCalls(SkippingPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """As stock. `spts`: True, or a dict of schedule changes, skips tokens in the prefill. All positions are
         returned here, so the default is not to skip; a skipped token shows the state it kept. With `first_layer` = k
-        only the layers from k on run, and `inputs_embeds` are the states (B, n, D) in front of layer k.
+        only the layers from k on run, and `inputs_embeds` are the states (B, n, D) before layer k.
 
         Raises:
             ValueError: for inputs that skipping can't handle, with the way round it.

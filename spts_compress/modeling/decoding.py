@@ -1,4 +1,4 @@
-"""The stock layers run one by one: those in front of the first skipping layer, and all of them for tokens after the
+"""The stock layers run one by one: those before the first skipping layer, and all of them for tokens after the
 prompt, each with a mask for what its own cache holds."""
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .stock_layer import FULL, MASKS, layer_kinds, position_tables
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward pass runs on: `states` (B, n, D) in front of `first_layer`, whether they are padding (B, tokens so
+    """What a forward pass runs on: `states` (B, n, D) before `first_layer`, whether they are padding (B, tokens so
     far; None: none is), their positions, the cache, and what the caller gave beside."""
 
     states: torch.Tensor

@@ -78,7 +78,7 @@ class V2DecoderLayer(LatentDecoderLayer):
 
 class V3DecoderLayer(LatentDecoderLayer):
     def rotate(self, states: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
-        """Where neighbouring numbers turn together, all first ones are put in front of all second ones before."""
+        """Where neighbouring numbers turn together, all first ones are moved before all second ones."""
         if self.self_attn.config.rope_interleave:
             states = states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return super().rotate(states, *cos_sin)

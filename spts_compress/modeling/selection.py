@@ -105,7 +105,7 @@ def select(
     above, level = rank > threshold, rank == threshold
     from_the_right = level.flip(1).cumsum(1).flip(1)
     chosen = above | (level & (from_the_right <= wanted - above.sum(1, keepdim=True)))
-    # Chosen candidates go to consecutive slots, all others to a spare slot behind the last.
+    # Chosen candidates go to consecutive slots, all others to a spare slot after the last.
     slot = torch.where(chosen, chosen.cumsum(1) - 1 + width - wanted, width)
     source = torch.arange(score.shape[1], device=score.device).expand_as(slot)
     return torch.zeros_like(slot[:, :1]).repeat(1, width + 1).scatter_(1, slot, source)[:, :width]
@@ -153,8 +153,8 @@ class FeedForwardProxy(nn.Module):
     With `x' = x / rms(x)` the prediction is `exp(x' a + (x' * x') b + c) ||f(x)||^p`, where
     `f(x) = act(x' U_g V_g) * (x' U_u V_u)` has the width D_low, as in the paper, and the rest is a regression's.
     `U_g`, `U_u` of rank r and `a` (D) are one matrix, `down`; `square` (D) is `b`, `constants` are c and p. They hold
-    the norm's weight too, so that candidates need not be normalised one by one. 4 r (D + D_low) + 5 D floating-point
-    operations a token; with rank 0 only the regression is left.
+    the norm's weight too, so that candidates need not be normalised one by one. 4 r (D + D_low) + 5 D FLOPs a
+    token; with rank 0 only the regression is left.
     """
 
     def __init__(self, hidden_size: int, channels: int, rank: int, activation: str, eps: float):
@@ -169,7 +169,7 @@ class FeedForwardProxy(nn.Module):
         self.activation = ACT2FN[activation]
 
     def forward(self, states: torch.Tensor, relative: bool = False) -> torch.Tensor:
-        """Predicted norms in float32, (B, T), of residual states (B, T, D) in front of the feed-forward norm;
+        """Predicted norms in float32, (B, T), of residual states (B, T, D) before the feed-forward norm;
         `relative`: divided by the root mean square of the state itself."""
         squares = states.float().square() if states.dtype == torch.float16 else states.square()
         sums = nn.functional.linear(squares, torch.stack([torch.ones_like(self.square), self.square]).to(squares))

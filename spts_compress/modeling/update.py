@@ -12,7 +12,7 @@ class LowRankUpdate(nn.Module):
     states, from that part's own input `x` (B, T, D): the normed states, or the states themselves where the family has
     no norm before. What a norm after the part does is in the estimate.
 
-    `bias` (D) is `b`, `down` (r, D) is `U` and `up` (D, r) is `V`: 4 r D floating-point operations a token. With rank 0
+    `bias` (D) is `b`, `down` (r, D) is `U` and `up` (D, r) is `V`: 4 r D FLOPs a token. With rank 0
     there is the bias alone.
     """
 

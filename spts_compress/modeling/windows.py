@@ -79,7 +79,7 @@ class WindowCacheLayer(SkippedCacheLayer):
         held, was = self.get_seq_length(), self.cached + self.generated
         if held < was and held - abs(tokens_to_remove) < self.window - 1:
             raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: the window behind them is gone. Call the cache's "
+                f"cannot crop {abs(tokens_to_remove)} tokens: the window before them is gone. Call the cache's "
                 "activate_past_recording() before the prompt, or run the prompt again."
             )
         super().crop(tokens_to_remove)
@@ -146,7 +146,7 @@ class WindowedModel(SkippingModel):
         return create_causal_mask(self.config, states, seen, run.cache, and_mask_function=less, layer_idx=layer)
 
     def _check_attention(self, alone: bool = False) -> None:
-        """Raises ValueError if attention can't be told windows in places of the prompt; a new token `alone` needs no
+        """Raises ValueError if attention can't measure windows in original positions; a new token `alone` needs no
         more than a mask of padding."""
         if self.config._attn_implementation not in ("sdpa", "eager") and not alone:
             raise ValueError("skipping in layers with windows needs attn_implementation='sdpa' (or 'eager')")

@@ -13,7 +13,7 @@ RANGE = "spts."  # what the model's own ranges are called, see modeling/skipping
 
 @torch.no_grad()
 def parts(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Seconds of each part in the skipping layers of one prefill of `ids` (B, n), of the `dense layers` in front of
+    """Seconds of each part in the skipping layers of one prefill of `ids` (B, n), of the `dense layers` before
     them, and the `rest`. Recording makes the whole slower than it is; the shares hold."""
     on_gpu = ids.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
