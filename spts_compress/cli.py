@@ -148,7 +148,7 @@ def init(model: str, length: int, **goals: float | None) -> None:
 def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
 ) -> None:
-    """Run a recipe: calibrate, fit, export, report. FILE.yaml is a path or the name of a shipped recipe."""
+    """Run a recipe: calibrate, fit, (search,) export, report. FILE.yaml is a path or the name of a shipped recipe."""
     from .recipe import find, load
 
     path = find(file)

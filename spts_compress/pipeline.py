@@ -134,7 +134,8 @@ def run(
 
 def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Recipe, Schedule]:
     """The recipe with every value for one model, and its schedule with the largest proxies there may be: the given one,
-    a default one, or where one is searched for, that from the earliest layer that a candidate may score or skip in.
+    a default one, or with a search one that starts at the earliest layer any candidate may use, so that proxies are
+    fitted for all of them.
 
     Args:
         log: told if the schedule is a default.

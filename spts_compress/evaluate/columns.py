@@ -113,7 +113,7 @@ BENCH: dict[str, Show] = {
     "KV SPTS": SPEED["KV SPTS"],
     "peak SPTS": lambda row: share_of_dense(row, "peak_bytes"),
 }
-PARTS = ("dense layers", "probing", "selecting", "gathers", "attention", "feed-forward", "rest")
+PARTS = ("dense layers", "probing", "selecting", "gathers", "attention", "updates", "feed-forward", "rest")
 
 
 def _bound(row: dict, speedup: float) -> str:

@@ -71,6 +71,15 @@ def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
     return str(card)
 
 
+def _cached(schedule: Schedule) -> str:
+    """Which tokens enter the KV cache, in words."""
+    if schedule.kv is None:
+        cached = "only those enter the KV cache"
+    else:
+        cached = f"{schedule.kv:.0%} of the prompt's tokens, those among them, enter the KV cache"
+    return cached + ("; skipped ones get estimates of what a layer would have added" if schedule.update else "")
+
+
 def render(
     base: Base, schedule: Schedule, report: dict, speed: str, quality: str, proxies: str, search: str | None
 ) -> str:
@@ -102,7 +111,7 @@ def render(
 # {base.title}, skip-ready
 
 {base.title} with Self-Predictive Token Skipping (SPTS): while it reads a prompt, layers from
-{skips_from(schedule, max(lengths))} on work on a budget of tokens, and only those enter the KV cache. The base weights
+{skips_from(schedule, max(lengths))} on work on a budget of tokens, and {_cached(schedule)}. The base weights
 are untouched. The method: Zimeng Wu, Donghao Wang, Chaozhe Jin, Jiaxin Chen, Yunhong Wang, "Probe and Skip:
 Self-Predictive Token Skipping for Efficient Long-Context LLM Inference", arXiv 2601.13155, 2026.
 

@@ -53,8 +53,8 @@ class Probe:
 
     `window_size`: number of last queries (the paper's: 1). `heads`: how the heads' scores are reduced, "mean" or "max";
     or which ones alone score, as (layer, head) pairs (in the block, lists of heads by layer): a layer's score is the
-    mean of its own, and one without any goes by what is carried. `score_carry`: how much of the skipping layers' scores
-    before is added to a layer's own, as S + score_carry * (the sum carried so far): some layers rank badly.
+    mean of its own, and one without any goes by what is carried. `score_carry`: weight of the accumulated scores of
+    earlier skipping layers, as S + score_carry * (the sum carried so far); some layers alone rank badly.
     `kernel_size`: width of the max-pooling over neighbouring candidates (odd; 1: none).
     """
 

@@ -1,4 +1,5 @@
-"""Where the time of one SPTS prefill goes: dense layers, probing, selecting, gathers, attention, feed-forward, rest."""
+"""Where the time of one SPTS prefill goes: dense layers, probing, selecting, gathers, attention, updates, feed-forward,
+rest."""
 
 import time
 from typing import Any

@@ -1,1 +1,1 @@
-"""What every room uses: finished work, processes, tables, errors."""
+"""What every subpackage uses: finished work, processes, tables, errors."""
