@@ -203,14 +203,20 @@ def sweep(
     device: str,
 ) -> None:
     """Study how size, rho, calibration and objective change the proxies' fidelity."""
+    from .evaluate.suites import require_outside
     from .recipe import find, load, load_study
 
     _single_process()
     _quiet()
+    study, sources, recipe = load_study("proxy_sensitivity"), _named_files(texts), load(find(file), edits)
+    for option, text in (
+        ("calibration.path", recipe.calibration.path),
+        *(("--text", path) for path in sources.values()),
+    ):
+        require_outside(output, text, option)
     _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
     own, numbers = _device(device), _numbers("--layers", layers) if layers is not None else None
-    study, sources = load_study("proxy_sensitivity"), _named_files(texts)
-    result = study.run(load(find(file), edits), numbers, sources, output / "work", own, vary)
+    result = study.run(recipe, numbers, sources, output / "work", own, vary)
     click.echo(study.save(result, output))
 
 

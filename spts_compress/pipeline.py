@@ -316,12 +316,12 @@ def _with_updates(ready: Prepared, store: Store) -> Prepared:
     key = fingerprint(*what, text, ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors("updates", key)
     if kept is None:
-        model = ready.skipping()
-        rows = fit_updates(model, ready.sequences.fit, ready.sequences.held_out)
-        store.json("updates", key, lambda: rows)  # before the maps, by which the unit is known to be whole
+        model, longest = ready.skipping(), max(ready.recipe.report.lengths)
+        rows = fit_updates(model, ready.sequences.fit, ready.sequences.held_out, longest)
         kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
+        kept["rows"] = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8)  # one unit, as the proxies
         store.put_tensors("updates", key, kept)
-    r2 = {row["layer"]: row for row in store.json("updates", key, list)}
+    r2 = {row["layer"]: row for row in json.loads(bytes(kept.pop("rows").tolist()))}
     fits = [{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits]
     return replace(ready, parameters={**ready.parameters, **kept}, fits=fits)
 

@@ -10,8 +10,10 @@ from helpers import recipe_for, run
 from tiny import tiny_base, tiny_model
 from transformers import AutoModelForCausalLM
 
-from spts_compress.fit.updates import PENALTY, blank, fit_updates, solve
+from spts_compress.fit.updates import BLOCK, PENALTY, blank, fit_updates, prompt_length, solve
+from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.modeling.update import LowRankUpdate
+from spts_compress.utils.errors import UserError
 
 SCHEDULE = {
     "start": 1,
@@ -56,14 +58,14 @@ def test_fitted_updates_bring_skipped_states_nearer_to_the_dense_ones(family):
         return float((dense - skipping).square().mean())
 
     before, modules = distance(), [name for name, _ in model.named_modules()]
-    rows = fit_updates(model, fit, held_out)
+    rows = fit_updates(model, fit, held_out, 64)
     assert distance() < before
     assert [row["layer"] for row in rows] == [1, 2, 3, 4]
     assert all(row["attention"] < 1 and row["ffn"] < 1 for row in rows)
     assert [name for name, _ in model.named_modules()] == modules  # nothing of the fitting is left
     again = tiny_model(family, SCHEDULE, max_position_embeddings=64)
     again.load_state_dict({**again.state_dict(), **blank(again.config.schedule(), again.config, torch.float32)})
-    fit_updates(again, fit, held_out)
+    fit_updates(again, fit, held_out, 64)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
@@ -86,3 +88,13 @@ def test_a_recipe_with_updates_makes_a_checkpoint_that_uses_them(corpus, tmp_pat
         with_updates, without = (model(ids, logits_to_keep=1, spts=spts).logits for spts in (None, {"update": None}))
     assert not torch.equal(with_updates, without)
     assert yaml.safe_load((out / "recipe.resolved.yaml").read_text())["schedule"]["update"] == SCHEDULE["update"]
+
+
+def test_maps_are_fitted_on_prompts_that_every_layer_skips_in():
+    stages = [{"end": 2, "budget": 9000}, {"end": 4, "budget": 2000}]
+    schedule = Schedule.from_dict({**SCHEDULE, "stages": stages, "min_length": 10**6}, 5)
+    assert prompt_length(schedule, 5, 4000, 10**5, 10**5) == BLOCK  # the first stage skips nothing there, either
+    assert prompt_length(schedule, 5, 32768, 10**5, 10**5) == 4 * BLOCK
+    assert prompt_length(schedule, 5, 32768, 2500, 10000) == 10000
+    with pytest.raises(UserError, match="layer 1 skips nothing of a prompt of 8000 tokens"):
+        prompt_length(schedule, 5, 32768, 10**5, 8000)

@@ -109,10 +109,10 @@ def require_context(config: Any, tokens: int, what: str) -> None:
         raise UserError(f"{what}: {tokens} tokens are more than the context of {context}")
 
 
-def require_outside(output: Path, haystack: str | None) -> None:
-    """Raises UserError if `output` is in the folder of text that prompts are made of, and would become part of it."""
-    if haystack and Path(haystack).is_dir() and output.resolve().is_relative_to(Path(haystack).resolve()):
-        raise UserError(f"--output {output} is inside --haystack {haystack}, whose text it would become; give another")
+def require_outside(output: Path, text: str | Path | None, option: str = "--haystack") -> None:
+    """Raises UserError if `output` is in the folder of text that an option names, and would become part of it."""
+    if text and Path(text).is_dir() and output.resolve().is_relative_to(Path(text).resolve()):
+        raise UserError(f"--output {output} is inside {option} {text}, whose text it would become; give another")
 
 
 def folder_keys(folder: Path) -> dict[str, str]:

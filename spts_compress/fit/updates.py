@@ -5,7 +5,7 @@ takes a skipped token to the dense model's state, so that later layers mend what
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..modeling.layer_plan import LayerPlan
 from ..modeling.selection import gather_tokens
 from ..modeling.stock_layer import MASKS, layer_kinds, position_tables
 from ..modeling.update import UPDATES, LowRankUpdate
+from ..utils.errors import UserError
 
 BLOCK = 4096  # tokens of a prompt that maps are fitted on
 PENALTY = 1e-2  # of the ridge regression, in units of the features' mean variance
@@ -76,10 +77,10 @@ class Fitting(nn.Module):
         fitted[layer.fitted :] = False
         solve(self.update, inputs[fitted], target[fitted])
         estimate = self.update(inputs)
-        judged = skipped & ~fitted if layer.fitted < len(skipped) else fitted
-        wanted, left = target[judged].float(), (target - estimate)[judged].float()
-        spread = (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12)
-        layer.r2[self.name.removesuffix("_update")] = float(1 - left.square().sum() / spread)
+        if layer.fitted < len(skipped):
+            wanted, left = (states[skipped & ~fitted].float() for states in (target, target - estimate))
+            spread = (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12)
+            layer.r2[self.name.removesuffix("_update")] = float(1 - left.square().sum() / spread)
         if self.name == UPDATES[0]:
             layer.states = layer.states + estimate  # of the skipped tokens, which alone are looked at again
         return estimate
@@ -142,6 +143,30 @@ def blank(schedule: Schedule, config: Any, dtype: torch.dtype) -> dict[str, torc
     return parameters
 
 
+def prompt_length(schedule: Schedule, layers: int, longest: int, held_out: int, most: int) -> int:
+    """Tokens of the prompts to fit on: `BLOCK`, or what is held out if that is less; and more, up to `most`, where
+    budgets skip nothing of such prompts in a layer that skips in prompts of `longest` tokens.
+
+    Raises:
+        UserError: if no such length is at hand.
+    """
+    schedule = replace(schedule, min_length=0)
+
+    def skipping(length: int) -> list[int]:
+        counts = {layer: schedule.counts(layer, length) for layer in range(schedule.start, layers)}
+        return [layer for layer, c in counts.items() if min(c.active, c.ffn_tokens) < c.candidates_in]
+
+    wanted, length = set(skipping(longest)), min(BLOCK, held_out, most)
+    while missing := sorted(wanted.difference(skipping(length))):
+        if length == most:
+            raise UserError(
+                f"schedule.update: layer {missing[0]} skips nothing of a prompt of {length} tokens, the longest that "
+                "the text to fit on and the model's context allow: raise calibration.tokens, or lower its budget"
+            )
+        length = min(2 * length, most)
+    return length
+
+
 def prompts_of(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
     """Token sequences as prompts (B, `length`): one stream, cut; what is left over is left out."""
     stream = torch.cat(sequences)
@@ -149,17 +174,25 @@ def prompts_of(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit_updates(model: Any, fit: list[torch.Tensor], held_out: list[torch.Tensor]) -> list[dict[str, Any]]:
+def fit_updates(
+    model: Any, fit: list[torch.Tensor], held_out: list[torch.Tensor], longest: int
+) -> list[dict[str, Any]]:
     """Fit the updates of all skipping layers of a skipping causal language model, in place.
 
     Args:
         fit, held_out: token sequences to fit on and to judge by.
+        longest: tokens of a prompt that the model is for; layers that skip in it get maps.
 
     Returns:
-        For each skipping layer its number, and where it skips tokens `attention` and `ffn`: R^2 of its maps, on
-        held-out tokens that it skips.
+        For each skipping layer its number, and `attention` and `ffn`: R^2 of its maps, on held-out tokens that it
+        skips; without them where nothing is skipped or the held-out tokens make no prompt.
+
+    Raises:
+        UserError: see `prompt_length`.
     """
-    length = min(BLOCK, model.config.max_position_embeddings, sum(map(len, fit)))
+    tokens, judging = (sum(map(len, part)) for part in (fit, held_out))
+    most = min(model.config.max_position_embeddings, tokens)
+    length = prompt_length(model.config.schedule(), len(model.model.layers), longest, judging, most)
     prompts = prompts_of(fit, length)
     ids = torch.cat([prompts, prompts_of(held_out, length)]).to(model.device)
     start, layers = model.config.schedule().start, model.model.layers

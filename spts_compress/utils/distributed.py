@@ -77,7 +77,7 @@ def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     """The processes that this one was started with."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         yield SINGLE_PROCESS
         return
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # whoever started us ends us all if one fails
