@@ -299,7 +299,7 @@ def bench(
     from .evaluate import benchmark
 
     _single_process()
-    _claim(output, ("bench.json", "bench.md", "bench.png"), folder)
+    _claim(output, benchmark.FILES, folder)
     own = _device(device)
     command = (
         f"spts-compress bench {folder.resolve().name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from .timing.stage_timer import StageTimer
 from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
-from .utils.store import Store, claimed, fingerprint
+from .utils.store import Store, as_tensor, claimed, fingerprint, from_tensor
 from .utils.tables import size
 
 Log = Callable[[str], None]
@@ -108,8 +108,9 @@ def run(
             ready = _take_found(ready, searched, search_folder, ranks)
         if not ranks.is_main:
             return None
-        with stage("updates") if ready.schedule.update else nullcontext():
-            ready = _with_updates(ready, store)
+        if ready.schedule.update:
+            with stage("updates"):
+                ready = _with_updates(ready, store)
         if recipe.export.break_even:
             ready = replace(ready, schedule=_from_break_even(ready, device, store, log))
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
@@ -306,8 +307,6 @@ def _chosen(searched: dict[str, Any], section: SearchSection, folder: Path, num_
 
 def _with_updates(ready: Prepared, store: Store) -> Prepared:
     """With the maps that the schedule's `update` asks for, and their R^2 among the fits; what is fitted is kept."""
-    if not ready.schedule.update:
-        return ready
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
@@ -319,9 +318,9 @@ def _with_updates(ready: Prepared, store: Store) -> Prepared:
         model, longest = ready.skipping(), max(ready.recipe.report.lengths)
         rows = fit_updates(model, ready.sequences.fit, ready.sequences.held_out, longest)
         kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
-        kept["rows"] = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8)  # one unit, as the proxies
+        kept["rows"] = as_tensor(rows)
         store.put_tensors("updates", key, kept)
-    r2 = {row["layer"]: row for row in json.loads(bytes(kept.pop("rows").tolist()))}
+    r2 = {row["layer"]: row for row in from_tensor(kept.pop("rows"))}
     fits = [{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits]
     return replace(ready, parameters={**ready.parameters, **kept}, fits=fits)
 

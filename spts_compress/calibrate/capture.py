@@ -42,7 +42,7 @@ def feed_forward(
         key = f"{key}-{ranks.rank}of{ranks.size}"
     own = ranks.shard(sequences)
     first, states = _resumed(model, own, min(layers), store, key, ranks)
-    arguments = _layer_arguments(model, {len(s) for s in own})
+    arguments = {size: layer_arguments(model, size) for size in {len(s) for s in own}}
     captured: tuple[int, torch.Tensor, torch.Tensor] | None = None
     last, stored = max(layers), first
     for number in tqdm(range(first, last + 1), desc="calibrating", unit="layer", initial=first, total=last + 1):
@@ -83,16 +83,14 @@ def _resumed(
     return 0, torch.cat([model.model.embed_tokens(s.to(model.device)[None])[0] for s in sequences])
 
 
-def _layer_arguments(model: Any, sizes: set[int]) -> dict[int, list[dict[str, Any]]]:
-    """What each layer is called with beside the states, for sequences of each of `sizes` tokens."""
-    kinds, arguments = layer_kinds(model.config), {}
-    for size in sizes:
-        shape = torch.empty(1, size, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        positions = torch.arange(size, device=model.device)[None]
-        rotary = position_tables(model.model.rotary_emb, model.config, shape, positions)
-        masks = {kind: MASKS[kind](model.config, shape, None, None) for kind in set(kinds)}
-        arguments[size] = [{"attention_mask": masks[k], "position_embeddings": rotary[k]} for k in kinds]
-    return arguments
+def layer_arguments(model: Any, size: int) -> list[dict[str, Any]]:
+    """What each stock layer is called with beside the states (B, `size`, D) of sequences of `size` tokens."""
+    kinds = layer_kinds(model.config)
+    shape = torch.empty(1, size, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    positions = torch.arange(size, device=model.device)[None]
+    rotary = position_tables(model.model.rotary_emb, model.config, shape, positions)
+    masks = {kind: MASKS[kind](model.config, shape, None, None) for kind in set(kinds)}
+    return [{"attention_mask": masks[k], "position_embeddings": rotary[k]} for k in kinds]
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The proxies of all skipping layers: captured, fitted and kept, a layer at a time."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..modeling.stock_layer import Norms
 from ..recipe import ProxySection
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
-from ..utils.store import Store, fingerprint
+from ..utils.store import Store, as_tensor, fingerprint, from_tensor
 from . import metrics
 from .ltp import FeedForward, Tokens
 from .size import choose
@@ -69,9 +68,8 @@ def fit_proxies(
         proxy, tried = choose(ffn, full[layer], tokens, check, section, shares[layer], relative)
         proxy.to(dtype)  # judged as it is exported
         judged = {f"judged.{name}": value for name, value in metrics.norms(proxy, ffn, judge).items()}
-        # one unit, so that no kill can part what was tried from what was chosen
-        choice = torch.tensor(list(json.dumps(tried).encode()), dtype=torch.uint8)
-        store.put_tensors(f"proxy-{layer}", keys[layer], {**proxy.state_dict(), **judged, "choice": choice})
+        made = {**proxy.state_dict(), **judged, "choice": as_tensor(tried)}
+        store.put_tensors(f"proxy-{layer}", keys[layer], made)
     ranks.barrier()
     parameters: dict[str, torch.Tensor] = {}
     fits, sizes = [], []
@@ -79,7 +77,7 @@ def fit_proxies(
         unit = store.tensors(f"proxy-{layer}", keys[layer])
         if unit is None:
             raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
-        tried = json.loads(bytes(unit.pop("choice").tolist()))
+        tried = from_tensor(unit.pop("choice"))
         judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
         fits.append(
             {"layer": layer, "share": shares[layer], **metrics.fidelity(judged, shares[layer], relative), **tried}

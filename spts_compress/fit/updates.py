@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibrate.capture import layer_arguments
 from ..modeling.configuration_spts import Schedule
 from ..modeling.layer_plan import LayerPlan
 from ..modeling.selection import gather_tokens
-from ..modeling.stock_layer import MASKS, layer_kinds, position_tables
 from ..modeling.update import UPDATES, LowRankUpdate
 from ..utils.errors import UserError
 
@@ -109,19 +109,15 @@ class LayerFit:
 
 
 class DenseStates:
-    """The dense model beside the skipping one, a layer at a time: states (B, n, D) of the prompts `ids` (B, n)."""
+    """The dense model beside the skipping one, a layer at a time: states (B, n, D) of prompts of n tokens."""
 
-    def __init__(self, decoder: Any, ids: torch.Tensor):
-        self.config, like = decoder.config, decoder.embed_tokens(ids[:1])
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        self.rotary = position_tables(decoder.rotary_emb, self.config, like, positions)
-        self.masks = {kind: MASKS[kind](self.config, like, None, None) for kind in set(layer_kinds(self.config))}
+    def __init__(self, model: Any, length: int):
+        self.arguments = layer_arguments(model, length)
         self.states: torch.Tensor | None = None
 
     def run(self, number: int, layer: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States after a layer's attention and after the layer; `states` go into the first one."""
-        kind, middle = layer_kinds(self.config)[number], list[torch.Tensor]()
-        options = {"attention_mask": self.masks[kind], "position_embeddings": self.rotary[kind]}
+        options, middle = self.arguments[number], list[torch.Tensor]()
         place = getattr(layer, layer.norms.before_feed_forward or "mlp")
         handle = place.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0]))
         try:
@@ -196,7 +192,7 @@ def fit_updates(
     prompts = prompts_of(fit, length)
     ids = torch.cat([prompts, prompts_of(held_out, length)]).to(model.device)
     start, layers = model.config.schedule().start, model.model.layers
-    dense, fitted = DenseStates(model.model, ids), {}
+    dense, fitted = DenseStates(model, length), {}
     with ExitStack() as stack:
         for number in range(start, len(layers)):
             fitted[number] = own = LayerFit(len(prompts))

@@ -124,6 +124,16 @@ def _locked(path: Path, use: str) -> IO[str]:
             raise UserError(f"{path.parent}: can't be written to: {error.strerror}") from None
 
 
+def as_tensor(data: Any) -> torch.Tensor:
+    """Plain data as a tensor of bytes, to lie in one unit with tensors, so that no kill can part them."""
+    return torch.tensor(list(json.dumps(data).encode()), dtype=torch.uint8)
+
+
+def from_tensor(tensor: torch.Tensor) -> Any:
+    """What `as_tensor` was given."""
+    return json.loads(bytes(tensor.tolist()))
+
+
 class Store:
     """Finished units in one folder. A unit is named, and found again only under the same fingerprint."""
 
