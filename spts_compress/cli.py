@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from . import __version__
 from .utils.errors import UserError
+from .utils.launch import world_size
 from .utils.paths import expand
 
 
@@ -203,7 +204,7 @@ def sweep(
     device: str,
 ) -> None:
     """Study how size, rho, calibration and objective change the proxies' fidelity."""
-    from .evaluate.suites import require_outside
+    from .checkpoint.outputs import refuse_in_text
     from .recipe import find, load, load_study
 
     _single_process()
@@ -213,7 +214,7 @@ def sweep(
         ("calibration.path", recipe.calibration.path),
         *(("--text", path) for path in sources.values()),
     ):
-        require_outside(output, text, option)
+        refuse_in_text(output, text, option)
     _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
     own, numbers = _device(device), _numbers("--layers", layers) if layers is not None else None
     result = study.run(recipe, numbers, sources, output / "work", own, vary)
@@ -231,13 +232,14 @@ def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
 ) -> None:
     """Scores of the dense and the skipping model on the same prompts. A stopped run goes on."""
+    from .checkpoint.outputs import refuse_in_text
     from .evaluate import suites as work
 
     device, dtype = options.pop("device"), options.pop("dtype")
     if suites:
         options["suites"] = suites
     config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
-    work.require_outside(output, config.haystack)
+    refuse_in_text(output, config.haystack)
     _claim(output, work.RESULTS if rescore else work.FILES, folder)
     if warning := work.stale(folder):
         click.echo(f"warning: {warning}", err=True)
@@ -268,6 +270,7 @@ def evaluate(
 @_with(*PROMPTS)
 def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path, **options: Any) -> None:
     """The method's parts one after another: time, KV cache and scores."""
+    from .checkpoint.outputs import refuse_in_text
     from .evaluate import ablate as work
     from .evaluate import suites as evaluation
 
@@ -276,7 +279,7 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
     config = evaluation.EvalConfig(suites=suites, lengths=(length,), **options).checked()
-    evaluation.require_outside(output, config.haystack)
+    refuse_in_text(output, config.haystack)
     _claim(output, work.FILES, folder)
     numbers = tuple(_numbers("--new-tokens", new_tokens))
     model, tokenizer, keys = evaluation.load(folder, device, dtype, length, "--length")
@@ -368,12 +371,12 @@ def _claim(output: Path, names: tuple[str, ...], checkpoint: Path | None = None)
 
 def _is_first() -> bool:
     """Whether this is the first of several processes, or the only one, whose RANK would mean nothing."""
-    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or int(os.environ.get("RANK") or 0) == 0
+    return world_size() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def _single_process() -> None:
     """Raises UserError if this is one of several processes, which would disturb each other's times."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if world_size() > 1:
         name = click.get_current_context().info_name
         raise UserError(
             f"{name} is for one process: start it without torchrun or accelerate launch (WORLD_SIZE is set)"

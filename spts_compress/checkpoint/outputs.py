@@ -19,14 +19,25 @@ def refuse_inside(output: Path, checkpoint: Path) -> None:
         raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
 
 
+def refuse_in_text(output: Path, text: str | Path | None, option: str = "--haystack") -> None:
+    """Raises UserError if `output` is in the folder of text that an option names, and would become part of it."""
+    if text and _is_in_text(_place(output), Path(text)):
+        raise UserError(f"--output {output} is inside {option} {text}, whose text it would become; give another")
+
+
+def _is_in_text(place: Path, text: Path) -> bool:
+    """Whether a place is in a folder of text, all files of which are read."""
+    return text.is_dir() and place.is_relative_to(text.resolve())
+
+
 def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iterable[Path]) -> None:
     """Raises UserError if the checkpoint `output` or the folder for finished work would lie in a folder of text, which
     the next run would read it as; in another checkpoint, which would no longer be whole; or `work` in the base."""
     own, root = _place(output), _place(work)
     made = (("--output", output, own), ("--work", work, root))
-    for text in (text for text in texts if text.is_dir()):
+    for text in texts:
         for option, path, place in made:
-            if place.is_relative_to(text.resolve()):
+            if _is_in_text(place, text):
                 raise UserError(
                     f"{option} {path} is in {text}, all files of which are read as text, so the next run would read "
                     "this one's as well; give one outside"

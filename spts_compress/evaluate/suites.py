@@ -109,12 +109,6 @@ def require_context(config: Any, tokens: int, what: str) -> None:
         raise UserError(f"{what}: {tokens} tokens are more than the context of {context}")
 
 
-def require_outside(output: Path, text: str | Path | None, option: str = "--haystack") -> None:
-    """Raises UserError if `output` is in the folder of text that an option names, and would become part of it."""
-    if text and Path(text).is_dir() and output.resolve().is_relative_to(Path(text).resolve()):
-        raise UserError(f"--output {output} is inside {option} {text}, whose text it would become; give another")
-
-
 def folder_keys(folder: Path) -> dict[str, str]:
     """For dense and skipping answers, what of the checkpoint they depend on. Reads all of the weights."""
     weights = {path.name: file_hash(path) for path in folder.glob("*.safetensors")}
@@ -340,11 +334,16 @@ def card_text(folder: Path) -> str:
     return text
 
 
+def _is_of(key: str, setting: dict[str, Any]) -> bool:
+    """Whether an evaluation's answers are those of the checkpoint with a `folder_key`."""
+    return setting["keys"]["spts"] == fingerprint(key, setting["how"])
+
+
 def differences(folder: Path, setting: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Warnings if an evaluation's answers are another checkpoint's, or were asked for with other values than `asked`,
     options by name."""
     warnings = []
-    if setting["keys"]["spts"] != fingerprint(folder_key(folder), setting["how"]):
+    if not _is_of(folder_key(folder), setting):
         warnings.append(f"these answers are another checkpoint's than that in {folder}")
     known = {**setting["request"], "dtype": setting["how"][0].removeprefix("torch.")}
     for name, value in json.loads(json.dumps(asked)).items():
@@ -360,7 +359,7 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
         UserError: if answers are missing, or are another checkpoint's, or the card can't be added to.
     """
     key, setting = folder_key(folder), result["setting"]
-    if setting["keys"]["spts"] != fingerprint(key, setting["how"]):
+    if not _is_of(key, setting):
         raise UserError(f"{folder}: these answers are another checkpoint's; run evaluate without --rescore")
     if result["missing"]:
         raise UserError(f"{folder}: {result['missing']} answers are missing; run evaluate without --rescore")

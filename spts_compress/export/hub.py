@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..checkpoint.layout import FREE, MANIFEST, NOTES, all_files, matches, read_json
-from ..utils.errors import UserError, some
+from ..utils.errors import UserError, reason, some
 from ..utils.tables import size
 from .verify import require
 
@@ -118,5 +118,4 @@ def _faults_named(repo_id: str) -> Iterator[None]:
     except Exception as error:  # transport errors have no common type across versions of the client
         first = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
         status = first.response.status_code if isinstance(first, HfHubHTTPError) and first.response is not None else 0
-        reason = HINTS.get(status) or (str(first) or type(first).__name__).splitlines()[0]
-        raise UserError(f"{repo_id}: not uploaded: {reason}") from error
+        raise UserError(f"{repo_id}: not uploaded: {HINTS.get(status) or reason(first)}") from error

@@ -1,12 +1,11 @@
 """What a search came to, as tables and a picture."""
 
-import importlib.util
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_spts import Schedule
+from ..utils import tables
 from ..utils.store import writing
 from ..utils.tables import table
 
@@ -67,11 +66,8 @@ def as_text(search: dict[str, Any]) -> str:
 
 def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`."""
-    (folder / "search.png").unlink(missing_ok=True)  # an earlier search's
-    for name, text in (("search.json", json.dumps(search, indent=1)), ("search.md", as_text(search))):
-        with writing(folder / name) as partial:
-            partial.write_text(text + "\n")
-    if search["points"] and importlib.util.find_spec("matplotlib"):
+    tables.save(search, as_text(search), folder, "search")
+    if search["points"] and tables.has_matplotlib():
         with writing(folder / "search.png") as partial:
             picture(search, num_layers).savefig(partial, format="png", dpi=110)
 

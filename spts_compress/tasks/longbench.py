@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, reason
 from .example import Example, chat, token_count
 
 SCORER = {
@@ -70,7 +70,7 @@ class LongBench:
             try:
                 yield from load_dataset(self.source, task, split="test", streaming=True)
             except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{self.source}: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{self.source}: {reason(error)}") from None
             return
         path = self.folder / f"{task}.jsonl"
         with path.open(encoding="utf-8") as stream:

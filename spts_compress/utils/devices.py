@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .errors import UserError
+from .errors import UserError, reason
 
 
 def choose(name: str) -> str:
@@ -26,8 +26,7 @@ def choose(name: str) -> str:
         if torch.zeros(1, device=name).is_meta:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--device {name}: not usable here: {reason}; take auto, cpu, cuda, or cuda:1") from None
+        raise UserError(f"--device {name}: not usable here: {reason(error)}; take auto, cpu, cuda, or cuda:1") from None
     return name
 
 

@@ -1,6 +1,5 @@
 """One run spread over several processes, as `torchrun` or `accelerate launch` start them; or a single one."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from .launch import world_size
 
 T = TypeVar("T")
 ABSENT = object()
@@ -77,7 +78,7 @@ def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     """The processes that this one was started with."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if world_size() == 1:
         yield SINGLE_PROCESS
         return
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # whoever started us ends us all if one fails

@@ -14,7 +14,7 @@ def unknown_key(path: str, known: list[str]) -> str:
     return f"{path} is unknown{f' (did you mean {near[0]}?)' if near else ''}; known here: {', '.join(known)}"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What another library's exception says, in one line."""
     if isinstance(error, KeyError):
         return f"no {error}"
