@@ -1,6 +1,7 @@
 """Tasks, scorers and runs of the evaluation."""
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -11,7 +12,7 @@ from helpers import PROSE, run
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TEXT, tiny_model, tiny_tokenizer
+from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from spts_compress.evaluate.suites import stale
@@ -474,3 +475,27 @@ def test_text_too_short_to_follow_a_prompt_has_no_perplexity():
     ways = runner.ways_of(tiny_model(vocab_size=300).eval())
     assert agreement.following_loss(ways, TOKENIZER, "A short text.", 400) is None
     assert set(agreement.following_loss(ways, TOKENIZER, TEXT * 20, 400)) == {"dense", "spts"}
+
+
+def test_text_after_a_prompt_that_is_not_skipped_has_no_perplexity():
+    ways = runner.ways_of(tiny_model(schedule={**SCHEDULE, "min_length": 100}, vocab_size=300).eval())
+    lengths = (200, 227, 228)  # of which 128 tokens follow
+    assert [bool(agreement.following_loss(ways, TOKENIZER, TEXT * 20, n)) for n in lengths] == [False, False, True]
+
+
+def test_perplexity_is_of_the_haystack_that_is_asked_for(checkpoint, tmp_path, monkeypatch):
+    """Haystacks that differ where no prompt is, so that other text follows the same prompts."""
+    followed, whole = [], {"kl": 0.0, "top1": 1.0, "repeats": {"dense": False, "spts": False}}
+
+    def measure(ways, tokenizer, example, following):
+        followed.append(following)
+        return {**whole, "loss": {"dense": float(following.count("long")), "spts": 0.0}}
+
+    monkeypatch.setattr(agreement, "measure", measure)
+    sentences, found = PROSE.split(". "), []
+    for middle in (sentences[75], sentences[75] + " for a long long while"):
+        (tmp_path / "hay.txt").write_text(". ".join([*sentences[:75], middle, *sentences[76:]]))
+        options = ["--suite", "fidelity", "--lengths", 512, "--items", 2, "--haystack", tmp_path / "hay.txt"]
+        run("evaluate", checkpoint, *options, "--output", tmp_path / "out")
+        found.append(json.loads((tmp_path / "out/evaluation.json").read_text())["fidelity"][0]["perplexity"]["dense"])
+    assert found == [1.0, pytest.approx(math.exp(2))] and len(set(followed)) == 4

@@ -155,9 +155,9 @@ def computed_how(model: Any) -> list[str]:
     return [str(model.dtype), model.device.type, model.config._attn_implementation, environment()]
 
 
-def free_key(spts_key: str, example: Example) -> str:
-    """Where the measures of a free answer are kept."""
-    return fingerprint("fidelity", spts_key, example.text, FREE_TOKENS)
+def free_key(spts_key: str, example: Example, following: str | None) -> str:
+    """Where the measures of a free answer, see `agreement.measure`, are kept."""
+    return fingerprint("fidelity", spts_key, example.text, FREE_TOKENS, following)
 
 
 def collect(
@@ -188,8 +188,13 @@ def collect(
     if "fidelity" in config.suites:
         haystack = config.text()
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
+
+    def following(example: Example) -> str | None:
+        begin = example.index * len(text) // config.items
+        return text[begin:] + text[:begin] if example.task == agreement.TASK else None
+
     wanted = {mode: [answer_key(key, example) for example in examples] for mode, key in keys.items()}
-    wanted["fidelity"] = [free_key(keys["spts"], example) for example in free]
+    wanted["fidelity"] = [free_key(keys["spts"], example, following(example)) for example in free]
     rows = {
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
@@ -203,9 +208,7 @@ def collect(
     shard = ranks.shard(list(zip(free, wanted["fidelity"], strict=True)))
     for example, key in tqdm(shard, desc="fidelity", unit="prompt", disable=not free):
         if key not in done.rows:
-            begin = example.index * len(text) // config.items
-            following = text[begin:] + text[:begin] if example.task == agreement.TASK else None
-            measures = agreement.measure(ways, tokenizer, example, following)
+            measures = agreement.measure(ways, tokenizer, example, following(example))
             done.add({"key": key, "mode": "fidelity", **example.to_row(), **measures})
     require_unchanged(folder, folder_keys)
     ranks.barrier()

@@ -75,10 +75,10 @@ def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answ
 
 
 def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float] | None:
-    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if there
-    are none before them."""
+    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if SPTS
+    skips none of these."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length].to(ways["dense"][0].device)
-    if ids.shape[1] <= FOLLOWING:
+    if not ways["spts"][0].config.schedule().skips(ids.shape[1] - FOLLOWING):
         return None
     target = ids[0, -FOLLOWING:, None]
     return {
@@ -91,8 +91,7 @@ def measure(ways: Mapping[str, Way], tokenizer: Any, example: Example, following
     """All measures of one prompt that asks for a free answer.
 
     Args:
-        following: text of which a prompt as long as the example's is made for `following_loss`; None if that is not
-            wanted. The `loss` is None then, and where the text is too short.
+        following: text that `following_loss` reads as far as the example's prompt is long; None if that is not wanted.
     """
     tokens = {name: free_answer(way, tokenizer, example) for name, way in ways.items()}
     return {
