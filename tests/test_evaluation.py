@@ -16,10 +16,14 @@ from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from spts_compress.evaluate.suites import stale
+from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, token_count
 from spts_compress.tasks.scorers import score
+from spts_compress.timing import pairs
+from spts_compress.timing.pairs import GREEDY
 from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 TOKENIZER = tiny_tokenizer()
 
@@ -256,6 +260,49 @@ def test_batches_answer_as_single_prompts_do(tmp_path):
         )
     answers = [{(row["mode"], row["index"]): row["answer"] for row in rows} for rows in found]
     assert len(answers[0]) == 6 and answers[0] == answers[1]
+
+
+def test_what_pads_the_shorter_answers_of_a_batch_is_no_part_of_them():
+    tokenizer, model = tiny_tokenizer(), tiny_model(vocab_size=300).eval()
+    tokenizer.pad_token = model.generation_config.pad_token_id = None  # then the first end pads
+    items = [item_of(TEXT[: 40 + 20 * i], i, tokens=8) for i in range(3)]
+    inputs = runner.encode(tokenizer, [items[0].text], model.device)
+    second = int(model.generate(**inputs, **GREEDY, max_new_tokens=8).sequences[0, inputs["input_ids"].shape[1] + 1])
+    model.generation_config.eos_token_id = [second, 2]  # an ordinary token, which decodes to something
+    alone = [answer for item in items for answer in runner.answers(model, tokenizer, [item])]
+    assert runner.answers(model, tokenizer, items) == alone and len(alone[0]) < len(alone[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"max_time": 1e-9},
+        {"stop_strings": [" ", "a", "o"]},
+        {"token_healing": True},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"dola_layers": "high"},
+        {"use_mtp": True},
+        {"force_words_ids": [[5]]},
+        {"do_sample": True, "temperature": 9.0, "num_return_sequences": 2},
+    ],
+)
+def test_what_is_measured_is_greedy_whatever_the_checkpoint_prefers(settings, tmp_path):
+    model, item = tiny_model(vocab_size=300).eval(), item_of(TEXT[:60])
+    stock, ids = pairs.stock_twin(model), torch.arange(3, 43)[None]
+
+    def found(name):
+        kept = dense_reference.answer(stock, TOKENIZER, item, [0], Store(tmp_path), name)
+        free = agreement.free_answer((model, {}), TOKENIZER, item)
+        times = pairs.seconds(model, ids, (1, 3))
+        return runner.answers(model, TOKENIZER, [item]), free, kept.answer.tolist(), [*times]
+
+    plain = found("plain")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)  # which the twin shares
+    assert found("own") == plain
 
 
 @pytest.mark.parametrize("spts", [False, None])

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from ..timing.pairs import Way
+from ..timing.pairs import GREEDY, Way
 from .example import Example, ask_about, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
 TASK = "free_answer"
-GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": False}  # whatever the generation config says
 REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
 FOLLOWING = 128  # tokens of following text that are predicted
 
@@ -62,7 +61,7 @@ def free_answer(way: Way, tokenizer: Any, example: Example) -> list[int]:
     """The tokens of the greedy answer."""
     model, options = way
     inputs = encode(tokenizer, [example.text], model.device)
-    ids = model.generate(**inputs, **GREEDY, max_new_tokens=example.answer_tokens, **options)[0]
+    ids = model.generate(**inputs, **GREEDY, max_new_tokens=example.answer_tokens, **options).sequences[0]
     return ids[inputs["input_ids"].shape[1] :].tolist()
 
 
