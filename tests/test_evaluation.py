@@ -206,8 +206,46 @@ def test_faults_of_longbench_files_are_named(tmp_path):
         bench.examples("lcc", TOKENIZER, 400, 1)
     with (tmp_path / "qasper.jsonl").open("a") as stream:
         stream.write('\n{"input": "x"}\nnot json')
-    with pytest.raises(UserError, match=r"qasper\.jsonl:4: no context, answers, all_classes"):
+    with pytest.raises(UserError, match=r"qasper\.jsonl:4: no usable context, answers, all_classes"):
         bench.examples("qasper", TOKENIZER, 400, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": "fox"}, r"qasper\.jsonl:1: no usable answers; a LongBench line has .* answers \(a list of texts"),
+        ({"answers": []}, r"qasper\.jsonl:1: no usable answers"),
+        ({"answers": [1]}, r"qasper\.jsonl:1: no usable answers"),
+        ({"all_classes": "fox", "context": None}, r"qasper\.jsonl:1: no usable context, all_classes"),
+        ([], r"qasper\.jsonl:1: not a JSON object"),
+        ("dataset2prompt.json", r"dataset2prompt\.json: no text for qasper"),
+        ("dataset2maxlen.json", r"dataset2maxlen\.json: no number for qasper"),
+        ({"dataset2prompt.json": {"qasper": "{question}"}}, r"qasper can't be filled in: no 'question'"),
+        ({"dataset2maxlen.json": {"qasper": "8"}}, r"dataset2maxlen\.json: no number for qasper"),
+        ({"dataset2maxlen.json": [8]}, r"dataset2maxlen\.json: "),
+    ],
+)
+def test_what_is_not_in_longbenchs_format_is_named_by_file_and_line(change, message, tmp_path):
+    path = bench_folder(tmp_path) / "qasper.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    if isinstance(change, str):
+        change = {change: {"trec": json.loads((tmp_path / change).read_text())["trec"]}}
+    if files := {name: value for name, value in dict(change).items() if "." in name}:
+        for name, value in files.items():
+            (tmp_path / name).write_text(json.dumps(value))
+    else:
+        path.write_text(json.dumps({**line, **change} if change else change))
+    with pytest.raises(UserError, match=message):
+        longbench.LongBench(str(tmp_path)).examples("qasper", TOKENIZER, 400, 1)
+
+
+def test_a_passage_that_has_no_number_is_named(tmp_path):
+    bench_folder(tmp_path)
+    (tmp_path / "qasper.jsonl").rename(tmp_path / "passage_retrieval_en.jsonl")
+    for name in ("dataset2prompt.json", "dataset2maxlen.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("qasper", "passage_retrieval_en"))
+    with pytest.raises(UserError, match="an answer without a number; those of passage_retrieval_en are"):
+        longbench.LongBench(str(tmp_path)).examples("passage_retrieval_en", TOKENIZER, 400, 1)
 
 
 def test_recovery_and_its_interval():
