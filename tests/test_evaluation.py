@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from spts_compress.evaluate.suites import stale
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
-from spts_compress.tasks.example import Example, token_count
+from spts_compress.tasks.example import Example, fit_example, sentences, token_count
 from spts_compress.tasks.scorers import score
 from spts_compress.timing import pairs
 from spts_compress.timing.pairs import GREEDY
@@ -80,6 +80,42 @@ def test_needles_follow_the_published_definition(task):
             assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", o) for o in item.outputs)
         else:
             assert all(re.fullmatch(r"\d{7}", output) for output in item.outputs)
+
+
+OWLS = "第三只猫头鹰在老树上安静地睡觉，河水慢慢地流过村庄。孩子们都在听风的声音！谁知道明天会怎样？"  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        OWLS * 80,
+        re.sub(r"\W", "", OWLS) * 80,
+        "तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " * 61,
+        "the third owl sleeps in a warm and quiet old tree by the river " * 100,
+        f"{'A warm and quiet old tree, ' * 400}. Short ones are here as well, for a change. ",
+    ],
+)
+def test_prompts_hit_their_length_whatever_their_text_has_for_sentence_ends(text):
+    for task in ("free", "niah_single_2"):
+        if task == "free":
+            items = agreement.examples(TOKENIZER, text, 1024, 3, 64)
+            assert len({item.text for item in items}) > 1
+        else:
+            items = ruler.examples(task, TOKENIZER, text, 1024, 3, 0)
+        assert all(0.9 * (1024 - item.answer_tokens) <= item.tokens <= 1024 - item.answer_tokens for item in items)
+
+
+def test_sentences_end_where_their_script_ends_them():
+    quoted = "他很小声地对我们两个人说“猫头鹰都很好。”然后走了。"
+    assert sentences(quoted + OWLS) == [quoted, OWLS[:26], OWLS[26:37], OWLS[37:]]
+    parts = sentences("a long way " * 200 + "home. And a sentence after it.")
+    assert parts.pop() == "And a sentence after it." and max(map(len, parts)) <= 300
+    assert " ".join(parts) == "a long way " * 200 + "home."
+
+
+def test_a_prompt_far_below_its_length_is_an_error():
+    with pytest.raises(UserError, match=r"x: a prompt for 1000 tokens comes out \d+ too short of this text"):
+        fit_example("x", 0, TOKENIZER, lambda count, rest: "word " * 300 * count, 1000, 10)
 
 
 def test_depths_spread_and_are_where_they_say():
