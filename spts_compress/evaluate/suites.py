@@ -1,6 +1,7 @@
 """Evaluating a checkpoint: suites of tasks, dense beside SPTS, with tables, pictures and a certificate."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -334,6 +335,8 @@ def card_text(folder: Path) -> str:
         with_results(text, folder.resolve().name, [])
     except (ValueError, YAMLError) as error:
         raise UserError(f"{card}: no model card that can be added to; mend or remove it: {reason(error)}") from None
+    if re.findall("|".join(MARKS), text) not in ([], [*MARKS]):
+        raise UserError(f"{card}: {' and '.join(MARKS)} must be there once each, in this order, or not at all")
     return text
 
 
@@ -374,7 +377,7 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     with writing(folder / CERTIFICATE) as partial:
         partial.write_text(json.dumps(certificate, indent=1) + "\n")
     begin, end = MARKS
-    if begin in text and end in text:
+    if begin in text:
         text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
     machine = setting["hardware"]
     haystack = "a folder of the user's" if request["haystack"] else "the Python language reference"
