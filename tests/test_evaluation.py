@@ -529,6 +529,17 @@ def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path
     assert "warning" not in same and "| 4 (4 not skipped) |" in same
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "processes"), [("evaluate", "answers.1.jsonl", 2), ("ablate", "ablation.png", 1)]
+)
+def test_a_users_file_of_a_results_name_stays(command, name, processes, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    (tmp_path / name).write_text("theirs")
+    shown = run(command, checkpoint, "--output", tmp_path, code=2)
+    assert f"{tmp_path / name} exists and was not made by this toolkit" in shown
+    assert (tmp_path / name).read_text() == "theirs"
+
+
 def test_equal_prompts_of_a_batch_have_a_row_each(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["x"] * len(batch))
     ways, keys = {"dense": (None, {}), "spts": (None, {})}, {"dense": "d", "spts": "s"}

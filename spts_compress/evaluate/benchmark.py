@@ -24,7 +24,7 @@ from ..utils.tables import COLOURS, LABELS, PALETTE, plot_interval
 from .columns import bench_tables
 from .suites import load
 
-FILES = ("bench.json", "bench.md", "bench.png")  # in the output
+FILES = tables.files("bench")  # in the output
 
 
 def run(

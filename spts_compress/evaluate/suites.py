@@ -20,7 +20,7 @@ from ..checkpoint.layout import CARD, CERTIFICATE, read_json
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Example, sentences
-from ..tasks.runner import MODES, Answers, answer_key, run, ways_of
+from ..tasks.runner import MODES, Answers, answer_key, own_file, run, ways_of
 from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.distributed import SINGLE_PROCESS, Ranks
@@ -30,8 +30,7 @@ from ..utils.tables import COLOURS, LABELS, plot_interval
 from .columns import score_tables
 from .inspect import read_config
 
-RESULTS = ("evaluation.json", "evaluation.md", "evaluation.png")  # in the output
-FILES = ("answers.jsonl", "setting.json", *RESULTS)
+RESULTS = tables.files("evaluation")  # in the output
 SUITES = ("ruler", "longbench", "diversity", "fidelity")
 MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
 FREE_TOKENS = 64
@@ -71,6 +70,11 @@ class EvalConfig:
     def text(self) -> str:
         """The haystack."""
         return "\n\n".join(data.from_files(Path(self.haystack)) if self.haystack else data.python_docs())
+
+
+def files(processes: int) -> tuple[str, ...]:
+    """What an evaluation by so many processes makes in its output."""
+    return (*(own_file(Path("answers.jsonl"), rank).name for rank in range(processes)), "setting.json", *RESULTS)
 
 
 def _longbench_examples(config: EvalConfig, tokenizer: Any, length: int) -> Iterator[Example]:

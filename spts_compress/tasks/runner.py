@@ -19,6 +19,11 @@ MODES = ("dense", "spts")
 BEGIN = b'{"key": "'  # of every line
 
 
+def own_file(path: Path, rank: int) -> Path:
+    """Where the process `rank` of several adds to the `Answers` in `path`."""
+    return path.with_suffix(f".{rank}{path.suffix}") if rank else path
+
+
 class Answers:
     """Answers in a file of JSON lines, found again by what they depend on. A line that a kill cut short is dropped.
     Each of several processes adds to a file of its own and has read those of all.
@@ -28,7 +33,7 @@ class Answers:
     """
 
     def __init__(self, path: Path, rank: int = 0):
-        self.path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+        self.path = own_file(path, rank)
         self.rows: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if p.suffixes[-2][1:].isdigit()]
