@@ -313,7 +313,8 @@ def bench(
     try:
         result = benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("bench.json has the rows that are finished, and the same command starts anew") from None
+        kept = "bench.json has the rows that are finished, or else the earlier run's; the same command starts anew"
+        raise KeyboardInterrupt(kept) from None
     click.echo(benchmark.save(result, output))
 
 
