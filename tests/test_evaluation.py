@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from spts_compress.evaluate import suites
 from spts_compress.evaluate.suites import stale
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
@@ -538,6 +539,23 @@ def test_a_users_file_of_a_results_name_stays(command, name, processes, checkpoi
     shown = run(command, checkpoint, "--output", tmp_path, code=2)
     assert f"{tmp_path / name} exists and was not made by this toolkit" in shown
     assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_a_result_names_the_machines_and_batches_its_answers_are_from(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["1"] * len(batch))
+    options = ["--suite", "diversity", "--task", "counting", "--lengths", 800, "--items", 2, "--output", tmp_path]
+    options += ["--haystack", checkpoint.parent / "prose.txt"]
+
+    def made(device, batch):
+        monkeypatch.setattr(suites, "hardware", lambda _: {"device": device, "torch": "2", "transformers": "5"})
+        run("evaluate", checkpoint, *options, "--batch", batch)
+        setting = json.loads((tmp_path / "evaluation.json").read_text())["setting"]
+        assert "hardware" not in setting and "batch" not in setting["request"]
+        return [(one["hardware"]["device"], one["batch"]) for one in setting["made"]]
+
+    assert made("a CPU", 2) == made("another", 1) == [("a CPU", 2)]  # nothing was answered again
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "answers.jsonl").read_text().split("\n", 1)[1])
+    assert sorted(made("another", 1)) == [("a CPU", 2), ("another", 1)]
 
 
 def test_equal_prompts_of_a_batch_have_a_row_each(tmp_path, monkeypatch):

@@ -186,8 +186,8 @@ def collect(
     Raises:
         UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile.
     """
-    done = Answers(output / "answers.jsonl", ranks.rank)
-    how = computed_how(model)
+    machine, how = hardware(str(model.device)), computed_how(model)
+    done = Answers(output / "answers.jsonl", ranks.rank, {"hardware": machine, "batch": config.batch})
     keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
     if "fidelity" in config.suites:
@@ -204,7 +204,7 @@ def collect(
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
     }
-    setting = {"keys": keys, "request": asdict(config), "hardware": hardware(str(model.device)), "how": how}
+    setting = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -220,7 +220,8 @@ def collect(
 
 
 def summarise(output: Path) -> dict[str, Any]:
-    """Score the answers kept in `output`; no model is run and no prompt is made.
+    """Score the answers kept in `output`; no model is run and no prompt is made. The setting's `made` lists how the
+    answers came to be: on which hardware, in batches of how many prompts.
 
     Raises:
         UserError: if there are none.
@@ -239,6 +240,9 @@ def summarise(output: Path) -> dict[str, Any]:
         ]
         for mode, keys in wanted.items()
     }
+    last = {"hardware": setting.pop("hardware"), "batch": setting["request"].pop("batch")}
+    made = [row.get("made", last) for some in rows.values() for row in some] or [last]
+    setting["made"] = [one for index, one in enumerate(made) if one not in made[:index]]
     scored = recovery.score_rows([{**row, "mode": mode} for mode in MODES for row in rows[mode]])
     free: dict[tuple[int, str], list[dict]] = {
         (length, source): [] for length in setting["request"]["lengths"] for source in (HAYSTACK, LONGBENCH)
@@ -383,7 +387,8 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     begin, end = MARKS
     if begin in text:
         text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
-    machine = setting["hardware"]
+    machines = [made["hardware"] for made in setting["made"]]
+    devices = ", ".join(dict.fromkeys(machine["device"] for machine in machines))
     haystack = "a folder of the user's" if request["haystack"] else "the Python language reference"
     measured = {row["task"] for row in result["tasks"]}
     missing = [task for task in (*ruler.TASKS, *longbench.TASKS, *synthetic.TASKS) if task not in measured]
@@ -391,7 +396,7 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
 ## Evaluation
 
 Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: {haystack}; seed {request["seed"]};
-{machine["device"]}, torch {machine["torch"]}, transformers {machine["transformers"]}, {setting["how"][0]}.
+{devices}, torch {machines[0]["torch"]}, transformers {machines[0]["transformers"]}, {setting["how"][0]}.
 
 {as_tables(result)}
 

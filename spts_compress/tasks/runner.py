@@ -28,12 +28,15 @@ class Answers:
     """Answers in a file of JSON lines, found again by what they depend on. A line that a kill cut short is dropped.
     Each of several processes adds to a file of its own and has read those of all.
 
+    Args:
+        made: what is noted beside every answer of how it came to be.
+
     Raises:
         UserError: if the file holds anything else.
     """
 
-    def __init__(self, path: Path, rank: int = 0):
-        self.path = own_file(path, rank)
+    def __init__(self, path: Path, rank: int = 0, made: dict[str, Any] | None = None):
+        self.path, self.made = own_file(path, rank), {"made": made} if made else {}
         self.rows: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if p.suffixes[-2][1:].isdigit()]
@@ -59,6 +62,7 @@ class Answers:
                 stream.write(b"\n")
 
     def add(self, row: dict) -> None:
+        row = {**row, **self.made}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             stream.flush()
