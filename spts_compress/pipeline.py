@@ -116,7 +116,7 @@ def run(
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
         gc.collect()
         _export(ready, staging, stage, log)
-        measured = _measure(ready, staging, device, store)
+        measured = _measure(ready, staging, device, Store(root))  # the base is no longer needed
         for fit in ready.fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
@@ -310,13 +310,14 @@ def _with_updates(ready: Prepared, store: Store) -> Prepared:
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
-    text = [part.tolist() for part in (*ready.sequences.fit, *ready.sequences.held_out)]
+    parts, longest = (ready.sequences.fit, ready.sequences.held_out), max(ready.recipe.report.lengths)
+    text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, text, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    key = fingerprint(*what, text, longest, ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors("updates", key)
     if kept is None:
-        model, longest = ready.skipping(), max(ready.recipe.report.lengths)
-        rows = fit_updates(model, ready.sequences.fit, ready.sequences.held_out, longest)
+        model = ready.skipping()
+        rows = fit_updates(model, *parts, longest)
         kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
         kept["rows"] = as_tensor(rows)
         store.put_tensors("updates", key, kept)

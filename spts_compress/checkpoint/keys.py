@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..utils.errors import UserError
 from ..utils.store import file_hash, fingerprint
 from .layout import CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
 
@@ -30,12 +32,37 @@ def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool 
         weights = {p.name: file_hash(p) for p in folder.glob("*.safetensors")}
     if dense:
         weights = {name: digest for name, digest in weights.items() if name != PROXIES}
-    others = {}
-    for name in model_files(folder):
-        path = folder / name
-        if path.is_file() and not matches(name, BESIDE_THE_POINT):
-            others[name] = _without_skipping(path) if dense and name in (CONFIG, INDEX) else file_hash(path)
+    others = {
+        name: _without_skipping(folder / name) if dense and name in (CONFIG, INDEX) else file_hash(folder / name)
+        for name in _others(folder)
+    }
     return fingerprint(weights, others)
+
+
+def _others(folder: Path) -> list[str]:
+    """Names of the files beside the weights that decide what the model in `folder` answers."""
+    return [n for n in model_files(folder) if (folder / n).is_file() and not matches(n, BESIDE_THE_POINT)]
+
+
+def watch(folder: Path, weights: Iterable[str]) -> Callable[[], None]:
+    """A cheap check that the model in `folder` is still the one it is now, of which each use raises UserError if not.
+
+    It goes by the files' times of change. Weights are pages of their files, so what is computed is the model's only if
+    this holds afterwards, and what is made is to be kept under the model's key only then.
+    """
+    weights = list(weights)
+
+    def stamps() -> dict[str, tuple[int, int]]:
+        stats = {name: (folder / name).stat() for name in {*weights, *_others(folder)} if (folder / name).exists()}
+        return {name: (stat.st_size, stat.st_ctime_ns) for name, stat in stats.items()}
+
+    before = stamps()
+
+    def check() -> None:
+        if stamps() != before:
+            raise UserError(f"{folder} was changed during the run, so nothing more of it is kept: start it again")
+
+    return check
 
 
 def _without_skipping(path: Path) -> dict[str, Any]:

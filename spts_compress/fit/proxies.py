@@ -52,10 +52,8 @@ def fit_proxies(
     shares = {layer: count.ffn_tokens / count.candidates_in for layer, count in counts.items()}
     full = {layer: schedule.proxy_of(layer) for layer in layers}
     options = section.model_dump(exclude={"channels", "rank"})
-    keys = {
-        layer: fingerprint(data_key, options, [full[layer].channels, full[layer].rank], layer, shares[layer], relative)
-        for layer in layers
-    }
+    own_key = fingerprint(data_key, sequences.sizes, options, relative)
+    keys = {n: fingerprint(own_key, [full[n].channels, full[n].rank], n, shares[n]) for n in layers}
     missing = ranks.broadcast([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
     fitted, held_out = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
     parts = [fitted, held_out // 2, held_out - held_out // 2]

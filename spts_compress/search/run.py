@@ -137,6 +137,7 @@ def run(
     costs = space.Costs(model.config, longest, proxies, heads, latencies)
     with tqdm(desc="searching", unit="evaluation") as bar:
         answers = Answers(store.path("search", key, ".jsonl"), ranks.rank)
+        answers.check = store.check
         evaluator = Evaluator(skipping, answers, key, bar, section.kinds, ranks)
         points = _front(section, costs, evaluator, tune, held_out, log)
     if points:
