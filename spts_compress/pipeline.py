@@ -27,7 +27,7 @@ from .evaluate import columns
 from .evaluate.report import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
-from .fit.proxies import fit_proxies
+from .fit.proxies import fit_proxies, judged
 from .fit.updates import blank, fit_updates
 from .modeling.configuration_spts import Proxy, Schedule
 from .recipe import Recipe, SearchSection
@@ -117,12 +117,13 @@ def run(
         gc.collect()
         _export(ready, staging, stage, log)
         measured = _measure(ready, staging, device, Store(root))  # the base is no longer needed
-        for fit in ready.fits:
+        fits = judged(ready.fits, ready.schedule, max(ready.recipe.report.lengths))
+        for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
-        report = {"proxies": ready.fits, "search": searched, "stages": stage.costs, **measured}
+        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        tables = columns.speed_table(report), columns.score_tables(report), columns.proxy_table(ready.fits)
+        tables = columns.speed_table(report), columns.score_tables(report), columns.proxy_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
         (staging / RECIPE).write_text(verbatim)
@@ -281,9 +282,8 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, ranks: 
     if ranks.is_main:
         search_report.save(searched, folder, layers)
     schedule = _chosen(searched, section, folder, layers)
-    fits = [fit for fit in ready.fits if fit["layer"] >= schedule.start]
     parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
-    return replace(ready, schedule=schedule, fits=fits, parameters=parameters)
+    return replace(ready, schedule=schedule, parameters=parameters)
 
 
 def _chosen(searched: dict[str, Any], section: SearchSection, folder: Path, num_layers: int) -> Schedule:

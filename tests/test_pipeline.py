@@ -337,6 +337,11 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     resolved = tmp_path / "again.yaml"  # the schedule that was found, without its search
     resolved.write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
     assert "skips from layer" in run("recipe", resolved, "--dry-run")
+    run("recipe", resolved, "--output", tmp_path / "again")
+    proxies = [json.loads((tmp_path / name / "spts_report.json").read_text())["proxies"] for name in ("out", "again")]
+    assert len(proxies[0]) == 5 - config["spts"]["start"]
+    names = "layer", "share", "input_norm"  # judged by the schedule that was found
+    assert [[fit[n] for n in names] for fit in proxies[0]] == [[fit[n] for n in names] for fit in proxies[1]]
 
     front = run(
         "recipe", path, "--force", "--set", "search.speedup=null", "--set", "search.speedups=[1.1, 1.15]", code=2
