@@ -78,7 +78,7 @@ def run(
     """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
 
     Args:
-        verbatim: the recipe as it was written.
+        verbatim: the recipe as it was written, below its `--set` edits as comments.
         work: folder for finished work, by default `output`.work; recipes that share one share what they can.
         ranks: the processes that share calibration, fitting and search; the leader exports and measures.
 
@@ -251,6 +251,8 @@ def prepare(
         tell_of_own_code(base.config, base.name, log)
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
+        if any(name.startswith("custom_generate/") for name in carried.names):
+            log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, log)
         haystack = _text(recipe.report.text) or sequences.unseen
