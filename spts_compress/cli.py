@@ -150,10 +150,12 @@ def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
 ) -> None:
     """Run a recipe: calibrate, fit, (search,) export, report. FILE.yaml is a path or the name of a shipped recipe."""
-    from .recipe import find, load
+    from .recipe import find, parse, read_text
 
     path = find(file)
-    read = load(path, edits)
+    text = read_text(path)
+    read = parse(text, path, edits)
+    verbatim = "".join(f"# --set {line}\n" for edit in edits for line in edit.splitlines()) + text
     from . import pipeline
     from .checkpoint.outputs import refuse_to_hold
     from .evaluate.columns import score_tables, speed_table
@@ -169,7 +171,7 @@ def recipe(
     refuse_to_hold(target, "an input of this run", path)
     with _spread(device) as (ranks, own):
         log = click.echo if ranks.is_main else lambda _: None
-        report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, log, ranks)
+        report = pipeline.run(read, verbatim, target, own, force, work, log, ranks)
     if report is not None:
         tables = f"{speed_table(report)}\n\n{score_tables(report)}"
         click.echo(f"\n{tables}\n\n{target} is ready; its README.md is the model card")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
+from spts_compress import pipeline
 from spts_compress.recipe import load as load_recipe
 from spts_compress.utils import store as store_module
 from spts_compress.utils.store import Store, file_hash, writing
@@ -292,10 +293,14 @@ def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
 def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corpus, tmp_path, monkeypatch):
     _, base, _, _ = built
     recipe, timed = recipe_for(base, corpus, tmp_path), []
+    text = recipe.read_text()
     monkeypatch.setattr(
         "spts_compress.pipeline.shortest_paying_length", lambda dense, spts: timed.append(type(spts)) or 128
     )
+    prepare = pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda *given: recipe.write_text(text + "# later\n") and prepare(*given))
     run("recipe", recipe, "--set", "export.break_even=true")
+    assert (tmp_path / "out/recipe.yaml").read_text() == "# --set export.break_even=true\n" + text
     run("recipe", recipe, "--set", "export.break_even=true", "--force")
     assert len(timed) == 1 and "spts" in timed[0].__module__  # kept, as all finished work
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
