@@ -25,7 +25,7 @@ from pydantic import (
 from . import schedule as schedules
 from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.spts_block import HEAD_REDUCTIONS
-from .utils.errors import UserError, unknown_key
+from .utils.errors import UserError, reason, unknown_key
 from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
@@ -422,7 +422,7 @@ def parse(text: str, path: Path, edits: tuple[str, ...] = ()) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or reason(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
     for edit in edits:
