@@ -234,6 +234,7 @@ def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
 ) -> None:
     """Scores of the dense and the skipping model on the same prompts. A stopped run goes on."""
+    from .checkpoint.keys import stale
     from .checkpoint.outputs import refuse_in_text
     from .evaluate import suites as work
 
@@ -243,7 +244,7 @@ def evaluate(
     config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
     refuse_in_text(output, config.haystack)
     _claim(output, work.RESULTS if rescore else work.FILES, folder)
-    if warning := work.stale(folder):
+    if warning := stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if certify:
         work.card_text(folder)  # which is added to in the end

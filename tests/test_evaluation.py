@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from spts_compress.evaluate.suites import stale
+from spts_compress.checkpoint.keys import stale
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, token_count
 from spts_compress.tasks.scorers import score

@@ -70,9 +70,10 @@ DECIDE = {  # what decides dense answers, too
     "words.tiktoken": more,
     "spiece.model": more,
     "merges.txt": more,
+    **dict.fromkeys(("rules.yaml", "rules.md", "words.bin", "words.jsonl", "words.csv"), more),
 }
 NOTHING = [
-    "README.md", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "spts_report.json", "spts_evaluation.json",
+    "README.md", "README_zh.md", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "spts_report.json", "spts_evaluation.json",
     "spts_files.json", "recipe.yaml", "search.png", ".gitattributes", "pytorch_model.bin", "model.gguf", "runs/log",
 ]  # fmt: skip
 

@@ -139,6 +139,8 @@ def test_a_checkpoint_is_verified_and_every_change_is_named(built, tmp_path):
     changed("config.json", edit(spts={"start": 9}), "config.json: spts.stages is missing")
     changed("model.safetensors.index.json", moved, "../elsewhere.safetensors points outside the folder")
     changed("spts_files.json", edit(sha256={"../x": "0"}), "../x points outside the folder")
+    other = lambda path: path.write_text('{"checkpoint": "another"}')  # noqa: E731
+    changed("spts_evaluation.json", other, "spts_evaluation.json: of another checkpoint")
     (folder / "README.md").write_text("another card")  # says nothing about what is loaded
     assert "is whole" in run("verify", folder)
     (folder / "config.json").write_text("{}")

@@ -13,11 +13,12 @@ import torch
 from .. import __version__
 from ..utils.errors import UserError
 from ..utils.store import file_hash, fingerprint
-from .layout import CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
+from .layout import ABOUT, CERTIFICATE, CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
 
+VOCABULARIES = ("*.bin", "*.jsonl", "*.csv", "*.md")  # seldom, but a tokenizer's class may name them
 # About the model, or another form of its weights; any other file of a folder may decide what is answered, since
 # vocabularies and code have names of any kind.
-BESIDE_THE_POINT = (*NOTES, *LEFT, "*.safetensors", "*.yaml", "*.yml", "README*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+BESIDE_THE_POINT = (*ABOUT, "*.safetensors", "pytorch_model*", *({*NOTES, *LEFT} - {*VOCABULARIES}))
 
 
 def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool = False) -> str:
@@ -37,6 +38,21 @@ def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool 
         for name in _others(folder)
     }
     return fingerprint(weights, others)
+
+
+def stale(folder: Path, weights: dict[str, str] | None = None) -> str | None:
+    """A warning if the checkpoint was changed since its certificate was written.
+
+    Args:
+        weights: see `folder_key`.
+
+    Raises:
+        UserError: if the certificate can't be read.
+    """
+    path = folder / CERTIFICATE
+    if not path.is_file() or read_json(path).get("checkpoint") == folder_key(folder, weights):
+        return None
+    return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"
 
 
 def _others(folder: Path) -> list[str]:

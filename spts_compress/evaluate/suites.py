@@ -15,7 +15,7 @@ from ..calibrate import data
 from ..calibrate.base_checks import setting_faults
 from ..checkpoint.families import context_of
 from ..checkpoint.keys import environment, folder_key, watch
-from ..checkpoint.layout import CARD, CERTIFICATE, read_json
+from ..checkpoint.layout import CARD, CERTIFICATE
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Example, sentences
@@ -389,15 +389,3 @@ Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolk
     text = with_results(f"{text.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
     with writing(folder / CARD) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def stale(folder: Path) -> str | None:
-    """A warning if the checkpoint was changed since its certificate was written.
-
-    Raises:
-        UserError: if the certificate can't be read.
-    """
-    path = folder / CERTIFICATE
-    if not path.is_file() or read_json(path).get("checkpoint") == folder_key(folder):
-        return None
-    return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"
