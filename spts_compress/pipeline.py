@@ -105,7 +105,7 @@ def run(
         if ready.prompts is not None:
             with stage("search"):
                 searched = _search(ready, ready.prompts, device, store, log, ranks)
-            ready = _take_found(ready, searched, search_folder, ranks)
+            ready = _take_found(ready, searched, search_folder, log, ranks)
         if not ranks.is_main:
             return None
         if ready.schedule.update:
@@ -278,31 +278,35 @@ def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log:
     return searching.run(ready.model, ready.skipping(), prompts, store, key, log, ranks)
 
 
-def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, ranks: Ranks) -> Prepared:
+def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Log, ranks: Ranks) -> Prepared:
     """Save what the search found, and take the schedule that meets its target, with the proxies of its layers."""
     layers, section = ready.base.config.num_hidden_layers, ready.recipe.search or SearchSection()
+    points, wanted = searched["points"], "search has no target"
+    if section.decides:
+        wanted = "no schedule meets the target" + (f" of quality {section.quality:g}" if section.quality else "")
+    if searched["chosen"] is None and points and section.on_failure == "export":
+        searched["chosen"] = number = max(range(len(points)), key=lambda i: points[i]["quality"])
+        searched["missed"] = f"{wanted}; by search.on_failure the nearest is exported: {points[number]['quality']:.3f}"
+        log(searched["missed"])
     if ranks.is_main:
         search_report.save(searched, folder, layers)
-    schedule = _chosen(searched, section, folder, layers)
+    schedule = _chosen(searched, wanted, folder, layers)
     parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
     return replace(ready, schedule=schedule, parameters=parameters)
 
 
-def _chosen(searched: dict[str, Any], section: SearchSection, folder: Path, num_layers: int) -> Schedule:
-    """The schedule that meets the target.
+def _chosen(searched: dict[str, Any], wanted: str, folder: Path, num_layers: int) -> Schedule:
+    """The schedule that was chosen.
 
     Raises:
-        UserError: if none does, or none was asked for, with what was found.
+        UserError: that none was, since what is `wanted` was not found or not said, with what was found.
     """
     number, points = searched["chosen"], searched["points"]
-    if number is None and points and section.on_failure == "export":
-        number = max(range(len(points)), key=lambda i: points[i]["quality"])
     if number is None:
         nearest = "; ".join(f"{p['cost']['speedup']:.2f}x has {p['quality']:.3f}" for p in points) or "none"
-        wanted = "no schedule meets the target" if section.decides else "search has no target, so nothing is exported"
         raise UserError(
-            f"{wanted} (agreement with dense by speed-up: {nearest}; see {folder}): set search.speedup, or lower "
-            "search.quality, or search.on_failure: export"
+            f"{wanted}, so nothing is exported (agreement with dense by speed-up: {nearest}; see {folder}): set "
+            "search.speedup, or lower search.quality, or search.on_failure: export"
         )
     return Schedule.from_dict(points[number]["winner"]["schedule"], num_layers)
 
