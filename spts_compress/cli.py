@@ -150,10 +150,12 @@ def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
 ) -> None:
     """Run a recipe: calibrate, fit, (search,) export, report. FILE.yaml is a path or the name of a shipped recipe."""
-    from .recipe import find, load
+    from .recipe import find, parse, read_text
 
     path = find(file)
-    read = load(path, edits)
+    text = read_text(path)
+    read = parse(text, path, edits)
+    verbatim = "".join(f"# --set {line}\n" for edit in edits for line in edit.splitlines()) + text
     from . import pipeline
     from .checkpoint.outputs import refuse_to_hold
     from .evaluate.columns import score_tables, speed_table
@@ -169,7 +171,7 @@ def recipe(
     refuse_to_hold(target, "an input of this run", path)
     with _spread(device) as (ranks, own):
         log = click.echo if ranks.is_main else lambda _: None
-        report = pipeline.run(read, path.read_text(encoding="utf-8"), target, own, force, work, log, ranks)
+        report = pipeline.run(read, verbatim, target, own, force, work, log, ranks)
     if report is not None:
         tables = f"{speed_table(report)}\n\n{score_tables(report)}"
         click.echo(f"\n{tables}\n\n{target} is ready; its README.md is the model card")
@@ -233,6 +235,7 @@ def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
 ) -> None:
     """Scores of the dense and the skipping model on the same prompts. A stopped run goes on."""
+    from .checkpoint.keys import stale
     from .checkpoint.outputs import refuse_in_text
     from .evaluate import suites as work
 
@@ -242,14 +245,14 @@ def evaluate(
     config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
     refuse_in_text(output, config.haystack)
     _claim(output, work.RESULTS if rescore else work.files(world_size()), folder)
-    if warning := work.stale(folder):
+    if warning := stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if certify:
         work.card_text(folder)  # which is added to in the end
     if not rescore:
         with _spread(device) as (ranks, own):
             model, tokenizer, keys = work.load(folder, own, dtype, max(config.lengths), "--lengths")
-            work.collect(model, tokenizer, folder, keys, config, output, ranks)
+            work.collect(model, tokenizer, keys, config, output, ranks)
         if not ranks.is_main:
             return
     result = work.summarise(output)
@@ -285,7 +288,7 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     numbers = tuple(_numbers("--new-tokens", new_tokens))
     model, tokenizer, keys = evaluation.load(folder, device, dtype, length, "--length")
     result = work.ablate(model, tokenizer, keys, config, output, pairs, numbers)
-    evaluation.require_unchanged(folder, keys)
+    keys.unchanged()  # while it was timed, too
     click.echo(work.save(result, output))
 
 

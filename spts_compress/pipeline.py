@@ -27,7 +27,7 @@ from .evaluate import columns
 from .evaluate.report import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
-from .fit.proxies import fit_proxies
+from .fit.proxies import fit_proxies, judged
 from .fit.updates import blank, fit_updates
 from .modeling.configuration_spts import Proxy, Schedule
 from .recipe import Recipe, SearchSection
@@ -78,7 +78,7 @@ def run(
     """Build the checkpoint `output`. A run that was stopped goes on where it was when it is started again.
 
     Args:
-        verbatim: the recipe as it was written.
+        verbatim: the recipe as it was written, below its `--set` edits as comments.
         work: folder for finished work, by default `output`.work; recipes that share one share what they can.
         ranks: the processes that share calibration, fitting and search; the leader exports and measures.
 
@@ -105,7 +105,7 @@ def run(
         if ready.prompts is not None:
             with stage("search"):
                 searched = _search(ready, ready.prompts, device, store, log, ranks)
-            ready = _take_found(ready, searched, search_folder, ranks)
+            ready = _take_found(ready, searched, search_folder, log, ranks)
         if not ranks.is_main:
             return None
         if ready.schedule.update:
@@ -116,13 +116,14 @@ def run(
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
         gc.collect()
         _export(ready, staging, stage, log)
-        measured = _measure(ready, staging, device, store)
-        for fit in ready.fits:
+        measured = _measure(ready, staging, device, Store(root))  # the base is no longer needed
+        fits = judged(ready.fits, ready.schedule, max(ready.recipe.report.lengths))
+        for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
-        report = {"proxies": ready.fits, "search": searched, "stages": stage.costs, **measured}
+        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        tables = columns.speed_table(report), columns.score_tables(report), columns.proxy_table(ready.fits)
+        tables = columns.speed_table(report), columns.score_tables(report), columns.proxy_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
         (staging / RECIPE).write_text(verbatim)
@@ -250,6 +251,8 @@ def prepare(
         tell_of_own_code(base.config, base.name, log)
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
+        if any(name.startswith("custom_generate/") for name in carried.names):
+            log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, log)
         haystack = _text(recipe.report.text) or sequences.unseen
@@ -275,32 +278,35 @@ def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log:
     return searching.run(ready.model, ready.skipping(), prompts, store, key, log, ranks)
 
 
-def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, ranks: Ranks) -> Prepared:
+def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Log, ranks: Ranks) -> Prepared:
     """Save what the search found, and take the schedule that meets its target, with the proxies of its layers."""
     layers, section = ready.base.config.num_hidden_layers, ready.recipe.search or SearchSection()
+    points, wanted = searched["points"], "search has no target"
+    if section.decides:
+        wanted = "no schedule meets the target" + (f" of quality {section.quality:g}" if section.quality else "")
+    if searched["chosen"] is None and points and section.on_failure == "export":
+        searched["chosen"] = number = max(range(len(points)), key=lambda i: points[i]["quality"])
+        searched["missed"] = f"{wanted}; by search.on_failure the nearest is exported: {points[number]['quality']:.3f}"
+        log(searched["missed"])
     if ranks.is_main:
         search_report.save(searched, folder, layers)
-    schedule = _chosen(searched, section, folder, layers)
-    fits = [fit for fit in ready.fits if fit["layer"] >= schedule.start]
+    schedule = _chosen(searched, wanted, folder, layers)
     parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
-    return replace(ready, schedule=schedule, fits=fits, parameters=parameters)
+    return replace(ready, schedule=schedule, parameters=parameters)
 
 
-def _chosen(searched: dict[str, Any], section: SearchSection, folder: Path, num_layers: int) -> Schedule:
-    """The schedule that meets the target.
+def _chosen(searched: dict[str, Any], wanted: str, folder: Path, num_layers: int) -> Schedule:
+    """The schedule that was chosen.
 
     Raises:
-        UserError: if none does, or none was asked for, with what was found.
+        UserError: that none was, since what is `wanted` was not found or not said, with what was found.
     """
     number, points = searched["chosen"], searched["points"]
-    if number is None and points and section.on_failure == "export":
-        number = max(range(len(points)), key=lambda i: points[i]["quality"])
     if number is None:
         nearest = "; ".join(f"{p['cost']['speedup']:.2f}x has {p['quality']:.3f}" for p in points) or "none"
-        wanted = "no schedule meets the target" if section.decides else "search has no target, so nothing is exported"
         raise UserError(
-            f"{wanted} (agreement with dense by speed-up: {nearest}; see {folder}): set search.speedup, or lower "
-            "search.quality, or search.on_failure: export"
+            f"{wanted}, so nothing is exported (agreement with dense by speed-up: {nearest}; see {folder}): set "
+            "search.speedup, or lower search.quality, or search.on_failure: export"
         )
     return Schedule.from_dict(points[number]["winner"]["schedule"], num_layers)
 
@@ -310,13 +316,14 @@ def _with_updates(ready: Prepared, store: Store) -> Prepared:
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
-    text = [part.tolist() for part in (*ready.sequences.fit, *ready.sequences.held_out)]
+    parts, longest = (ready.sequences.fit, ready.sequences.held_out), max(ready.recipe.report.lengths)
+    text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, text, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    key = fingerprint(*what, text, longest, ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors("updates", key)
     if kept is None:
-        model, longest = ready.skipping(), max(ready.recipe.report.lengths)
-        rows = fit_updates(model, ready.sequences.fit, ready.sequences.held_out, longest)
+        model = ready.skipping()
+        rows = fit_updates(model, *parts, longest)
         kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
         kept["rows"] = as_tensor(rows)
         store.put_tensors("updates", key, kept)

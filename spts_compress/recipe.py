@@ -25,7 +25,7 @@ from pydantic import (
 from . import schedule as schedules
 from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.spts_block import HEAD_REDUCTIONS
-from .utils.errors import UserError, unknown_key
+from .utils.errors import UserError, reason, unknown_key
 from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
@@ -313,6 +313,18 @@ class Recipe(Section):
             raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
         return self
 
+    @model_validator(mode="after")
+    def unseen_text(self) -> "Recipe":
+        fitted = self.calibration.path
+        for name, text in (("report.text", self.report.text), ("search.text", self.search and self.search.text)):
+            places = [Path(path).resolve() for path in (fitted, text) if path]
+            if len(places) == 2 and (places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0])):
+                raise ValueError(
+                    f"has {name}: {text}, which calibration.path fits on: leave it out, and documents held out there "
+                    "are taken, or give other text"
+                )
+        return self
+
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
         """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the
         proxies' sizes; None if the recipe gives none.
@@ -391,22 +403,38 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load(path: Path, edits: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply `--set` edits, each `section.key=value` with a YAML value.
+    """The recipe in a file, see `parse`."""
+    return parse(read_text(path), path, edits)
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+
+
+def parse(text: str, path: Path, edits: tuple[str, ...] = ()) -> Recipe:
+    """The recipe in the `text` of the file `path`, with `--set` edits, each `section.key=value` with a YAML value.
 
     Raises:
         UserError: with every fault of the file, its path in the recipe, what is allowed and the nearest spelling.
     """
     try:
-        with path.open(encoding="utf-8") as stream:
-            data = yaml.load(stream, Loader=_StrictLoader)
+        loader = _StrictLoader(text)
+        loader.name = str(path)
+        data = loader.get_single_data()
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from None
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or reason(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
     for edit in edits:
@@ -451,9 +479,9 @@ def _apply(data: dict, edit: str) -> None:
         if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
             step: Any = int(key)
         elif isinstance(place, dict):
-            step = key
-            if not final and place.get(key) is None:
-                place[key] = {}
+            step = next((there for there in place if str(there) == key), key)  # YAML makes numbers of some keys
+            if not final and place.get(step) is None:
+                place[step] = {}
         else:
             raise UserError(f"--set {edit}: there is no {'.'.join(keys[: depth + 1])} in the recipe")
         if final:

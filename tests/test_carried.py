@@ -135,7 +135,9 @@ def test_a_fresh_process_finds_all_that_the_base_had(rich):
     tokenizers = [AutoTokenizer.from_pretrained(folder, trust_remote_code=True) for folder in (base.folder, out)]
     assert tokenizers[0]("Some text, with <s> in it").input_ids == tokenizers[1]("Some text, with <s> in it").input_ids
     assert tokenizers[1].chat_template == tokenizers[0].chat_template and len(tokenizers[1].chat_template) == 2
-    assert (out / "custom_generate" / "generate.py").read_text() == GENERATE
+    assert (out / "base_custom_generate" / "generate.py").read_text() == GENERATE
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert torch.is_tensor(model.generate(torch.tensor([[1, 5]]), max_new_tokens=1))  # by the checkpoint's own code
 
 
 def test_strip_gives_back_what_stood_in_the_way_of_the_exports_own_files(rich, tmp_path):

@@ -32,12 +32,13 @@ def home(tmp_path, monkeypatch):
     tiny_base(tmp_path / "models" / "base")
     (home / "linked").symlink_to(tmp_path / "models" / "base")
     (home / "text.jsonl").write_text("".join(json.dumps({"text": f"{n}. " + TEXT * 6}) + "\n" for n in range(12)))
+    (home / "prose.txt").write_text(TEXT * 30)
     data = {
         "model": {"path": "~/linked/"},
         "calibration": {"source": "files", "path": "~/text.jsonl", "tokens": 1200, "length": 128},
         "proxy": {"channels": 12, "rank": 4, "max_flop_fraction": 1.0, "steps": 5},
         "schedule": {"start": 2, "stages": [{"end": 4, "budget": 24}]},
-        "report": {"lengths": [300], "pairs": 1, "needles": 0, "answers": 0, "text": "~/text.jsonl"},
+        "report": {"lengths": [300], "pairs": 1, "needles": 0, "answers": 0, "text": "~/prose.txt"},
         "export": {"path": "~/never made/"},
     }
     (home / "recipe.yaml").write_text(yaml.safe_dump(data))
@@ -51,7 +52,7 @@ def test_paths_in_recipes_options_and_edits_are_read_as_people_write_them(home, 
     run("strip", "~/out of it", "--output", "~/stock/")
     assert {p.name for p in (home / "stock").iterdir()} == {p.name for p in (home / "linked").iterdir()}
     assert sorted(p.name for p in home.iterdir() if not p.name.startswith(".")) == sorted(
-        ["linked", "recipe.yaml", "text.jsonl", "out of it", "work", "stock"]
+        ["linked", "prose.txt", "recipe.yaml", "text.jsonl", "out of it", "work", "stock"]
     )
     assert not list((tmp_path / "elsewhere").iterdir())
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from spts_compress.checkpoint.keys import stale
 from spts_compress.evaluate import suites
-from spts_compress.evaluate.suites import stale
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, fit_example, sentences, token_count

@@ -85,13 +85,14 @@ def test_a_repository_of_a_model_or_card_of_others_is_not_written_to(built, hub,
 
 
 def test_a_checkpoint_made_here_is_replaced_whole_and_what_says_nothing_of_it_stays(built, hub, tmp_path):
-    old = {"model__safetensors": b"plain", "vocab__txt": b"", "spts_evaluation__json": b"{}", "notes__md": b"mine"}
-    holding(hub, spts_files__json=b"{}", **old)
+    old = {"model__safetensors": b"plain", "vocab__txt": b"", "spts_evaluation__json": b"{}"}
+    mine = {name: b"mine" for name in ("notes.md", "LICENSE", "notebook.ipynb", "examples/demo.txt")}
+    holding(hub, spts_files__json=b"{}", **old, **{name.replace(".", "__"): data for name, data in mine.items()})
     done = push(hub, tmp_path, built[0] / "out", "user/theirs")
     assert done.returncode == 0, done.stderr
     assert hub.files("user/theirs") == {
         **{p.name: p.read_bytes() for p in (built[0] / "out").iterdir()},
-        "notes.md": b"mine",
+        **mine,
     }
 
 

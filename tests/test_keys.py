@@ -13,6 +13,7 @@ from tiny import TEXT
 from tiny_checkpoint import BLOCK, tiny_checkpoint
 
 from spts_compress import pipeline
+from spts_compress.calibrate import base_model
 from spts_compress.calibrate.base_model import resolve
 from spts_compress.checkpoint import keys
 from spts_compress.checkpoint.keys import environment, folder_key, tensors_key
@@ -20,6 +21,7 @@ from spts_compress.cli import main
 from spts_compress.evaluate import suites
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection, Recipe
+from spts_compress.tasks import runner
 from spts_compress.utils.errors import UserError
 from spts_compress.utils.store import Store
 
@@ -68,9 +70,10 @@ DECIDE = {  # what decides dense answers, too
     "words.tiktoken": more,
     "spiece.model": more,
     "merges.txt": more,
+    **dict.fromkeys(("rules.yaml", "rules.md", "words.bin", "words.jsonl", "words.csv"), more),
 }
 NOTHING = [
-    "README.md", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "spts_report.json", "spts_evaluation.json",
+    "README.md", "README_zh.md", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "spts_report.json", "spts_evaluation.json",
     "spts_files.json", "recipe.yaml", "search.png", ".gitattributes", "pytorch_model.bin", "model.gguf", "runs/log",
 ]  # fmt: skip
 
@@ -305,23 +308,69 @@ def test_an_evaluation_that_goes_on_has_the_answers_of_a_new_one(folder, monkeyp
     how = suites.computed_how(SimpleNamespace(
         dtype=torch.float32, device=torch.device("cpu"), config=SimpleNamespace(_attn_implementation="sdpa")
     ))  # fmt: skip
-    now = suites.mode_keys(suites.folder_keys(folder / "out"), how)
+    now = suites.mode_keys(suites.FolderKeys(folder / "out"), how)
     assert now == json.loads((folder / "results/setting.json").read_text())["keys"]
     for number in range(len(how)):  # each of them counts
         changed = [*how[:number], "another", *how[number + 1 :]]
-        assert suites.mode_keys(suites.folder_keys(folder / "out"), changed) != now
+        assert suites.mode_keys(suites.FolderKeys(folder / "out"), changed) != now
 
 
-def test_a_model_that_changes_during_its_evaluation_is_named(folder, monkeypatch):
-    (folder / "prose.txt").write_text(TEXT * 80)
-    whole = suites.run
+@pytest.mark.parametrize("moment", ["load", "_try_forward"])
+def test_nothing_is_kept_of_a_base_that_changes_before_or_after_it_is_loaded(moment, folder, monkeypatch):
+    place, file = (base_model.Base if moment == "load" else pipeline), folder / "base/model.safetensors"
+    whole, before = getattr(place, moment), file.read_bytes()
 
-    def run(*arguments):
-        edit(repetition_penalty=5.0)(folder / "out/generation_config.json")
+    def changed(*arguments):
+        file.write_bytes(before[:-4000] + bytes(4000))  # in place
         return whole(*arguments)
 
-    monkeypatch.setattr(suites, "run", run)
-    options = ["--suite", "ruler", "--task", "niah_single_1", "--items", 1, "--lengths", 600]
-    options += ["--haystack", folder / "prose.txt", "--output", folder / "results"]
-    done = CliRunner().invoke(main, ["evaluate", *map(str, [folder / "out", *options])])
-    assert done.exit_code == 2 and "was changed during the run" in done.output
+    def fitted(work):
+        return tensors_key(pipeline.prepare(recipe_of(folder), Store(folder / work), "cpu").parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, moment, changed)
+        with pytest.raises(UserError, match="base was changed during the run"):
+            fitted("work")
+    assert not list((folder / "work").glob("*"))
+    file.write_bytes(before)
+    assert fitted("work") == fitted("fresh")
+
+
+def test_answers_of_a_checkpoint_that_changes_during_its_evaluation_are_not_kept(folder, monkeypatch):
+    (folder / "prose.txt").write_text(TEXT * 80)
+    file, whole, count = folder / "out/base_model.safetensors", runner.answers, [0]
+    before = file.read_bytes()
+
+    def evaluated(output, code=0):
+        options = ["--suite", "ruler", "--task", "niah_single_1", "--items", 2, "--lengths", 600, "--dtype", "float32"]
+        options += ["--haystack", folder / "prose.txt", "--output", folder / output]
+        done = CliRunner().invoke(main, ["evaluate", *map(str, [folder / "out", *options])])
+        assert done.exit_code == code, done.output
+        rows = (folder / output / "answers.jsonl").read_text().splitlines()
+        return done.output, {row["key"]: row["answer"] for row in map(json.loads, rows)}
+
+    def changed(*arguments, **options):
+        count[0] += 1
+        if count[0] == 3:
+            file.write_bytes(before[:-4000] + bytes(4000))
+        return whole(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "answers", changed)
+        said, kept = evaluated("results", code=2)
+    assert "out was changed during the run" in said and len(kept) == 2
+    file.write_bytes(before)
+    assert evaluated("results")[1] == evaluated("fresh")[1]
+
+
+def test_updates_are_fitted_anew_where_other_layers_skip(folder):
+    def fitted(lengths):
+        stages = [{"end": 3, "budget": 400}, {"end": 4, "budget": 40}]
+        block = {"start": 2, "stages": stages, "ffn_selection": "attention"}
+        block["update"] = {"attention_rank": 1, "ffn_rank": 0}
+        report = {"lengths": lengths, "needles": 1, "answers": 1, "quality_length": 400}
+        recipe, store = recipe_of(folder, schedule=block, report=report), Store(folder / "work")
+        pipeline._with_updates(pipeline.prepare(recipe, store, "cpu"), store)
+        return len(list((folder / "work").glob("updates-*")))
+
+    assert [fitted([300]), fitted([300, 450]), fitted([450])] == [1, 2, 2]

@@ -145,7 +145,12 @@ def test_inspect_says_what_changed_since_the_measurements(built, tmp_path):
     assert "Warning" not in run("inspect", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "spts": {**config["spts"], "sink_tokens": 3}}))
-    assert "Warning: config.json changed since the export" in run("inspect", folder)
+    assert "Warning: config.json changed or gone since the export" in run("inspect", folder)
+    (folder / "spts-proxies.safetensors").write_bytes(bytes(4000))
+    (folder / "tokenizer.json").unlink()
+    assert "Warning: config.json, spts-proxies.safetensors, tokenizer.json changed or" in run("inspect", folder)
+    (folder / "spts_files.json").unlink()
+    assert "Warning: spts_files.json changed or gone since the export" in run("inspect", folder)
     for content in ("{", "[]", '{"speed": [1]}', '{"speed": []}'):
         (folder / "spts_report.json").write_text(content)
         assert f"error: {folder / 'spts_report.json'}: " in run("inspect", folder, code=2)

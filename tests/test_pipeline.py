@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
+from spts_compress import pipeline
 from spts_compress.recipe import load as load_recipe
 from spts_compress.utils import store as store_module
 from spts_compress.utils.store import Store, file_hash, writing
@@ -138,6 +139,8 @@ def test_a_checkpoint_is_verified_and_every_change_is_named(built, tmp_path):
     changed("config.json", edit(spts={"start": 9}), "config.json: spts.stages is missing")
     changed("model.safetensors.index.json", moved, "../elsewhere.safetensors points outside the folder")
     changed("spts_files.json", edit(sha256={"../x": "0"}), "../x points outside the folder")
+    other = lambda path: path.write_text('{"checkpoint": "another"}')  # noqa: E731
+    changed("spts_evaluation.json", other, "spts_evaluation.json: of another checkpoint")
     (folder / "README.md").write_text("another card")  # says nothing about what is loaded
     assert "is whole" in run("verify", folder)
     (folder / "config.json").write_text("{}")
@@ -292,10 +295,14 @@ def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
 def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corpus, tmp_path, monkeypatch):
     _, base, _, _ = built
     recipe, timed = recipe_for(base, corpus, tmp_path), []
+    text = recipe.read_text()
     monkeypatch.setattr(
         "spts_compress.pipeline.shortest_paying_length", lambda dense, spts: timed.append(type(spts)) or 128
     )
+    prepare = pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda *given: recipe.write_text(text + "# later\n") and prepare(*given))
     run("recipe", recipe, "--set", "export.break_even=true")
+    assert (tmp_path / "out/recipe.yaml").read_text() == "# --set export.break_even=true\n" + text
     run("recipe", recipe, "--set", "export.break_even=true", "--force")
     assert len(timed) == 1 and "spts" in timed[0].__module__  # kept, as all finished work
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -337,6 +344,11 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     resolved = tmp_path / "again.yaml"  # the schedule that was found, without its search
     resolved.write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
     assert "skips from layer" in run("recipe", resolved, "--dry-run")
+    run("recipe", resolved, "--output", tmp_path / "again")
+    proxies = [json.loads((tmp_path / name / "spts_report.json").read_text())["proxies"] for name in ("out", "again")]
+    assert len(proxies[0]) == 5 - config["spts"]["start"]
+    names = "layer", "share", "input_norm"  # judged by the schedule that was found
+    assert [[fit[n] for n in names] for fit in proxies[0]] == [[fit[n] for n in names] for fit in proxies[1]]
 
     front = run(
         "recipe", path, "--force", "--set", "search.speedup=null", "--set", "search.speedups=[1.1, 1.15]", code=2
@@ -344,6 +356,10 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     assert "search has no target, so nothing is exported" in front and "1.15x has" in front
     missed = run("recipe", path, "--force", "--set", "search.quality=1.0", "--set", "search.speedup=2.5", code=2)
     assert "no schedule meets the target" in missed
+    edits = [f"--set=search.{edit}" for edit in ("quality=1.0", "speedup=1.4", "on_failure=export")]
+    nearest = run("recipe", path, "--force", *edits)
+    for said in (nearest, run("inspect", tmp_path / "out"), (tmp_path / "out/README.md").read_text()):
+        assert "no schedule meets the target of quality 1; by search.on_failure the nearest is exported: 0." in said
     for edit, message in (
         ("schedule={start: 2}", "has both schedule and search; give one of them, or none"),
         ("search.lengths=[9999]", "search.lengths: 9999 is more than the model's context of 2048"),

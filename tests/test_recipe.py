@@ -84,7 +84,7 @@ def test_duplicate_keys_name_their_line(tmp_path):
     assert line.endswith("recipe.yaml:10: export is given twice in one section")
 
 
-@pytest.mark.parametrize("text", ["model: [", "- a\n- b", "", "!!python/object/apply:os.system [ls]"])
+@pytest.mark.parametrize("text", ["model: [", "- a\n- b", "", "a: \x00", "!!python/object/apply:os.system [ls]"])
 def test_what_is_not_a_recipe_is_refused(tmp_path, text):
     [line] = faults(tmp_path, text)
     assert "recipe.yaml" in line
@@ -106,6 +106,9 @@ def test_heads_that_score_are_lists_by_layer(tmp_path):
         write(tmp_path, GOOD), ("schedule.probe.heads={1: [0, 3], 3: [1]}", "schedule.stages.0={end: 2, budget: 12}")
     )
     assert recipe.read_schedule(5, 4).probe.heads == ((1, 0), (1, 3), (3, 1))
+    text = GOOD.replace("  stages:", "  probe: {heads: {1: [3], 2: [0]}}\n  stages:")
+    edited = load(write(tmp_path, text), ("schedule.probe.heads.1=[2]", "schedule.probe.heads.3=[1]"))
+    assert edited.read_schedule(5, 4).probe.heads == ((1, 2), (2, 0), (3, 1))  # in place of what was there
     with pytest.raises(UserError, match="has head 3 of layer 1"):
         recipe.read_schedule(5, 2)
     [line] = faults(tmp_path, GOOD, ("schedule.probe.heads=[2, 0]",))
@@ -122,6 +125,16 @@ def test_contradictions_with_the_model_are_all_named(tmp_path):
         "schedule.stages.0.end is 12; it must be 9 to 4",
         "schedule.probe.heads has head 5 of layer 9; no skipping layer has such a head",
     ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("report", "."), ("report", "texts/a.txt"), ("search", "texts")])
+def test_prompts_are_made_of_no_text_that_is_fitted_on(name, text, tmp_path):
+    recipe = GOOD[: GOOD.index("schedule:")] + GOOD[GOOD.index("export:") :]
+    edits = (f"calibration={{source: files, path: {tmp_path / 'texts'}}}",)
+    fine = load(write(tmp_path, recipe), (*edits, f"{name}.text={tmp_path / 'texts2'}"))
+    assert fine.calibration.path == str(tmp_path / "texts")
+    [line] = faults(tmp_path, recipe, (*edits, f"{name}.text={tmp_path / text}"))
+    assert f"has {name}.text: {tmp_path / text}, which calibration.path fits on" in line
 
 
 def test_faults_of_a_schedule_are_told_with_all_others_before_the_model_is_known(tmp_path):

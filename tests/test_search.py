@@ -266,6 +266,16 @@ def test_shapes_choose_heads_by_what_they_find():
     assert alone.probe.heads == ((3, 2), (4, 0)) and alone.start == 3
 
 
+def test_what_is_tried_in_any_case_keeps_to_the_choices_of_the_recipe(monkeypatch):
+    given = {"ffn_selection": ["attention"], "window_size": [8], "score_carry": [0.5, 0.25], "heads": ["max", 0.8]}
+    section, tried = SearchSection(speedup=1.2, choices=given), []
+    monkeypatch.setattr(run.halving, "search", lambda *values: tried.extend(values[-1]))
+    costs = Costs(tiny_model(vocab_size=300).config, 1000, {}, {(1, 0): 1.0})
+    run._front(section, costs, None, [], [], lambda _: None)
+    assert len(tried) > 4 and all(getattr(seed, name) in values for seed in tried for name, values in given.items())
+    assert {seed.kernel_size for seed in tried} == {1, 31, 63, 95}  # what is not given stays
+
+
 def test_a_measured_cost_takes_the_place_of_the_counted_one():
     model = tiny_model(vocab_size=300)
     latencies = run.latencies_of(stock_twin(model), 1000)
@@ -311,6 +321,8 @@ def test_a_front_is_drawn_if_it_has_more_than_one_point():
         titles = [panel.get_title() for panel in axes]
         assert len(titles) == 3 + len(points) and ("Front, on held-out prompts" in titles) == (len(points) == 2)
         assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
+        assert "speed-up, FLOPs" in text and "Target missed" not in text
+        assert "speed-up, by measured times" in report.as_text({**search, "latencies": {}})
         assert ("1.50x *" in text) == (chosen is not None) and "0.800 (0.700-0.850)" in text
         assert "| start | 2      | 0.500" in text and "+0.300" in text
 

@@ -62,6 +62,19 @@ def test_a_study_writes_table_numbers_and_picture_and_goes_on_where_it_stopped(f
     assert "rho" in only.output and "objective" not in only.output
 
 
+def test_hidden_states_are_kept_under_the_order_of_their_sources(folder, monkeypatch):
+    keys, texts = [], [f"--text={name}={folder / 'fox.jsonl'}" for name in ("a", "b")]
+
+    def stopped(model, sequences, layers, store, key, *_):
+        keys.append(key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity.capture, "feed_forward", stopped)
+    for order in (texts, texts[::-1]):
+        assert sweep(folder, *order).exit_code == 130
+    assert len(set(keys)) == 2
+
+
 def test_bad_options_are_named(folder):
     for options, message in (
         (("--layers", "two"), "--layers two: give whole numbers"),

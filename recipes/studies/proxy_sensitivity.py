@@ -150,7 +150,7 @@ def run(
         text_blocks = sequences(recipe, texts, base.tokenizer(recipe.calibration.chat_template))
         sources, own = list(text_blocks), tuple(recipe.calibration.source)
         tried = [v for v in variants(recipe.proxy, own, sources) if not vary or v.factor in ("recipe", *vary)]
-        text = {name: [s.tolist() for s in b.fit + b.held_out] for name, b in text_blocks.items()}
+        text = [[name, *(s.tolist() for s in b.fit + b.held_out)] for name, b in text_blocks.items()]  # in this order
         data = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, text, environment())
 
         def unit(layer: int, variant: Variant) -> tuple[str, str]:

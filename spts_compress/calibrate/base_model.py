@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ..checkpoint.families import ALIASES, as_stock
-from ..checkpoint.keys import environment, folder_key
+from ..checkpoint.keys import environment, folder_key, watch
 from ..checkpoint.layout import CONFIG, INDEX, LEFT, WEIGHTS, read_json, weight_files
 from ..recipe import ModelSection
 from ..utils.errors import UserError, reason, some
@@ -107,7 +107,8 @@ def resolve_config(section: ModelSection, chat: bool = False) -> Any:
 
 
 def resolve(section: ModelSection, store: Store) -> Base:
-    """Find the base checkpoint, downloading or converting it where needed, and check every weight file.
+    """Find the base checkpoint, downloading or converting it where needed, and check every weight file. From then on
+    `store` keeps nothing once the base has changed.
 
     Raises:
         UserError: if it is missing, incomplete, unreadable or not supported.
@@ -119,15 +120,18 @@ def resolve(section: ModelSection, store: Store) -> Base:
     if Path(section.path or "").exists():
         revision = None  # a folder goes by its path
     if gguf:
+        unchanged = watch(folder, [gguf])
         key = fingerprint(folder_key(folder, {gguf: file_hash(folder / gguf)}), section.dtype, environment())
         converted = store.path("base", key)
         if not converted.exists():
             with writing(converted) as partial:
                 _convert_gguf(folder, gguf, section.dtype, partial)
+                unchanged()
         folder = converted
     config = _read_config(folder, name)
     judge(folder, config, name)
     files = weight_files(folder, getattr(config, "transformers_weights", None))
+    store.check = watch(folder, files)
     weights = {file: file_hash(folder / file) for file in files}
     base = Base(folder, name, repository, revision, weights, config, section.trust_remote_code)
     _ = base.key  # of the files as they are before anything is loaded

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..utils.errors import UserError
 from ..utils.store import file_hash, fingerprint
-from .layout import CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
+from .layout import ABOUT, CERTIFICATE, CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
 
+VOCABULARIES = ("*.bin", "*.jsonl", "*.csv", "*.md")  # seldom, but a tokenizer's class may name them
 # About the model, or another form of its weights; any other file of a folder may decide what is answered, since
 # vocabularies and code have names of any kind.
-BESIDE_THE_POINT = (*NOTES, *LEFT, "*.safetensors", "*.yaml", "*.yml", "README*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+BESIDE_THE_POINT = (*ABOUT, "*.safetensors", "pytorch_model*", *({*NOTES, *LEFT} - {*VOCABULARIES}))
 
 
 def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool = False) -> str:
@@ -30,12 +33,52 @@ def folder_key(folder: Path, weights: dict[str, str] | None = None, dense: bool 
         weights = {p.name: file_hash(p) for p in folder.glob("*.safetensors")}
     if dense:
         weights = {name: digest for name, digest in weights.items() if name != PROXIES}
-    others = {}
-    for name in model_files(folder):
-        path = folder / name
-        if path.is_file() and not matches(name, BESIDE_THE_POINT):
-            others[name] = _without_skipping(path) if dense and name in (CONFIG, INDEX) else file_hash(path)
+    others = {
+        name: _without_skipping(folder / name) if dense and name in (CONFIG, INDEX) else file_hash(folder / name)
+        for name in _others(folder)
+    }
     return fingerprint(weights, others)
+
+
+def stale(folder: Path, weights: dict[str, str] | None = None) -> str | None:
+    """A warning if the checkpoint was changed since its certificate was written.
+
+    Args:
+        weights: see `folder_key`.
+
+    Raises:
+        UserError: if the certificate can't be read.
+    """
+    path = folder / CERTIFICATE
+    if not path.is_file() or read_json(path).get("checkpoint") == folder_key(folder, weights):
+        return None
+    return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"
+
+
+def _others(folder: Path) -> list[str]:
+    """Names of the files beside the weights that decide what the model in `folder` answers."""
+    return [n for n in model_files(folder) if (folder / n).is_file() and not matches(n, BESIDE_THE_POINT)]
+
+
+def watch(folder: Path, weights: Iterable[str]) -> Callable[[], None]:
+    """A cheap check that the model in `folder` is still the one it is now, of which each use raises UserError if not.
+
+    It goes by the files' times of change. Weights are pages of their files, so what is computed is the model's only if
+    this holds afterwards, and what is made is to be kept under the model's key only then.
+    """
+    weights = list(weights)
+
+    def stamps() -> dict[str, tuple[int, int]]:
+        stats = {name: (folder / name).stat() for name in {*weights, *_others(folder)} if (folder / name).exists()}
+        return {name: (stat.st_size, stat.st_ctime_ns) for name, stat in stats.items()}
+
+    before = stamps()
+
+    def check() -> None:
+        if stamps() != before:
+            raise UserError(f"{folder} was changed during the run, so nothing more of it is kept: start it again")
+
+    return check
 
 
 def _without_skipping(path: Path) -> dict[str, Any]:

@@ -35,12 +35,21 @@ LEFT = (
     "*.npz", "*.tflite", "*.mlmodel", "*.nemo", "*.engine", "consolidated*", "adapter_model*",
     "optimizer*", "scheduler*", "trainer_state.json", "training_args*", "rng_state*",
 )  # fmt: skip
+# What is about a model, under any ending.
+ABOUT = ("README*", "LICENSE*", "NOTICE*", "USE_POLICY*", "base_README*", "*.ipynb")
 # Of its subfolders only these do: others hold other models, data or notes.
 SUBFOLDERS = ("additional_chat_templates/*.jinja", "custom_generate/**/*", "LICENSE*/**/*")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def may_be_read(name: str) -> bool:
+    """Whether a loader might read a file of this relative name in a checkpoint's folder."""
+    top, below, _ = name.partition("/")
+    in_place = not below or top in {pattern.split("/")[0] for pattern in SUBFOLDERS}
+    return in_place and not matches(name, (*NOTES, *ABOUT))
 
 
 def inside(name: str) -> bool:

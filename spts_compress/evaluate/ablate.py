@@ -15,7 +15,7 @@ from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.store import fingerprint
 from .columns import ablation_table
-from .suites import EvalConfig, all_examples, computed_how, mode_keys, require_context
+from .suites import EvalConfig, FolderKeys, all_examples, computed_how, mode_keys, require_context
 
 FILES = ("answers.jsonl", *tables.files("ablation"))  # in the output
 
@@ -43,7 +43,7 @@ def argument(schedule: Schedule) -> dict[str, Any]:
 def ablate(
     model: Any,
     tokenizer: Any,
-    folder_keys: dict[str, str],
+    folder_keys: FolderKeys,
     config: EvalConfig,
     output: Path,
     pairs: int,
@@ -75,6 +75,7 @@ def ablate(
         ways[name] = model, {"spts": argument(schedule)}
         keys[name] = fingerprint(own["spts"], argument(schedule))
     done = Answers(output / "answers.jsonl")
+    done.check = folder_keys.unchanged
     scored = score_rows(list(run(ways, tokenizer, examples, keys, done, config.batch)))
     with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
         times = compare(ways, ids, pairs, (1, *new_tokens), progress.update)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.families import FAMILIES, model_class
-from ..checkpoint.layout import CONFIG, MANIFEST, REPORT, read_json
+from ..checkpoint.layout import CONFIG, MANIFEST, PROXIES, REPORT, read_json
 from ..plan import describe
 from ..search.report import as_text
 from ..utils.errors import UserError, reason, some
@@ -53,7 +53,7 @@ def inspect(folder: Path) -> str:
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
     if report and (names := _changed(folder)):
         parts.append(
-            f"Warning: {some(names)} changed since the export; what was measured then is of what it said then:"
+            f"Warning: {some(names)} changed or gone since the export; what was measured then is of what it said then:"
         )
     return "\n\n".join(part for part in (*parts, *measured) if part)
 
@@ -65,12 +65,14 @@ def _measurements(report: dict[str, Any]) -> list[str]:
 
 
 def _changed(folder: Path) -> list[str]:
-    """Files that differ from the manifest; the weights, which take long to read, are left to `verify`."""
-    if not (folder / MANIFEST).is_file():
-        return []
-    listed = read_json(folder / MANIFEST).get("sha256")
-    return [
-        name
-        for name, digest in (listed if isinstance(listed, dict) else {}).items()
-        if not name.endswith(".safetensors") and (folder / name).is_file() and file_hash(folder / name) != digest
-    ]
+    """Files that are not as the manifest says, or the manifest if it says nothing; that the base's weights, which take
+    long to read, are the same is left to `verify`."""
+    listed = read_json(folder / MANIFEST).get("sha256") if (folder / MANIFEST).is_file() else None
+    if not isinstance(listed, dict):
+        return [MANIFEST]
+
+    def same(path: Path, digest: Any) -> bool:
+        weights = path.suffix == ".safetensors" and path.name != PROXIES
+        return path.is_file() and (weights or file_hash(path) == digest)
+
+    return [name for name, digest in listed.items() if not same(folder / name, digest)]

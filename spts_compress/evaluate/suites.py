@@ -15,8 +15,8 @@ from yaml import YAMLError
 from ..calibrate import data
 from ..calibrate.base_checks import setting_faults
 from ..checkpoint.families import context_of
-from ..checkpoint.keys import environment, folder_key
-from ..checkpoint.layout import CARD, CERTIFICATE, read_json
+from ..checkpoint.keys import environment, folder_key, watch
+from ..checkpoint.layout import CARD, CERTIFICATE
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Example, sentences
@@ -114,20 +114,19 @@ def require_context(config: Any, tokens: int, what: str) -> None:
         raise UserError(f"{what}: {tokens} tokens are more than the context of {context}")
 
 
-def folder_keys(folder: Path) -> dict[str, str]:
-    """For dense and skipping answers, what of the checkpoint they depend on. Reads all of the weights."""
-    weights = {path.name: file_hash(path) for path in folder.glob("*.safetensors")}
-    return {mode: folder_key(folder, weights, dense=mode == "dense") for mode in MODES}
+class FolderKeys(dict[str, str]):
+    """For dense and skipping answers, what of the checkpoint in `folder` they depend on; all of its weights are read.
+    `unchanged`: see `watch`."""
+
+    def __init__(self, folder: Path):
+        paths = list(folder.glob("*.safetensors"))
+        self.unchanged = watch(folder, [path.name for path in paths])
+        weights = {path.name: file_hash(path) for path in paths}
+        super().__init__({mode: folder_key(folder, weights, dense=mode == "dense") for mode in MODES})
 
 
-def require_unchanged(folder: Path, keys: dict[str, str]) -> None:
-    """Raises UserError if the checkpoint is no longer the one of these `folder_keys`."""
-    if folder_keys(folder) != keys:
-        raise UserError(f"{folder} was changed during the run, so the answers may be of either: give a new --output")
-
-
-def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "") -> tuple[Any, Any, dict[str, str]]:
-    """The checkpoint with its own code, its tokenizer, and its `folder_keys`.
+def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "") -> tuple[Any, Any, FolderKeys]:
+    """The checkpoint with its own code, its tokenizer, and its keys.
 
     Args:
         tokens, what: see `require_context`.
@@ -142,11 +141,11 @@ def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "")
     if faults := setting_faults(folder):
         raise UserError("\n".join(f"{folder}: {fault}" for fault in faults))
     require_context(config, tokens, what)
-    keys = folder_keys(folder)
+    keys = FolderKeys(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
-    require_unchanged(folder, keys)
+    keys.unchanged()
     return model.to(device).eval(), tokenizer, keys
 
 
@@ -168,8 +167,7 @@ def free_key(spts_key: str, example: Example, following: str | None) -> str:
 def collect(
     model: Any,
     tokenizer: Any,
-    folder: Path,
-    folder_keys: dict[str, str],
+    folder_keys: FolderKeys,
     config: EvalConfig,
     output: Path,
     ranks: Ranks = SINGLE_PROCESS,
@@ -181,13 +179,15 @@ def collect(
     and to which examples: one answer may be that of several, such as of a document that fits into two lengths.
 
     Args:
-        folder_keys: of the checkpoint in `folder` when it was loaded.
+        folder_keys: of the checkpoint when it was loaded.
 
     Raises:
-        UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile.
+        UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile; what was answered
+            then is not kept.
     """
     machine, how = hardware(str(model.device)), computed_how(model)
     done = Answers(output / "answers.jsonl", ranks.rank, {"hardware": machine, "batch": config.batch})
+    done.check = folder_keys.unchanged
     keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
     if "fidelity" in config.suites:
@@ -215,7 +215,6 @@ def collect(
         if key not in done.rows:
             measures = agreement.measure(ways, tokenizer, example, following(example))
             done.add({"key": key, "mode": "fidelity", **example.to_row(), **measures})
-    require_unchanged(folder, folder_keys)
     ranks.barrier()
 
 
@@ -405,15 +404,3 @@ Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolk
     text = with_results(f"{text.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
     with writing(folder / CARD) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def stale(folder: Path) -> str | None:
-    """A warning if the checkpoint was changed since its certificate was written.
-
-    Raises:
-        UserError: if the certificate can't be read.
-    """
-    path = folder / CERTIFICATE
-    if not path.is_file() or read_json(path).get("checkpoint") == folder_key(folder):
-        return None
-    return f"{folder} was changed since the evaluation in {CERTIFICATE}; its figures are of another checkpoint"

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..checkpoint.layout import FREE, MANIFEST, NOTES, all_files, matches, read_json
+from ..checkpoint.layout import FREE, MANIFEST, all_files, may_be_read, read_json
 from ..utils.errors import UserError, reason, some
 from ..utils.tables import size
 from .verify import require
@@ -77,7 +77,7 @@ def push(
         is_copy = revision not in (None, "main") and target.sha == api.model_info(repo_id).sha
         _refuse(target, repo_id, private, any_files=create_pr or is_copy)
         there = [file.rfilename for file in target.siblings or ()]
-        gone = [name for name in there if name not in names and (name in FREE or not matches(name, NOTES))]
+        gone = [name for name in there if name not in names and (name in FREE or may_be_read(name))]
         done = api.create_commit(
             repo_id,
             [

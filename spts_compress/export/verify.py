@@ -7,7 +7,8 @@ from typing import Any
 from .. import __version__, schedule
 from ..checkpoint import loadable
 from ..checkpoint.families import FAMILIES, code_files, exported_config, model_class
-from ..checkpoint.layout import CONFIG, FREE, MANIFEST, NOTES, all_files, inside, matches, read_json
+from ..checkpoint.keys import stale
+from ..checkpoint.layout import CERTIFICATE, CONFIG, FREE, MANIFEST, NOTES, all_files, inside, matches, read_json
 from ..utils.errors import UserError, reason
 from ..utils.store import file_hash, writing
 
@@ -47,22 +48,25 @@ def verify(folder: Path) -> list[str]:
         raise UserError(
             f"{folder}: not a checkpoint of spts-compress: it needs {MANIFEST} and a config with an spts block"
         )
-    faults = _file_faults(folder, listed) + _name_faults(listed, base_names(folder))
+    found = {name: file_hash(folder / name) for name in listed if inside(name) and (folder / name).is_file()}
+    faults = _file_faults(folder, listed, found) + _name_faults(listed, base_names(folder))
+    if stale(folder, {name: digest for name, digest in found.items() if name.endswith(".safetensors")}):
+        faults.append(f"{CERTIFICATE}: of another checkpoint; remove it, or run evaluate --certify")
     family = str(config.get("model_type", "")).removeprefix("spts_")
     if family not in FAMILIES:
         return [*faults, f"{CONFIG}: model_type {config.get('model_type')} is of no family that this release knows"]
     return faults + _code_faults(folder, family, config) + _model_faults(folder, family, config)
 
 
-def _file_faults(folder: Path, listed: dict[str, Any]) -> list[str]:
-    """The folder's files against its list."""
+def _file_faults(folder: Path, listed: dict[str, Any], found: dict[str, str]) -> list[str]:
+    """The folder's files, and those hashes of them that were `found`, against its list."""
     faults = []
     for name, digest in listed.items():
         if not inside(name):
             faults.append(f"{MANIFEST}: {name} points outside the folder")
-        elif not (folder / name).is_file():
+        elif name not in found:
             faults.append(f"{name}: missing")
-        elif file_hash(folder / name) != digest:
+        elif found[name] != digest:
             faults.append(f"{name}: changed since it was exported")
     strangers = [name for name in all_files(folder) if name not in listed and not matches(name, NOTES)]
     return faults + [f"{name}: not among the exported files; remove it if it is yours" for name in strangers]

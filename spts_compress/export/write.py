@@ -70,7 +70,7 @@ def carry(base: Base) -> Carried:
     # transformers chooses a tokenizer's class by the model's type, too, and the export has another type
     for config in (safe, {**safe, "tokenizer_class": type(tokenizer).__name__}):
         new = None if config == stated else config
-        taken = [*([] if base.trusted else ["custom_generate/*"]), *([] if new is None else [TOKENIZER])]
+        taken = ["custom_generate/*", *([] if new is None else [TOKENIZER])]  # in its place it would be `generate`
         carried = Carried(exported(names, taken), new, trust, facts)
         if not (faults := _tokenizer_faults(base, carried)):
             return carried

@@ -40,7 +40,7 @@ def fit_proxies(
 
     Returns:
         The schedule with the sizes that were chosen, the parameters by their name in the exported model, and for each
-        layer what was tried and how well it ranks tokens that nothing was fitted or chosen on.
+        layer what was tried and the `norms` of tokens that nothing was fitted or chosen on, see `judged`.
 
     Raises:
         UserError: if a finished unit can't be read.
@@ -48,16 +48,13 @@ def fit_proxies(
     blocks, relative = sequences.fit + sequences.held_out, schedule.ffn_selection == "relative"
     layers, dtype = range(schedule.start, model.config.num_hidden_layers), model.dtype
     data_key = fingerprint(key, [block.tolist() for block in blocks])
-    counts = {layer: schedule.counts(layer, length) for layer in layers}
-    shares = {layer: count.ffn_tokens / count.candidates_in for layer, count in counts.items()}
+    shares = {layer: _share(schedule, layer, length) for layer in layers}
     full = {layer: schedule.proxy_of(layer) for layer in layers}
     options = section.model_dump(exclude={"channels", "rank"})
-    keys = {
-        layer: fingerprint(data_key, options, [full[layer].channels, full[layer].rank], layer, shares[layer], relative)
-        for layer in layers
-    }
+    own_key = fingerprint(data_key, sequences.sizes, options, relative)
+    keys = {n: fingerprint(own_key, [full[n].channels, full[n].rank], n, shares[n]) for n in layers}
     missing = ranks.broadcast([layer for layer in layers if store.tensors(f"proxy-{layer}", keys[layer]) is None])
-    fitted, held_out = (sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
+    fitted, held_out = sequences.sizes
     parts = [fitted, held_out // 2, held_out - held_out // 2]
     captured = capture.feed_forward(model, blocks, missing, store, data_key, ranks, places) if missing else ()
     for layer, states, norms in captured:
@@ -67,8 +64,8 @@ def fit_proxies(
         )
         proxy, tried = choose(ffn, full[layer], tokens, check, section, shares[layer], relative)
         proxy.to(dtype)  # judged as it is exported
-        judged = {f"judged.{name}": value for name, value in metrics.norms(proxy, ffn, judge).items()}
-        made = {**proxy.state_dict(), **judged, "choice": as_tensor(tried)}
+        kept = {f"judged.{name}": value for name, value in metrics.norms(proxy, ffn, judge).items()}
+        made = {**proxy.state_dict(), **kept, "choice": as_tensor(tried)}
         store.put_tensors(f"proxy-{layer}", keys[layer], made)
     ranks.barrier()
     parameters: dict[str, torch.Tensor] = {}
@@ -78,11 +75,25 @@ def fit_proxies(
         if unit is None:
             raise UserError(f"{store.root}: the proxy of layer {layer} can't be read; run again to fit it anew")
         tried = from_tensor(unit.pop("choice"))
-        judged = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
-        fits.append(
-            {"layer": layer, "share": shares[layer], **metrics.fidelity(judged, shares[layer], relative), **tried}
-        )
+        kept = {name.removeprefix("judged."): unit.pop(name) for name in list(unit) if name.startswith("judged.")}
+        fits.append({"layer": layer, "norms": kept, **tried})
         chosen = tried["candidates"][tried["chosen"]]
         sizes.append(Proxy(max(1, chosen["channels"]), chosen["rank"]))
         parameters |= {f"model.layers.{layer}.proxy.{name}": value for name, value in unit.items()}
     return replace(schedule, proxy=tuple(sizes)), parameters, fits
+
+
+def judged(fits: list[dict[str, Any]], schedule: Schedule, length: int) -> list[dict[str, Any]]:
+    """Of the layers that skip by `schedule`, in place of the norms the `share` of its candidates that the feed-forward
+    network runs on in a prompt of `length` tokens, and how well the proxy, and the norm of the input, rank at it."""
+    relative, rows = schedule.ffn_selection == "relative", []
+    for fit in (fit for fit in fits if fit["layer"] >= schedule.start):
+        share, rest = _share(schedule, fit["layer"], length), {k: v for k, v in fit.items() if k != "norms"}
+        rows.append({**rest, "share": share, **metrics.fidelity(fit["norms"], share, relative)})
+    return rows
+
+
+def _share(schedule: Schedule, layer: int, length: int) -> float:
+    """The part of its candidates that a layer's feed-forward network runs on, whatever `min_length` is."""
+    counts = replace(schedule, min_length=0).counts(layer, length)
+    return counts.ffn_tokens / counts.candidates_in

@@ -32,7 +32,8 @@ def front_table(search: dict[str, Any]) -> str:
                 ", ".join(f"{kind} {means['same']:.0%}" for kind, means in held_out["kinds"].items()),
             ]
         )
-    names = ["speed-up", "KV kept", "start", "window / heads / carry / kernel", "next token as dense (95% interval)"]
+    cost = "speed-up, FLOPs" if search.get("latencies") is None else "speed-up, by measured times"
+    names = [cost, "KV kept", "start", "window / heads / carry / kernel", "next token as dense (95% interval)"]
     return table([*names, "loss, nats", "same answer"], rows)
 
 
@@ -52,7 +53,8 @@ def shown_point(search: dict[str, Any]) -> dict[str, Any]:
 def as_text(search: dict[str, Any]) -> str:
     """The tables as Markdown."""
     seconds = search["seconds"]
-    parts = [
+    parts = [f"**Target missed**: {search['missed']}."] if "missed" in search else []
+    parts += [
         f"{search['candidates']} candidates, {search['evaluations']} evaluations, {seconds['all'] / 60:.0f} minutes "
         f"in this run, of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its "
         "own answers, half the mean over the kinds of prompt, half the worst kind's.",

@@ -70,7 +70,8 @@ def _front(
 ) -> list[dict[str, Any]]:
     """The best schedule at each cost, dearest first, up to the one that misses the wanted quality."""
     points: list[dict[str, Any]] = []
-    seeds = space.seeds(section.start_layers(costs.config.num_hidden_layers), costs.heads is not None)
+    given = section.choices.model_dump(include=section.choices.model_fields_set)
+    seeds = space.seeds(section.start_layers(costs.config.num_hidden_layers), costs.heads is not None, given)
     for target in section.targets():
         words = "{} of {:g}".format(*target)
         tried = halving.search(costs, target, lambda s, count: evaluator.rows(s, tune[:count]), section, seeds)
@@ -137,6 +138,7 @@ def run(
     costs = space.Costs(model.config, longest, proxies, heads, latencies)
     with tqdm(desc="searching", unit="evaluation") as bar:
         answers = Answers(store.path("search", key, ".jsonl"), ranks.rank)
+        answers.check = store.check
         evaluator = Evaluator(skipping, answers, key, bar, section.kinds, ranks)
         points = _front(section, costs, evaluator, tune, held_out, log)
     if points:

@@ -28,12 +28,14 @@ NEEDLES: dict[str, Any] = {  # what searches for needles alone found
 HEADS: dict[str, Any] = {**NEEDLES, "heads": 0.9, "score_carry": 1.0, "kernel_size": 95}
 
 
-def seeds(starts: list[int], with_heads: bool) -> list[ScheduleParams]:
+def seeds(starts: list[int], with_heads: bool, given: dict[str, list]) -> list[ScheduleParams]:
     """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on, and
-    where they are known those of retrieval heads."""
+    where they are known those of retrieval heads; with one of the `given` values where they have another."""
     windowed = [WINDOWED, NEEDLES, *([HEADS] if with_heads else [])]
     probes = [ScheduleParams(start, **probe) for probe in windowed for start in starts[::2]]
-    return [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
+    tried = [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
+    others = ({n: values[0] for n, values in given.items() if getattr(seed, n) not in values} for seed in tried)
+    return [replace(seed, **changes) for seed, changes in zip(tried, others, strict=True)]
 
 
 def draw(rng: random.Random, choices: Choices) -> ScheduleParams:

@@ -137,10 +137,12 @@ def from_tensor(tensor: torch.Tensor) -> Any:
 
 
 class Store:
-    """Finished units in one folder. A unit is named, and found again only under the same fingerprint."""
+    """Finished units in one folder. A unit is named, and found again only under the same fingerprint. `check` raises if
+    what was just made must not be kept."""
 
     def __init__(self, root: Path):
         self.root = root
+        self.check: Callable[[], None] = lambda: None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -167,6 +169,7 @@ class Store:
             except ValueError:
                 path.unlink()
         data = make()
+        self.check()
         with writing(path) as partial:
             partial.write_text(json.dumps(data))
         return data
@@ -183,6 +186,7 @@ class Store:
             return None
 
     def put_tensors(self, name: str, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.check()
         with writing(self.path(name, key, ".safetensors")) as partial:
             save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
 
