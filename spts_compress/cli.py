@@ -208,6 +208,7 @@ def sweep(
     """Study how size, rho, calibration and objective change the proxies' fidelity."""
     from .checkpoint.outputs import refuse_in_text
     from .recipe import find, load, load_study
+    from .utils.tables import files
 
     _single_process()
     _quiet()
@@ -217,7 +218,7 @@ def sweep(
         *(("--text", path) for path in sources.values()),
     ):
         refuse_in_text(output, text, option)
-    _claim(output, ("sweep.json", "sweep.md", "sweep.png"))
+    _claim(output, files("sweep"))
     own, numbers = _device(device), _numbers("--layers", layers) if layers is not None else None
     result = study.run(recipe, numbers, sources, output / "work", own, vary)
     click.echo(study.save(result, output))
@@ -243,7 +244,7 @@ def evaluate(
         options["suites"] = suites
     config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
     refuse_in_text(output, config.haystack)
-    _claim(output, work.RESULTS if rescore else work.FILES, folder)
+    _claim(output, work.RESULTS if rescore else work.files(world_size()), folder)
     if warning := stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if certify:
@@ -315,7 +316,8 @@ def bench(
     try:
         result = benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("bench.json has the rows that are finished, and the same command starts anew") from None
+        kept = "bench.json has the rows that are finished, or else the earlier run's; the same command starts anew"
+        raise KeyboardInterrupt(kept) from None
     click.echo(benchmark.save(result, output))
 
 

@@ -36,7 +36,7 @@ from .search import report as search_report
 from .search import run as searching
 from .search.prompts import PromptSet
 from .timing.break_even import shortest_paying_length
-from .timing.pairs import stock_twin
+from .timing.pairs import GREEDY, stock_twin
 from .timing.stage_timer import StageTimer
 from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
@@ -391,9 +391,9 @@ def _try_forward(model: Any, sequences: Blocks, name: str) -> None:
             f"{name}: the calibration text has the token {largest}, but the model has {embeddings} embeddings"
         )
     ids = sequences.fit[0][None, :8].to(model.device)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
+    options = {**GREEDY, "max_new_tokens": 1, "output_logits": True}
     try:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **options)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{name}: the base does not answer with its generation_config.json: {reason(error)}") from None
     if not torch.isfinite(out.logits[0]).all():

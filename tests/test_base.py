@@ -312,7 +312,7 @@ LATE = {  # what is only seen with the text and the weights, and what is a matte
     ),
     "not finite": (infinite, {}, "gives values that are not finite"),
     "several answers": (edit("generation_config.json", num_return_sequences=3), {}, "transformers does not load it"),
-    "stop strings": (edit("generation_config.json", stop_strings=["x"]), {}, "answer with its generation_config.json"),
+    "odd bias": (edit("generation_config.json", sequence_bias=[1]), {}, "answer with its generation_config.json"),
 }
 
 
@@ -338,7 +338,7 @@ def test_what_a_recipe_makes_of_an_odd_base_is_verified_and_stripped(bases, tmp_
     heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 64, "head_dim": 2}
     base = bases(tmp_path / "base", tie_word_embeddings=True, **heads)
     edit("config.json", num_attention_heads=...)(base)
-    edit("generation_config.json", return_dict_in_generate=True)(base)
+    edit("generation_config.json", return_dict_in_generate=True, num_beams=2, stop_strings=["x"], max_time=1e-9)(base)
     weights(lambda w: {k.removeprefix("model."): v for k, v in {**w, **INV_FREQ}.items()})(base)
     run("recipe", recipe_for(base, tmp_path, report={"answers": 1, "answer_tokens": 2}))
     assert "is whole" in run("verify", tmp_path / "out")

@@ -118,13 +118,22 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
         tmp_path / "bench.png"
     ).exists()
 
-    def stopped(*_):
-        raise KeyboardInterrupt
+    whole, compare = [(tmp_path / name).read_bytes() for name in benchmark.FILES], benchmark.compare
 
-    monkeypatch.setattr(benchmark, "compare", stopped)
-    stop = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])
-    assert stop.exit_code == 130 and "starts anew" in stop.output and "goes on" not in stop.output
-    assert not any((tmp_path / name).exists() for name in benchmark.FILES)  # the earlier run's
+    def stopped_after(rows):
+        def measured(*arguments):
+            if rows == 0 or len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == rows:
+                raise KeyboardInterrupt
+            return compare(*arguments)
+
+        monkeypatch.setattr(benchmark, "compare", measured)
+        stop = CliRunner().invoke(main, ["bench", str(checkpoint), *options, "--output", str(tmp_path)])
+        assert stop.exit_code == 130 and "starts anew" in stop.output and "goes on" not in stop.output
+
+    stopped_after(0)
+    assert [(tmp_path / name).read_bytes() for name in benchmark.FILES] == whole
+    stopped_after(1)
+    assert [(tmp_path / name).exists() for name in benchmark.FILES] == [True, False, False]  # one run's alone
     long = CliRunner().invoke(main, ["bench", str(checkpoint), "--lengths", "99999", "--output", str(tmp_path)])
     assert long.exit_code == 2 and "more than the context of 2048" in long.output
 

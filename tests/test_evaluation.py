@@ -1,6 +1,7 @@
 """Tasks, scorers and runs of the evaluation."""
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -11,14 +12,19 @@ from helpers import PROSE, run
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TEXT, tiny_model, tiny_tokenizer
+from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from spts_compress.checkpoint.keys import stale
+from spts_compress.evaluate import suites
+from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
-from spts_compress.tasks.example import Example, token_count
+from spts_compress.tasks.example import Example, fit_example, sentences, token_count
 from spts_compress.tasks.scorers import score
+from spts_compress.timing import pairs
+from spts_compress.timing.pairs import GREEDY
 from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 TOKENIZER = tiny_tokenizer()
 
@@ -75,6 +81,42 @@ def test_needles_follow_the_published_definition(task):
             assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", o) for o in item.outputs)
         else:
             assert all(re.fullmatch(r"\d{7}", output) for output in item.outputs)
+
+
+OWLS = "第三只猫头鹰在老树上安静地睡觉，河水慢慢地流过村庄。孩子们都在听风的声音！谁知道明天会怎样？"  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        OWLS * 80,
+        re.sub(r"\W", "", OWLS) * 80,
+        "तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " * 61,
+        "the third owl sleeps in a warm and quiet old tree by the river " * 100,
+        f"{'A warm and quiet old tree, ' * 400}. Short ones are here as well, for a change. ",
+    ],
+)
+def test_prompts_hit_their_length_whatever_their_text_has_for_sentence_ends(text):
+    for task in ("free", "niah_single_2"):
+        if task == "free":
+            items = agreement.examples(TOKENIZER, text, 1024, 3, 64)
+            assert len({item.text for item in items}) > 1
+        else:
+            items = ruler.examples(task, TOKENIZER, text, 1024, 3, 0)
+        assert all(0.9 * (1024 - item.answer_tokens) <= item.tokens <= 1024 - item.answer_tokens for item in items)
+
+
+def test_sentences_end_where_their_script_ends_them():
+    quoted = "他很小声地对我们两个人说“猫头鹰都很好。”然后走了。"
+    assert sentences(quoted + OWLS) == [quoted, OWLS[:26], OWLS[26:37], OWLS[37:]]
+    parts = sentences("a long way " * 200 + "home. And a sentence after it.")
+    assert parts.pop() == "And a sentence after it." and max(map(len, parts)) <= 300
+    assert " ".join(parts) == "a long way " * 200 + "home."
+
+
+def test_a_prompt_far_below_its_length_is_an_error():
+    with pytest.raises(UserError, match=r"x: a prompt for 1000 tokens comes out \d+ too short of this text"):
+        fit_example("x", 0, TOKENIZER, lambda count, rest: "word " * 300 * count, 1000, 10)
 
 
 def test_depths_spread_and_are_where_they_say():
@@ -201,8 +243,46 @@ def test_faults_of_longbench_files_are_named(tmp_path):
         bench.examples("lcc", TOKENIZER, 400, 1)
     with (tmp_path / "qasper.jsonl").open("a") as stream:
         stream.write('\n{"input": "x"}\nnot json')
-    with pytest.raises(UserError, match=r"qasper\.jsonl:4: no context, answers, all_classes"):
+    with pytest.raises(UserError, match=r"qasper\.jsonl:4: no usable context, answers, all_classes"):
         bench.examples("qasper", TOKENIZER, 400, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": "fox"}, r"qasper\.jsonl:1: no usable answers; a LongBench line has .* answers \(a list of texts"),
+        ({"answers": []}, r"qasper\.jsonl:1: no usable answers"),
+        ({"answers": [1]}, r"qasper\.jsonl:1: no usable answers"),
+        ({"all_classes": "fox", "context": None}, r"qasper\.jsonl:1: no usable context, all_classes"),
+        ([], r"qasper\.jsonl:1: not a JSON object"),
+        ("dataset2prompt.json", r"dataset2prompt\.json: no text for qasper"),
+        ("dataset2maxlen.json", r"dataset2maxlen\.json: no number for qasper"),
+        ({"dataset2prompt.json": {"qasper": "{question}"}}, r"qasper can't be filled in: no 'question'"),
+        ({"dataset2maxlen.json": {"qasper": "8"}}, r"dataset2maxlen\.json: no number for qasper"),
+        ({"dataset2maxlen.json": [8]}, r"dataset2maxlen\.json: "),
+    ],
+)
+def test_what_is_not_in_longbenchs_format_is_named_by_file_and_line(change, message, tmp_path):
+    path = bench_folder(tmp_path) / "qasper.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    if isinstance(change, str):
+        change = {change: {"trec": json.loads((tmp_path / change).read_text())["trec"]}}
+    if files := {name: value for name, value in dict(change).items() if "." in name}:
+        for name, value in files.items():
+            (tmp_path / name).write_text(json.dumps(value))
+    else:
+        path.write_text(json.dumps({**line, **change} if change else change))
+    with pytest.raises(UserError, match=message):
+        longbench.LongBench(str(tmp_path)).examples("qasper", TOKENIZER, 400, 1)
+
+
+def test_a_passage_that_has_no_number_is_named(tmp_path):
+    bench_folder(tmp_path)
+    (tmp_path / "qasper.jsonl").rename(tmp_path / "passage_retrieval_en.jsonl")
+    for name in ("dataset2prompt.json", "dataset2maxlen.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("qasper", "passage_retrieval_en"))
+    with pytest.raises(UserError, match="an answer without a number; those of passage_retrieval_en are"):
+        longbench.LongBench(str(tmp_path)).examples("passage_retrieval_en", TOKENIZER, 400, 1)
 
 
 def test_recovery_and_its_interval():
@@ -255,6 +335,49 @@ def test_batches_answer_as_single_prompts_do(tmp_path):
         )
     answers = [{(row["mode"], row["index"]): row["answer"] for row in rows} for rows in found]
     assert len(answers[0]) == 6 and answers[0] == answers[1]
+
+
+def test_what_pads_the_shorter_answers_of_a_batch_is_no_part_of_them():
+    tokenizer, model = tiny_tokenizer(), tiny_model(vocab_size=300).eval()
+    tokenizer.pad_token = model.generation_config.pad_token_id = None  # then the first end pads
+    items = [item_of(TEXT[: 40 + 20 * i], i, tokens=8) for i in range(3)]
+    inputs = runner.encode(tokenizer, [items[0].text], model.device)
+    second = int(model.generate(**inputs, **GREEDY, max_new_tokens=8).sequences[0, inputs["input_ids"].shape[1] + 1])
+    model.generation_config.eos_token_id = [second, 2]  # an ordinary token, which decodes to something
+    alone = [answer for item in items for answer in runner.answers(model, tokenizer, [item])]
+    assert runner.answers(model, tokenizer, items) == alone and len(alone[0]) < len(alone[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"max_time": 1e-9},
+        {"stop_strings": [" ", "a", "o"]},
+        {"token_healing": True},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"dola_layers": "high"},
+        {"use_mtp": True},
+        {"force_words_ids": [[5]]},
+        {"do_sample": True, "temperature": 9.0, "num_return_sequences": 2},
+    ],
+)
+def test_what_is_measured_is_greedy_whatever_the_checkpoint_prefers(settings, tmp_path):
+    model, item = tiny_model(vocab_size=300).eval(), item_of(TEXT[:60])
+    stock, ids = pairs.stock_twin(model), torch.arange(3, 43)[None]
+
+    def found(name):
+        kept = dense_reference.answer(stock, TOKENIZER, item, [0], Store(tmp_path), name)
+        free = agreement.free_answer((model, {}), TOKENIZER, item)
+        times = pairs.seconds(model, ids, (1, 3))
+        return runner.answers(model, TOKENIZER, [item]), free, kept.answer.tolist(), [*times]
+
+    plain = found("plain")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)  # which the twin shares
+    assert found("own") == plain
 
 
 @pytest.mark.parametrize("spts", [False, None])
@@ -407,6 +530,34 @@ def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path
     assert "warning" not in same and "| 4 (4 not skipped) |" in same
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "processes"), [("evaluate", "answers.1.jsonl", 2), ("ablate", "ablation.png", 1)]
+)
+def test_a_users_file_of_a_results_name_stays(command, name, processes, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    (tmp_path / name).write_text("theirs")
+    shown = run(command, checkpoint, "--output", tmp_path, code=2)
+    assert f"{tmp_path / name} exists and was not made by this toolkit" in shown
+    assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_a_result_names_the_machines_and_batches_its_answers_are_from(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["1"] * len(batch))
+    options = ["--suite", "diversity", "--task", "counting", "--lengths", 800, "--items", 2, "--output", tmp_path]
+    options += ["--haystack", checkpoint.parent / "prose.txt"]
+
+    def made(device, batch):
+        monkeypatch.setattr(suites, "hardware", lambda _: {"device": device, "torch": "2", "transformers": "5"})
+        run("evaluate", checkpoint, *options, "--batch", batch)
+        setting = json.loads((tmp_path / "evaluation.json").read_text())["setting"]
+        assert "hardware" not in setting and "batch" not in setting["request"]
+        return [(one["hardware"]["device"], one["batch"]) for one in setting["made"]]
+
+    assert made("a CPU", 2) == made("another", 1) == [("a CPU", 2)]  # nothing was answered again
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "answers.jsonl").read_text().split("\n", 1)[1])
+    assert sorted(made("another", 1)) == [("a CPU", 2), ("another", 1)]
+
+
 def test_equal_prompts_of_a_batch_have_a_row_each(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["x"] * len(batch))
     ways, keys = {"dense": (None, {}), "spts": (None, {})}, {"dense": "d", "spts": "s"}
@@ -448,6 +599,9 @@ def test_what_can_not_be_measured_is_refused_before_any_work(checkpoint, tmp_pat
         ("README.md", b"\xff\xfe"),
         ("README.md", b"---\na: [\n---\n"),
         ("README.md", b"---\nmodel-index: [{name: x}]\n---\n"),
+        ("README.md", b"<!-- evaluation -->\nold figures\nthe user's notes\n"),
+        ("README.md", b"<!-- /evaluation -->\nnotes\n<!-- evaluation -->\n"),
+        ("README.md", b"<!-- evaluation -->\nnotes\n<!-- evaluation -->\n<!-- /evaluation -->\n"),
         ("spts_evaluation.json", b"{"),
         ("spts_evaluation.json", b"[]"),
     ],
@@ -474,3 +628,27 @@ def test_text_too_short_to_follow_a_prompt_has_no_perplexity():
     ways = runner.ways_of(tiny_model(vocab_size=300).eval())
     assert agreement.following_loss(ways, TOKENIZER, "A short text.", 400) is None
     assert set(agreement.following_loss(ways, TOKENIZER, TEXT * 20, 400)) == {"dense", "spts"}
+
+
+def test_text_after_a_prompt_that_is_not_skipped_has_no_perplexity():
+    ways = runner.ways_of(tiny_model(schedule={**SCHEDULE, "min_length": 100}, vocab_size=300).eval())
+    lengths = (200, 227, 228)  # of which 128 tokens follow
+    assert [bool(agreement.following_loss(ways, TOKENIZER, TEXT * 20, n)) for n in lengths] == [False, False, True]
+
+
+def test_perplexity_is_of_the_haystack_that_is_asked_for(checkpoint, tmp_path, monkeypatch):
+    """Haystacks that differ where no prompt is, so that other text follows the same prompts."""
+    followed, whole = [], {"kl": 0.0, "top1": 1.0, "repeats": {"dense": False, "spts": False}}
+
+    def measure(ways, tokenizer, example, following):
+        followed.append(following)
+        return {**whole, "loss": {"dense": float(following.count("long")), "spts": 0.0}}
+
+    monkeypatch.setattr(agreement, "measure", measure)
+    sentences, found = PROSE.split(". "), []
+    for middle in (sentences[75], sentences[75] + " for a long long while"):
+        (tmp_path / "hay.txt").write_text(". ".join([*sentences[:75], middle, *sentences[76:]]))
+        options = ["--suite", "fidelity", "--lengths", 512, "--items", 2, "--haystack", tmp_path / "hay.txt"]
+        run("evaluate", checkpoint, *options, "--output", tmp_path / "out")
+        found.append(json.loads((tmp_path / "out/evaluation.json").read_text())["fidelity"][0]["perplexity"]["dense"])
+    assert found == [1.0, pytest.approx(math.exp(2))] and len(set(followed)) == 4

@@ -30,7 +30,8 @@ def test_the_map_is_the_reduced_rank_ridge_regression(rank):
     inputs = rng.normal(size=(400, 6))
     targets = inputs @ rng.normal(size=(6, 6)) + 0.1 * rng.normal(size=(400, 6)) + 2
     update = LowRankUpdate(6, rank)
-    solve(update, torch.tensor(inputs).float(), torch.tensor(targets).float())
+    solve(update, torch.tensor(inputs[:300]).float(), torch.tensor(targets[:300]).float(), 1 + torch.arange(300) // 200)
+    inputs, targets = (np.concatenate([part[:300], part[200:300]]) for part in (inputs, targets))  # weighed by two
     centred, wanted = inputs - inputs.mean(0), targets - targets.mean(0)
     gram = centred.T @ centred
     gram += PENALTY * np.trace(gram) / 6 * np.eye(6)
@@ -67,6 +68,42 @@ def test_fitted_updates_bring_skipped_states_nearer_to_the_dense_ones(family):
     again.load_state_dict({**again.state_dict(), **blank(again.config.schedule(), again.config, torch.float32)})
     fit_updates(again, fit, held_out, 64)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def fitted(schedule, prompts=24):
+    """A tiny model with updates fitted on so many prompts, what they were fitted on, and its held-out prompts."""
+    model = tiny_model("llama", schedule, max_position_embeddings=64)
+    model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
+    generator = torch.Generator().manual_seed(3)
+    fit, held_out = (list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (prompts, 16))
+    return model, fit, held_out, fit_updates(model, fit, held_out, 64)
+
+
+def test_tokens_that_skip_the_feed_forward_network_alone_are_fitted_on():
+    stages = [{"end": 4, "budget": {"fraction": 1.0}, "ffn_budget": 32}]
+    block = {
+        **SCHEDULE,
+        "start": 4,
+        "stages": stages,
+        "recent_tokens": 32,
+        "update": {"attention_rank": 0, "ffn_rank": 0},
+    }
+    model, fit, _, _ = fitted(block)  # the last 32 of 64 tokens are the ones that the network runs on
+    outputs = []
+    model.model.layers[4].mlp.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(torch.stack(fit), spts=False)
+    skipped, others = outputs[0].split(32, dim=1)
+    expected = (skipped.mean((0, 1)) + 0.25 * others.mean((0, 1))) / 1.25
+    torch.testing.assert_close(model.model.layers[4].ffn_update.bias.data, expected)
+
+
+def test_a_few_skipped_tokens_are_not_all_that_a_map_is_fitted_on():
+    stages = [{"end": 4, "budget": {"fraction": 0.95}}]
+    _, _, _, rows = fitted(
+        {**SCHEDULE, "start": 3, "stages": stages, "update": {"attention_rank": 0, "ffn_rank": 24}}, 12
+    )
+    assert rows[0]["ffn"] > 0  # it knows tokens that it has not seen better than their mean does
 
 
 def test_a_recipe_with_updates_makes_a_checkpoint_that_uses_them(corpus, tmp_path):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from helpers import run
-from huggingface_hub import ModelCard
 from tiny import SCHEDULE, tiny_model
 
 from spts_compress.evaluate import suites
@@ -114,16 +114,30 @@ def test_a_full_disk_leaves_an_earlier_result_whole(tmp_path, monkeypatch):
 
 
 def test_a_cards_results_of_others_stay():
-    theirs = {"task": {"type": "text-generation"}, "dataset": {"type": "mmlu", "name": "MMLU"}}
-    theirs["metrics"] = [{"type": "acc", "value": 41.5, "name": "accuracy"}]
-    text = f"---\nlicense: mit\nmodel-index: [{{name: theirs, results: [{json.dumps(theirs)}]}}]\n---\nwords\n"
+    task, words = {"type": "text-generation"}, "---\nwords\n"
+    theirs = [
+        {"name": name, "note": "ours", "results": [{"task": task, "dataset": {"type": "mmlu", "name": "MMLU"}}]}
+        for name in ("one", "two", "ours")
+    ]
+    for entry, value in zip(theirs, (50, 60.0, "61 +- 2"), strict=True):
+        entry["results"][0]["metrics"] = [{"type": "acc", "value": value, "name": "accuracy"}]
+    text = f"---\nlicense: mit\nmodel-index: {json.dumps(theirs)}\nzebra: [{{a: 1}}]\n{words}"
     row = {"task": "vt", "length": 512, "items": 2, "dense": 1.0, "spts": 0.5}
-    for rows, expected in (([row], 3), ([row, {**row, "task": "cwe"}], 5), ([{**row, "unskipped": 2}], 1), ([], 1)):
+    for rows, expected in (([row], 1), ([row, {**row, "task": "cwe"}], 2), ([{**row, "unskipped": 2}], 0), ([], 0)):
         text = card.with_results(text, "ours", rows)
-        data = ModelCard(text).data
-        assert (len(data.eval_results), data.model_name) == (expected, "theirs")
-        assert [r.metric_value for r in data.eval_results if r.dataset_type == "mmlu"] == [41.5]
-    assert ModelCard(card.with_results("words", "ours", [row])).data.model_name == "ours"
+        data, after = metadata(text)
+        assert list(data) == ["license", "model-index", "zebra"] and data["zebra"] == [{"a": 1}] and after == words
+        assert data["model-index"][:3] == theirs
+        assert [len(entry["results"]) for entry in data["model-index"][3:]] == ([expected] if expected else [])
+    [entry] = metadata(card.with_results("words", "ours", [row]))[0]["model-index"]
+    assert entry["name"] == "ours" and [m["value"] for m in entry["results"][0]["metrics"]] == [100.0, 50.0]
+    assert "model-index" not in card.with_results(card.with_results("words", "ours", [row]), "ours", [])
+
+
+def metadata(text):
+    """A card's metadata as plain data, and the rest of it."""
+    head, rest = text.removeprefix("---\n").split("\n---", 1)
+    return yaml.safe_load(head), f"---{rest}"
 
 
 def test_inspect_says_what_changed_since_the_measurements(built, tmp_path):

@@ -1,7 +1,9 @@
 """What a run may replace, and how a finished folder gets its name: nothing is deleted that is not provably ours."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -484,6 +486,32 @@ def test_a_model_without_a_cache_is_not_measured(name, folder, tmp_path):
             assert not (folder / "results").exists()
         path.write_text(before)
         assert f"{name}: use_cache is false" in shown
+
+
+def test_a_claim_outlives_a_full_disk(tmp_path, monkeypatch):
+    size, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with claimed(tmp_path, ("answers.jsonl", "result.json")):
+            (tmp_path / "answers.jsonl").write_text("hours of work")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # nothing more can be written to any file
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    for _ in range(2):
+        with claimed(tmp_path, ("answers.jsonl", "result.json")):
+            pass
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", write)
+        with pytest.raises(UserError, match="no space left on the disk"), claimed(tmp_path, ("other",)):
+            pass
+    with (tmp_path / CLAIM).open("a") as stream:
+        stream.write("cut sho")  # by a kill
+    with claimed(tmp_path, ("answers.jsonl", "picture")):
+        (tmp_path / "picture").touch()
+    assert (tmp_path / CLAIM).read_text().splitlines() == ["answers.jsonl", "picture"]
 
 
 def test_a_claimed_name_that_was_not_made_is_free_for_others(tmp_path):

@@ -17,7 +17,7 @@ from ..utils.store import fingerprint
 from .columns import ablation_table
 from .suites import EvalConfig, FolderKeys, all_examples, computed_how, mode_keys, require_context
 
-FILES = ("answers.jsonl", "ablation.json", "ablation.md")  # in the output
+FILES = ("answers.jsonl", *tables.files("ablation"))  # in the output
 
 
 def variants(schedule: Schedule, num_layers: int, length: int) -> dict[str, Schedule]:

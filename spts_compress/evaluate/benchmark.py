@@ -24,7 +24,7 @@ from ..utils.tables import COLOURS, LABELS, PALETTE, plot_interval
 from .columns import bench_tables
 from .suites import load
 
-FILES = ("bench.json", "bench.md", "bench.png")  # in the output
+FILES = tables.files("bench")  # in the output
 
 
 def run(
@@ -62,9 +62,6 @@ def run(
         "spts": schedule.to_dict(),
         "rows": [],
     }
-    output.mkdir(parents=True, exist_ok=True)
-    for name in FILES:  # an earlier run's, which are not of these rows
-        (output / name).unlink(missing_ok=True)
     with tqdm(total=len(lengths) * len(batches) * (pairs + 1), desc="timing", unit="round") as progress:
         for batch in batches:
             for length in lengths:
@@ -77,6 +74,8 @@ def run(
                 row["breakdown"] = parts(spts, ids) if schedule.skips(length) else {}
                 result["rows"].append(row)
                 result |= {"break_even": crossing(result["rows"]), "growth": growth(result["rows"])}
+                for name in FILES[1:]:  # an earlier run's, which are not of these rows
+                    (output / name).unlink(missing_ok=True)
                 with writing(output / "bench.json") as partial:
                     partial.write_text(json.dumps(result, indent=1) + "\n")
                 gc.collect()

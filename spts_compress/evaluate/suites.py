@@ -1,6 +1,7 @@
 """Evaluating a checkpoint: suites of tasks, dense beside SPTS, with tables, pictures and a certificate."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..checkpoint.layout import CARD, CERTIFICATE
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Example, sentences
-from ..tasks.runner import MODES, Answers, answer_key, run, ways_of
+from ..tasks.runner import MODES, Answers, answer_key, own_file, run, ways_of
 from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.distributed import SINGLE_PROCESS, Ranks
@@ -29,8 +30,7 @@ from ..utils.tables import COLOURS, LABELS, plot_interval
 from .columns import score_tables
 from .inspect import read_config
 
-RESULTS = ("evaluation.json", "evaluation.md", "evaluation.png")  # in the output
-FILES = ("answers.jsonl", "setting.json", *RESULTS)
+RESULTS = tables.files("evaluation")  # in the output
 SUITES = ("ruler", "longbench", "diversity", "fidelity")
 MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
 FREE_TOKENS = 64
@@ -70,6 +70,11 @@ class EvalConfig:
     def text(self) -> str:
         """The haystack."""
         return "\n\n".join(data.from_files(Path(self.haystack)) if self.haystack else data.python_docs())
+
+
+def files(processes: int) -> tuple[str, ...]:
+    """What an evaluation by so many processes makes in its output."""
+    return (*(own_file(Path("answers.jsonl"), rank).name for rank in range(processes)), "setting.json", *RESULTS)
 
 
 def _longbench_examples(config: EvalConfig, tokenizer: Any, length: int) -> Iterator[Example]:
@@ -154,9 +159,9 @@ def computed_how(model: Any) -> list[str]:
     return [str(model.dtype), model.device.type, model.config._attn_implementation, environment()]
 
 
-def free_key(spts_key: str, example: Example) -> str:
-    """Where the measures of a free answer are kept."""
-    return fingerprint("fidelity", spts_key, example.text, FREE_TOKENS)
+def free_key(spts_key: str, example: Example, following: str | None) -> str:
+    """Where the measures of a free answer, see `agreement.measure`, are kept."""
+    return fingerprint("fidelity", spts_key, example.text, FREE_TOKENS, following)
 
 
 def collect(
@@ -180,21 +185,26 @@ def collect(
         UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile; what was answered
             then is not kept.
     """
-    done = Answers(output / "answers.jsonl", ranks.rank)
+    machine, how = hardware(str(model.device)), computed_how(model)
+    done = Answers(output / "answers.jsonl", ranks.rank, {"hardware": machine, "batch": config.batch})
     done.check = folder_keys.unchanged
-    how = computed_how(model)
     keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
     if "fidelity" in config.suites:
         haystack = config.text()
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
+
+    def following(example: Example) -> str | None:
+        begin = example.index * len(text) // config.items
+        return text[begin:] + text[:begin] if example.task == agreement.TASK else None
+
     wanted = {mode: [answer_key(key, example) for example in examples] for mode, key in keys.items()}
-    wanted["fidelity"] = [free_key(keys["spts"], example) for example in free]
+    wanted["fidelity"] = [free_key(keys["spts"], example, following(example)) for example in free]
     rows = {
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
     }
-    setting = {"keys": keys, "request": asdict(config), "hardware": hardware(str(model.device)), "how": how}
+    setting = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -203,15 +213,14 @@ def collect(
     shard = ranks.shard(list(zip(free, wanted["fidelity"], strict=True)))
     for example, key in tqdm(shard, desc="fidelity", unit="prompt", disable=not free):
         if key not in done.rows:
-            begin = example.index * len(text) // config.items
-            following = text[begin:] + text[:begin] if example.task == agreement.TASK else None
-            measures = agreement.measure(ways, tokenizer, example, following)
+            measures = agreement.measure(ways, tokenizer, example, following(example))
             done.add({"key": key, "mode": "fidelity", **example.to_row(), **measures})
     ranks.barrier()
 
 
 def summarise(output: Path) -> dict[str, Any]:
-    """Score the answers kept in `output`; no model is run and no prompt is made.
+    """Score the answers kept in `output`; no model is run and no prompt is made. The setting's `made` lists how the
+    answers came to be: on which hardware, in batches of how many prompts.
 
     Raises:
         UserError: if there are none.
@@ -230,6 +239,9 @@ def summarise(output: Path) -> dict[str, Any]:
         ]
         for mode, keys in wanted.items()
     }
+    last = {"hardware": setting.pop("hardware"), "batch": setting["request"].pop("batch")}
+    made = [row.get("made", last) for some in rows.values() for row in some] or [last]
+    setting["made"] = [one for index, one in enumerate(made) if one not in made[:index]]
     scored = recovery.score_rows([{**row, "mode": mode} for mode in MODES for row in rows[mode]])
     free: dict[tuple[int, str], list[dict]] = {
         (length, source): [] for length in setting["request"]["lengths"] for source in (HAYSTACK, LONGBENCH)
@@ -330,6 +342,8 @@ def card_text(folder: Path) -> str:
         with_results(text, folder.resolve().name, [])
     except (ValueError, YAMLError) as error:
         raise UserError(f"{card}: no model card that can be added to; mend or remove it: {reason(error)}") from None
+    if re.findall("|".join(MARKS), text) not in ([], [*MARKS]):
+        raise UserError(f"{card}: {' and '.join(MARKS)} must be there once each, in this order, or not at all")
     return text
 
 
@@ -370,9 +384,10 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     with writing(folder / CERTIFICATE) as partial:
         partial.write_text(json.dumps(certificate, indent=1) + "\n")
     begin, end = MARKS
-    if begin in text and end in text:
+    if begin in text:
         text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
-    machine = setting["hardware"]
+    machines = [made["hardware"] for made in setting["made"]]
+    devices = ", ".join(dict.fromkeys(machine["device"] for machine in machines))
     haystack = "a folder of the user's" if request["haystack"] else "the Python language reference"
     measured = {row["task"] for row in result["tasks"]}
     missing = [task for task in (*ruler.TASKS, *longbench.TASKS, *synthetic.TASKS) if task not in measured]
@@ -380,7 +395,7 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
 ## Evaluation
 
 Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: {haystack}; seed {request["seed"]};
-{machine["device"]}, torch {machine["torch"]}, transformers {machine["transformers"]}, {setting["how"][0]}.
+{devices}, torch {machines[0]["torch"]}, transformers {machines[0]["transformers"]}, {setting["how"][0]}.
 
 {as_tables(result)}
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..calibrate.base_model import Base
 from ..modeling.configuration_spts import Schedule
@@ -40,8 +41,8 @@ def license_of(base: Base) -> dict[str, Any]:
 
 
 def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
-    """The card `text` with scores in its metadata (the Hub's model-index), in the place of those that this toolkit put
-    there; tasks of which no token was skipped are left out.
+    """The card `text` with scores in its metadata, as an entry of the Hub's model-index in the place of the one that
+    this toolkit put there; tasks of which no token was skipped are left out, and entries of others stay as they are.
 
     Args:
         name: of the model.
@@ -50,9 +51,10 @@ def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
     Raises:
         ValueError, YAMLError: if the card's metadata can't be read.
     """
-    card = ModelCard(text)
-    data: Any = card.data  # typed without the fields of a model's card
-    others = [result for result in data.eval_results or [] if result.metric_name not in METRICS.values()]
+    ModelCard(text)  # which judges what the plain data below may be
+    card = RepoCard(text)
+    entries = card.data.get("model-index", [])
+    others = [entry for entry in entries if not _is_own(entry)]
     own = [
         EvalResult(
             task_type="text-generation",
@@ -66,9 +68,14 @@ def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
         if row.get("unskipped", 0) < row["items"]
         for mode, metric in METRICS.items()
     ]
-    data.eval_results = [*others, *own] or None
-    data.model_name = (data.model_name if others else name) if data.eval_results else None
+    card.data["model-index"] = [*others, *(eval_results_to_model_index(name, own) if own else [])] or None
     return str(card)
+
+
+def _is_own(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the model-index is this toolkit's."""
+    names = {metric.get("name") for result in entry["results"] for metric in result["metrics"]}
+    return bool(names) and names <= {*METRICS.values()}
 
 
 def _cached(schedule: Schedule) -> str:

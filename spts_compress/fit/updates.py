@@ -1,7 +1,8 @@
 """Updates: what a layer would add to a token that it skips, estimated by two affine maps of low rank.
 
 They are fitted in closed form, layer after layer, on the states that skipping leaves there: a map's target is what
-takes a skipped token to the dense model's state, so that later layers mend what earlier ones left undone.
+takes a skipped token to the dense model's state, so that later layers mend what earlier ones left undone. Tokens that
+are not skipped count a little, too: where nearly all are active, the few skipped ones are too few to fit a map on.
 """
 
 from contextlib import ExitStack
@@ -22,27 +23,29 @@ from ..utils.errors import UserError
 BLOCK = 4096  # tokens of a prompt that maps are fitted on
 PENALTY = 1e-2  # of the ridge regression, in units of the features' mean variance
 SPARE = 16  # further directions that the randomised eigenvectors are looked for in
+ACTIVE_WEIGHT = 0.25  # of a token that is not skipped, and of all of them together no more than the skipped ones'
 
 
 @torch.no_grad()
-def solve(update: LowRankUpdate, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+def solve(update: LowRankUpdate, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
     """Reduced-rank ridge regression: the map `b + V U x` of the update's rank that is nearest to `targets` (N, D) for
-    `inputs` (N, D), in the least squares over all of them. Set in place."""
-    inputs, targets = inputs.float(), targets.float()
-    mean_in, mean_out = inputs.mean(0), targets.mean(0)
+    `inputs` (N, D), in the least squares with `weights` (N). Set in place."""
+    inputs, targets, shares = inputs.float(), targets.float(), weights / weights.sum()
+    mean_in, mean_out = shares @ inputs, shares @ targets
     if not update.rank:
         update.bias.copy_(mean_out)
         return
     centred, wanted = inputs - mean_in, targets - mean_out
-    gram, cross = centred.T @ centred, centred.T @ wanted
+    weighted = (shares[:, None] * centred).T
+    gram, cross = weighted @ centred, weighted @ wanted
     gram.diagonal().add_(PENALTY * gram.diagonal().mean() + 1e-12)
-    weights = torch.linalg.solve(gram, cross)  # of full rank, (D, D)
-    explained = cross.T @ weights
+    full = torch.linalg.solve(gram, cross)  # (D, D)
+    explained = cross.T @ full
     with torch.random.fork_rng(devices=[explained.device] if explained.is_cuda else []):
         torch.manual_seed(0)  # svd_lowrank draws; the same run is to give the same maps
         few = min(update.rank + SPARE, len(explained))
         up = torch.svd_lowrank(explained + explained.T, few, niter=6)[0][:, : update.rank]
-    down = (weights @ up).T
+    down = (full @ up).T
     update.up.copy_(up)
     update.down.copy_(down)
     update.bias.copy_(mean_out - up @ (down @ mean_in))
@@ -72,17 +75,17 @@ class Fitting(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        target, skipped = layer.target(self.name)
-        fitted = skipped.clone()
-        fitted[layer.fitted :] = False
-        solve(self.update, inputs[fitted], target[fitted])
+        target, skipped = layer.target(self.name, inputs)
+        to_fit = torch.zeros_like(skipped)
+        to_fit[: layer.fitted] = True
+        counted, others = (skipped & to_fit).sum(), (~skipped & to_fit).sum()
+        weights = skipped + ~skipped * (counted / others.clamp_min(1)).clamp_max(ACTIVE_WEIGHT)
+        solve(self.update, inputs[to_fit], target[to_fit], weights[to_fit])
         estimate = self.update(inputs)
         if layer.fitted < len(skipped):
-            wanted, left = (states[skipped & ~fitted].float() for states in (target, target - estimate))
+            wanted, left = (states[skipped & ~to_fit].float() for states in (target, target - estimate))
             spread = (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12)
             layer.r2[self.name.removesuffix("_update")] = float(1 - left.square().sum() / spread)
-        if self.name == UPDATES[0]:
-            layer.states = layer.states + estimate  # of the skipped tokens, which alone are looked at again
         return estimate
 
 
@@ -90,22 +93,28 @@ class LayerFit:
     """One skipping layer while its maps are fitted; of the rows, the first `fitted` are fitted on."""
 
     def __init__(self, fitted: int):
-        self.fitted, self.r2 = fitted, dict[str, float]()
+        self.fitted, self.r2, self.pieces = fitted, dict[str, float](), list[torch.Tensor]()
 
     def enter(self, dense: "DenseStates", number: int, layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook before the layer: notes the candidates' states (B, T, D), and what the dense model makes of them."""
         self.states, plan = args[0], NotedPlan.of(kwargs["plan"])
         self.plan, after = plan, dense.run(number, layer, self.states)
         self.dense = {name: gather_tokens(states, kwargs["slots"]) for name, states in zip(UPDATES, after, strict=True)}
+        self.pieces.clear()  # the dense run's
         return args, {**kwargs, "plan": plan}
 
-    def target(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What takes the candidates to the dense model's states (B, T, D), and which ones are skipped (B, T)."""
-        skipped = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
-        for index in (self.plan.chosen[0], self.plan.chosen[-1]) if name == UPDATES[1] else self.plan.chosen[:1]:
-            if index is not None:
-                skipped.scatter_(1, index, False)
-        return self.dense[name] - self.states, skipped
+    def target(self, name: str, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What takes the candidates to the dense model's states (B, T, D), and which ones are skipped (B, T).
+
+        Args:
+            inputs: of the update `name`, (B, T, D).
+        """
+        states = self.states
+        if name == UPDATES[1]:  # before the norm that gave `inputs`, if there is one
+            states = torch.cat(self.pieces, dim=1) if self.pieces else inputs
+        skipped = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        index = self.plan.chosen[-1 if name == UPDATES[1] else 0]
+        return self.dense[name] - states, skipped if index is None else skipped.scatter(1, index, False)
 
 
 class DenseStates:
@@ -119,13 +128,17 @@ class DenseStates:
         """States after a layer's attention and after the layer; `states` go into the first one."""
         options, middle = self.arguments[number], list[torch.Tensor]()
         place = getattr(layer, layer.norms.before_feed_forward or "mlp")
-        handle = place.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0]))
+        handle = place.register_forward_pre_hook(partial(_note_input, middle))
         try:
             rows = [layer.forward(row[None], **options) for row in (states if self.states is None else self.states)]
         finally:
             handle.remove()
         self.states = torch.cat(rows)
         return torch.cat(middle), self.states
+
+
+def _note_input(pieces: list[torch.Tensor], module: nn.Module, inputs: tuple) -> None:
+    pieces.append(inputs[0])
 
 
 def blank(schedule: Schedule, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -200,7 +213,9 @@ def fit_updates(
                 stack.callback(setattr, layers[number], name, update := getattr(layers[number], name))
                 setattr(layers[number], name, Fitting(update, own, name))
             enter = partial(own.enter, dense, number)
-            handle = layers[number].register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(layers[number].register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if norm := layers[number].norms.before_feed_forward:
+                note = partial(_note_input, own.pieces)
+                stack.callback(getattr(layers[number], norm).register_forward_pre_hook(note).remove)
         model(ids, logits_to_keep=1, use_cache=False, spts={"min_length": 0})
     return [{"layer": number, **own.r2} for number, own in fitted.items()]

@@ -10,11 +10,10 @@ import torch
 from tqdm import tqdm
 
 from ..modeling.configuration_spts import Schedule
-from ..tasks.agreement import GREEDY
 from ..tasks.example import Example
 from ..tasks.recovery import score_rows
 from ..tasks.runner import encode
-from ..timing.pairs import share_buffers
+from ..timing.pairs import GREEDY, share_buffers
 from ..utils.distributed import Ranks
 from ..utils.store import Store, fingerprint
 from .prompts import PromptSet
@@ -78,7 +77,7 @@ def answer(model: Any, tokenizer: Any, item: Example, layers: Sequence[int], sto
                 hooks.enter_context(model.model.layers[layer].register_forward_pre_hook(note, with_kwargs=True))
             last = model.model.norm.register_forward_hook(lambda module, args, output: final.append(output[:, -1]))
             hooks.enter_context(last)
-            tokens = model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens)[0]
+            tokens = model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens).sequences[0]
         for layer, states in before.items():
             store.put_tensors(f"dense-layer-{layer}", key, {"states": torch.cat(states, dim=1).cpu()})
         unit = {"answer": tokens[inputs["input_ids"].shape[1] :].cpu(), "final": torch.cat(final).cpu()}

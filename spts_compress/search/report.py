@@ -9,7 +9,7 @@ from ..utils import tables
 from ..utils.store import writing
 from ..utils.tables import table
 
-FILES = ("search.json", "search.md", "search.png")
+FILES = tables.files("search")
 LENGTH = 8192  # tokens of the prompt whose budgets are drawn
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from ..timing.pairs import Way
+from ..timing.pairs import GREEDY, Way
 from .example import Example, ask_about, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
 TASK = "free_answer"
-GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": False}  # whatever the generation config says
 REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
 FOLLOWING = 128  # tokens of following text that are predicted
 
@@ -62,7 +61,7 @@ def free_answer(way: Way, tokenizer: Any, example: Example) -> list[int]:
     """The tokens of the greedy answer."""
     model, options = way
     inputs = encode(tokenizer, [example.text], model.device)
-    ids = model.generate(**inputs, **GREEDY, max_new_tokens=example.answer_tokens, **options)[0]
+    ids = model.generate(**inputs, **GREEDY, max_new_tokens=example.answer_tokens, **options).sequences[0]
     return ids[inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -75,10 +74,10 @@ def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answ
 
 
 def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float] | None:
-    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if there
-    are none before them."""
+    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if SPTS
+    skips none of these."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length].to(ways["dense"][0].device)
-    if ids.shape[1] <= FOLLOWING:
+    if not ways["spts"][0].config.schedule().skips(ids.shape[1] - FOLLOWING):
         return None
     target = ids[0, -FOLLOWING:, None]
     return {
@@ -91,8 +90,7 @@ def measure(ways: Mapping[str, Way], tokenizer: Any, example: Example, following
     """All measures of one prompt that asks for a free answer.
 
     Args:
-        following: text of which a prompt as long as the example's is made for `following_loss`; None if that is not
-            wanted. The `loss` is None then, and where the text is too short.
+        following: text that `following_loss` reads as far as the example's prompt is long; None if that is not wanted.
     """
     tokens = {name: free_answer(way, tokenizer, example) for name, way in ways.items()}
     return {

@@ -4,8 +4,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unicodedata import category
 
 from ..utils.errors import UserError
+
+# Of scripts that have marks of their own, some of which put no space after a sentence.
+ENDS, COMMAS, CLOSING = "。！？।؟۔።။។", "，、،", "”’」』）"  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -77,21 +81,26 @@ def fit_example(
 
     Args:
         build: makes the prompt from a number of units and a rest, which is part of one more unit.
-        filler: the unit with a given number; its words make up the rest.
+        filler: the unit with a given number; words of it, long ones in pieces, make up the rest.
         room: tokens left free in place of `answer_tokens`.
         fields: further values of the example.
 
     Raises:
-        UserError: if even the shortest prompt does not fit.
+        UserError: if even the shortest prompt does not fit, or none comes near.
     """
     room = room or answer_tokens
     count = longest(lambda count: build(count, ""), tokenizer, limit - room, most=limit - room)
-    words, more = filler(count).split(), 0
-    if words:
-        more = longest(lambda n: build(count, " ".join(words[:n])), tokenizer, limit - room, most=len(words))
-    text = build(count, " ".join(words[:more]))
+    unit = filler(count)
+    ends = [0, *(piece.end() for piece in re.finditer(r"\S{1,16}", unit))]
+
+    def filled(pieces: int) -> str:
+        return build(count, " ".join(unit[: ends[pieces]].split()))
+
+    text = filled(longest(filled, tokenizer, limit - room, most=len(ends) - 1) if unit else 0)
     if (tokens := token_count(tokenizer, text)) > limit - room:
         raise UserError(f"{task} does not fit into {limit} tokens: the least it needs is {tokens + room}")
+    if (short := limit - room - tokens) > max(64, limit // 10):
+        raise UserError(f"{task}: a prompt for {limit} tokens comes out {short} too short of this text; give another")
     return Example(task, index, text, tokens=tokens, limit=limit, answer_tokens=answer_tokens, **fields)
 
 
@@ -126,14 +135,21 @@ def ask_about(
     return fit_example(task, index, tokenizer, build, limit, answer_tokens, unit, outputs=[])
 
 
+def _is_plain(letter: str) -> bool:
+    return letter.isalpha() or letter in f" ,.{COMMAS}{ENDS}" or category(letter).startswith("M")
+
+
 def sentences(prose: str) -> list[str]:
-    """The sentences of a text, white space folded; headings, tables and code in between are left out.
+    """The sentences of a text, white space folded and long ones in parts; headings, tables and code in between are left
+    out.
 
     Raises:
         UserError: if there is none.
     """
-    parts = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", prose))
-    plain = [s for s in parts if len(s) >= 20 and sum(c.isalpha() or c in " ,." for c in s) >= 0.92 * len(s)]
+    whole = re.split(rf"(?<=[.!?])\s+|(?<=[{ENDS}])(?![{ENDS}{CLOSING}])\s*", re.sub(r"\s+", " ", prose))
+    parts = [part for sentence in whole for part in re.findall(r"\S.{0,299}(?!\S)|\S.{0,299}", sentence)]
+    # in bytes, since a letter of some scripts says as much as several Latin ones
+    plain = [s for s in parts if len(s.encode(errors="replace")) >= 20 and sum(map(_is_plain, s)) >= 0.92 * len(s)]
     if not plain:
         raise UserError("the text that prompts are made of has no sentence in plain words; name another text for them")
     return plain

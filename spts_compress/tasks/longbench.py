@@ -1,10 +1,12 @@
 """LongBench (arXiv 2308.14508) in its own format, from a folder or a dataset on the Hub."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.layout import read_json
 from ..utils.errors import UserError, reason
 from .example import Example, chat, token_count
 
@@ -21,7 +23,8 @@ SCORER = {
 TASKS = tuple(SCORER)
 WITHOUT_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # few-shot and code completion
 FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")
-FIELDS = ("input", "context", "answers", "all_classes")
+PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
+LINE = "input and context (texts), answers (a list of texts, one or more), all_classes (a list of texts, or null)"
 
 
 class LongBench:
@@ -30,7 +33,7 @@ class LongBench:
     in one).
 
     Raises:
-        UserError: if something is missing, naming it.
+        UserError: if something is missing or not in the format, naming it.
     """
 
     def __init__(self, source: str, prompts: Path | None = None):
@@ -41,8 +44,7 @@ class LongBench:
             raise UserError(
                 f"{source}: not a folder; for a dataset on the Hub name the folder of dataset2prompt.json too"
             )
-        self.prompts = _mapping(beside / "dataset2prompt.json")
-        self.lengths = _mapping(beside / "dataset2maxlen.json")
+        self.beside, self.prompts, self.lengths = beside, _mapping(beside / PROMPTS), _mapping(beside / LENGTHS)
 
     def tasks(self) -> list[str]:
         """The tasks that are there."""
@@ -55,11 +57,18 @@ class LongBench:
         """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included."""
         if task not in self.tasks():
             raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
-        result, room = [], self.lengths[task]
+        result, how, template, room = [], SCORER[task], self.prompts.get(task), self.lengths.get(task)
+        if not isinstance(template, str):
+            raise UserError(f"{self.beside / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
+        if not isinstance(room, int) or room < 1:
+            raise UserError(f"{self.beside / LENGTHS}: no number for {task}; give how many tokens its answers have")
         for index, row in zip(range(count), self._rows(task), strict=False):
-            text = _cut(self.prompts[task].format(**row), tokenizer, length - room, task not in WITHOUT_CHAT)
+            try:
+                prompt = template.format(**row)
+            except (LookupError, ValueError, AttributeError) as error:
+                raise UserError(f"{self.beside / PROMPTS}: {task} can't be filled in: {reason(error)}") from None
+            text = _cut(prompt, tokenizer, length - room, task not in WITHOUT_CHAT)
             tokens, names = token_count(tokenizer, text), row["all_classes"] or []
-            how = SCORER[task]
             result.append(Example(task, index, text, row["answers"], tokens, length, room, scorer=how, classes=names))
         return result
 
@@ -68,7 +77,8 @@ class LongBench:
             from datasets import load_dataset
 
             try:
-                yield from load_dataset(self.source, task, split="test", streaming=True)
+                for number, row in enumerate(load_dataset(self.source, task, split="test", streaming=True), 1):
+                    yield _checked(row, task, f"{self.source}, {task}, row {number}")
             except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"{self.source}: {reason(error)}") from None
             return
@@ -77,14 +87,28 @@ class LongBench:
             for number, line in enumerate(stream, 1):
                 try:
                     row = json.loads(line)
-                    missing = [name for name in FIELDS if name not in row]
-                except (ValueError, TypeError):
-                    raise UserError(f"{path}:{number}: not a JSON object") from None
-                if missing:
-                    raise UserError(
-                        f"{path}:{number}: no {', '.join(missing)}; a LongBench line has {', '.join(FIELDS)}"
-                    )
-                yield row
+                except ValueError:
+                    row = None
+                yield _checked(row, task, f"{path}:{number}")
+
+
+def _checked(row: Any, task: str, where: str) -> dict:
+    """A line of a task, which `where` names, if it is in LongBench's format."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    answers, classes = row.get("answers"), row.get("all_classes", ())
+    whole = {name: isinstance(row.get(name), str) for name in ("input", "context")}
+    whole["answers"] = _are_texts(answers) and answers != []
+    whole["all_classes"] = classes is None or _are_texts(classes)
+    if bad := [name for name, good in whole.items() if not good]:
+        raise UserError(f"{where}: no usable {', '.join(bad)}; a LongBench line has {LINE}")
+    if SCORER[task] == "paragraph" and not all(re.search(r"\d", answer) for answer in row["answers"]):
+        raise UserError(f"{where}: an answer without a number; those of {task} are such as Paragraph 3")
+    return row
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def judged_part(task: str, answer: str) -> str:
@@ -116,9 +140,6 @@ def _cut(prompt: str, tokenizer: Any, limit: int, template: bool) -> str:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} is missing; it comes with LongBench") from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON") from None
+    if not path.is_file():
+        raise UserError(f"{path} is missing; it comes with LongBench")
+    return read_json(path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..timing.pairs import Way
+from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
 from ..utils.store import fingerprint
 from .example import Example
@@ -19,16 +19,24 @@ MODES = ("dense", "spts")
 BEGIN = b'{"key": "'  # of every line
 
 
+def own_file(path: Path, rank: int) -> Path:
+    """Where the process `rank` of several adds to the `Answers` in `path`."""
+    return path.with_suffix(f".{rank}{path.suffix}") if rank else path
+
+
 class Answers:
     """Answers in a file of JSON lines, found again by what they depend on. A line that a kill cut short is dropped.
     Each of several processes adds to a file of its own and has read those of all.
+
+    Args:
+        made: what is noted beside every answer of how it came to be.
 
     Raises:
         UserError: if the file holds anything else.
     """
 
-    def __init__(self, path: Path, rank: int = 0):
-        self.path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+    def __init__(self, path: Path, rank: int = 0, made: dict[str, Any] | None = None):
+        self.path, self.made = own_file(path, rank), {"made": made} if made else {}
         self.rows: dict[str, dict] = {}
         self.check: Callable[[], None] = lambda: None  # raises if what was just answered must not be kept
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +64,7 @@ class Answers:
 
     def add(self, row: dict) -> None:
         self.check()
+        row = {**row, **self.made}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             stream.flush()
@@ -93,27 +102,30 @@ def answers(model: Any, tokenizer: Any, batch: list[Example], **options: Any) ->
         options: of `generate`, such as `spts`.
     """
     inputs = encode(tokenizer, [example.text for example in batch], model.device)
-    settings = {
-        "do_sample": False, "max_new_tokens": max(example.answer_tokens for example in batch),
-        "return_dict_in_generate": True, **options,
-    }  # fmt: skip
+    stop = model.generation_config.eos_token_id
+    ends = stop if isinstance(stop, list) else [stop]
+    settings = {**GREEDY, "max_new_tokens": max(example.answer_tokens for example in batch), **options}
     out = model.generate(**inputs, **settings)
     if (follow := batch[0].follow_up) is not None:
         later = tokenizer(follow, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
         ended = out.sequences[0].tolist()
-        stop = model.generation_config.eos_token_id
-        if ended[-1] in (stop if isinstance(stop, list) else [stop]):  # the template's own end of turn follows
+        if ended[-1] in ends:  # the template's own end of turn follows
             ended = ended[:-1]
         ids = torch.cat([torch.tensor([ended], device=model.device), later], dim=1)
         if (surplus := out.past_key_values.get_seq_length() - len(ended)) > 0:
             out.past_key_values.crop(-surplus)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         out = model.generate(**inputs, past_key_values=out.past_key_values, **settings)
-    width = inputs["input_ids"].shape[1]
+    made = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     return [
-        tokenizer.decode(row[width : width + example.answer_tokens], skip_special_tokens=True)
-        for example, row in zip(batch, out.sequences, strict=True)
+        tokenizer.decode(_until_end(row[: example.answer_tokens], ends), skip_special_tokens=True)
+        for example, row in zip(batch, made, strict=True)
     ]
+
+
+def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """An answer without what pads it to the length of others of its batch."""
+    return tokens[: next((n for n, token in enumerate(tokens, 1) if token in ends), None)]
 
 
 def run(

@@ -16,6 +16,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 Times = dict[str, dict[int, list[float]]]  # seconds by name and number of new tokens
 Way = tuple[Any, dict[str, Any]]  # of answering: a model, and options of its calls, such as `spts`
+# What `generate` is told wherever something is measured: the likeliest token each time, until the model ends or the
+# wanted number is there, whatever generation_config.json says of beams, other ways of decoding, and when to stop.
+GREEDY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True, "max_time": None,
+    "stop_strings": None, "token_healing": False, "constraints": None, "force_words_ids": None, "penalty_alpha": None,
+    "dola_layers": None, "prompt_lookup_num_tokens": None, "use_mtp": None,
+}  # fmt: skip
 
 
 def stock_twin(model: Any) -> Any:
@@ -74,8 +81,8 @@ def seconds(model: Any, ids: torch.Tensor, new_tokens: tuple[int, ...], **option
     synchronize(ids.device)
     begin = time.perf_counter()
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(new_tokens), min_new_tokens=max(new_tokens),
-        do_sample=False, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]), **options,
+        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
+        **{**GREEDY, "max_new_tokens": max(new_tokens), "min_new_tokens": max(new_tokens), **options},
     )  # fmt: skip
     return {n: clock.at[n] - begin for n in new_tokens}
 

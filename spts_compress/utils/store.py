@@ -85,22 +85,24 @@ def claimed(folder: Path, names: Iterable[str] = (), use: str = "this folder") -
     try:
         with _locked(claim, use) as stream:
             stream.seek(0)
-            ours = set(stream.read().splitlines())
+            listed = stream.read()
+            ours = set(listed.splitlines())
             try:
                 for name in names:
                     if name not in ours and os.path.lexists(folder / name):
                         raise UserError(f"{folder / name} exists and was not made by this toolkit; give another folder")
-                stream.writelines(f"{name}\n" for name in names if name not in ours)
-                stream.flush()
+                new = [f"{name}\n" for name in names if name not in ours]
+                with full_disk_named(claim):  # by the descriptor, as a buffer would be written once more at the close
+                    os.write(stream.fileno(), "".join(["\n" * (listed[-1:] not in ("", "\n")), *new]).encode())
                 ours |= set(names)
                 yield
             finally:  # while it is locked, so that nobody else's is removed
-                made = [name for name in sorted(ours) if os.path.lexists(folder / name)]
-                stream.truncate(0)  # what was not made is free for others
-                stream.writelines(f"{name}\n" for name in made)
-                stream.flush()
+                made = {name for name in ours if os.path.lexists(folder / name)}
                 if not made:
                     claim.unlink(missing_ok=True)
+                elif made != ours:  # what was not made is free for others, unless there is no room to say so
+                    with suppress(OSError, UserError), writing(claim) as partial:
+                        partial.write_text("".join(f"{name}\n" for name in sorted(made)))
     finally:
         with suppress(OSError):  # not empty
             for path in to_remove:

@@ -54,6 +54,11 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def files(name: str) -> tuple[str, ...]:
+    """What `save` makes or removes."""
+    return f"{name}.json", f"{name}.md", f"{name}.png"
+
+
 def save(
     result: Any, tables: str, output: Path, name: str, draw: Callable[[Any], None] | None = None, width: float = 9
 ) -> str:
