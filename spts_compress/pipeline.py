@@ -21,7 +21,7 @@ from .calibrate.data import Blocks, blocks, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
-from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
+from .checkpoint.outputs import made_since, new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
 from .evaluate.report import check_prompts, measure_all
@@ -41,7 +41,7 @@ from .timing.stage_timer import StageTimer
 from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
-from .utils.store import Store, as_tensor, claimed, fingerprint, from_tensor
+from .utils.store import Store, as_tensor, claimed, file_hash, fingerprint, from_tensor
 from .utils.tables import size
 
 Log = Callable[[str], None]
@@ -98,6 +98,8 @@ def run(
         if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
             staging = stack.enter_context(new_folder(output, force, inputs, again))
+            if since := made_since(output):
+                log(f"{output}: {', '.join(since)} changed since the export, and will be replaced with it in the end")
             stack.enter_context(store.lock())
             if recipe.search is not None:
                 stack.enter_context(claimed(search_folder, search_report.FILES))
@@ -122,10 +124,11 @@ def run(
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
         report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
-        (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         tables = columns.speed_table(report), columns.score_tables(report), columns.proxy_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
+        report["card"] = file_hash(staging / CARD)
+        (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         (staging / RECIPE).write_text(verbatim)
         (staging / RESOLVED_RECIPE).write_text(_resolved(ready))
         if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():

@@ -12,11 +12,11 @@ import yaml
 from click.testing import CliRunner
 from tiny_checkpoint import tiny_checkpoint
 
-from spts_compress.checkpoint.outputs import new_folder, refuse
+from spts_compress.checkpoint.outputs import made_since, new_folder, refuse
 from spts_compress.cli import main
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.errors import UserError
-from spts_compress.utils.store import CLAIM, Store, claimed
+from spts_compress.utils.store import CLAIM, Store, claimed, file_hash
 
 
 def made_here(folder: Path, text: str = "old") -> Path:
@@ -49,6 +49,15 @@ def test_what_is_free_to_be_made(tmp_path):
     refuse(tmp_path / "ours", force=True)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     refuse(tmp_path / "dangling")
+
+
+def test_what_was_made_by_hand_in_a_checkpoint_is_named(tmp_path):
+    out = made_here(tmp_path / "out")
+    (out / "spts_report.json").write_text(json.dumps({"card": file_hash(out / "README.md")}))
+    assert made_since(out) == made_since(tmp_path / "new") == []
+    (out / "README.md").write_text("my card")
+    (out / "spts_evaluation.json").write_text("{}")
+    assert made_since(out) == ["README.md", "spts_evaluation.json"]
 
 
 def _case_foreign(place):

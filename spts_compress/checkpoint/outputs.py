@@ -4,12 +4,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..utils.errors import UserError, some
-from ..utils.store import claimed, full_disk_named
-from .layout import CONFIG, FREE, MANIFEST, all_files, read_json
+from ..utils.store import claimed, file_hash, full_disk_named
+from .layout import CARD, CERTIFICATE, CONFIG, FREE, MANIFEST, REPORT, all_files, read_json
 
 
 def refuse_inside(output: Path, checkpoint: Path) -> None:
@@ -109,6 +109,15 @@ def _listed(folder: Path) -> set[str] | None:
         return {*read_json(folder / MANIFEST)["sha256"], *FREE}
     except (UserError, KeyError, TypeError):
         return None
+
+
+def made_since(output: Path) -> list[str]:
+    """What is in a checkpoint made here since its export: an evaluation, and a card that was edited or added to."""
+    card, stated = output / CARD, None
+    with suppress(UserError):  # no report, or none that can be read
+        stated = read_json(output / REPORT).get("card")
+    edited = [CARD] if card.is_file() and file_hash(card) != stated else []
+    return edited + [CERTIFICATE] * (output / CERTIFICATE).is_file()
 
 
 def _is_whole(folder: Path) -> bool:
