@@ -29,7 +29,7 @@ from .export import card, write
 from .export.verify import write_manifest
 from .fit.proxies import fit_proxies, judged
 from .fit.updates import blank, fit_updates
-from .modeling.configuration_spts import Proxy, Schedule
+from .modeling.configuration_spts import Schedule
 from .recipe import Recipe, SearchSection
 from .search import dense_reference, space
 from .search import report as search_report
@@ -124,7 +124,7 @@ def run(
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
         report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
-        tables = columns.speed_table(report), columns.score_tables(report), columns.proxy_table(fits)
+        tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
         report["card"] = file_hash(staging / CARD)
@@ -168,8 +168,8 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
             f"the recipe gives no schedule, so this is a default: {speedup:.2f} times fewer FLOPs at {longest} tokens; "
             "`search:` finds a better one"
         )
-    if schedule.ffn_selection not in ("proxy", "relative"):  # nothing uses proxies, so the cheapest will do
-        return recipe, replace(schedule, proxy=(Proxy(1, 0),) * (layers - schedule.start))
+    if not _uses_proxies(schedule):
+        return recipe, replace(schedule, proxy=())
     sizes = plan.proxy_sizes(config, recipe.proxy, schedule.start)
     return recipe, replace(schedule, proxy=tuple(sizes[layer] for layer in range(schedule.start, layers)))
 
@@ -265,13 +265,13 @@ def prepare(
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
-    with stage("proxies"):
-        key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, environment())
-        longest, places = max(recipe.report.lengths), norms_of(base.family)
-        schedule, parameters, fits = fit_proxies(
-            model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks
-        )
-    return Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, model, schedule, parameters, fits)
+    fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]
+    if schedule.proxy:
+        with stage("proxies"):
+            key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, environment())
+            longest, places = max(recipe.report.lengths), norms_of(base.family)
+            fitted = fit_proxies(model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks)
+    return Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, model, *fitted)
 
 
 def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log: Log, ranks: Ranks) -> dict[str, Any]:
@@ -282,7 +282,8 @@ def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log:
 
 
 def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Log, ranks: Ranks) -> Prepared:
-    """Save what the search found, and take the schedule that meets its target, with the proxies of its layers."""
+    """Save what the search found, and take the schedule that meets its target, with the proxies of its layers if it
+    uses them."""
     layers, section = ready.base.config.num_hidden_layers, ready.recipe.search or SearchSection()
     points, wanted = searched["points"], "search has no target"
     if section.decides:
@@ -294,8 +295,14 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
     if ranks.is_main:
         search_report.save(searched, folder, layers)
     schedule = _chosen(searched, wanted, folder, layers)
+    if not _uses_proxies(schedule):
+        return replace(ready, schedule=replace(schedule, proxy=()), parameters={})
     parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
     return replace(ready, schedule=schedule, parameters=parameters)
+
+
+def _uses_proxies(schedule: Schedule) -> bool:
+    return schedule.ffn_selection in ("proxy", "relative")
 
 
 def _chosen(searched: dict[str, Any], wanted: str, folder: Path, num_layers: int) -> Schedule:

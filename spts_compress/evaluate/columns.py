@@ -77,7 +77,6 @@ def _on_skipped(what: str) -> Show:
 
 
 PROXIES: dict[str, Show] = {
-    "layer": "{layer}",
     "proxy": _proxy_size,
     "of dense FLOPs": lambda fit: f"{fit['candidates'][fit['chosen']]['cost']:.2%}",
     "budget": "{share:.0%}",
@@ -144,10 +143,11 @@ def score_tables(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-def proxy_table(fits: list[dict]) -> str:
-    """Every layer's proxy: its size, and how well it ranks tokens; and of its updates, if there are any, R^2."""
-    updates = UPDATES if any("update" in fit for fit in fits) else {}
-    return columns_table({**PROXIES, **updates}, fits)
+def fit_table(fits: list[dict]) -> str:
+    """Every layer's proxy: its size, and how well it ranks tokens; and R^2 of its updates; empty if there are none."""
+    parts = {"proxy": PROXIES, "update": UPDATES}
+    shown = {name: show for part, columns in parts.items() if part in fits[0] for name, show in columns.items()}
+    return columns_table({"layer": "{layer}", **shown}, fits) if shown else ""
 
 
 def ablation_table(result: dict) -> str:

@@ -10,7 +10,7 @@ from ..search.report import as_text
 from ..utils.errors import UserError, reason, some
 from ..utils.store import file_hash
 from ..utils.tables import size
-from .columns import proxy_table, score_tables, speed_table
+from .columns import fit_table, score_tables, speed_table
 
 
 def read_config(folder: Path) -> Any:
@@ -60,7 +60,7 @@ def inspect(folder: Path) -> str:
 
 def _measurements(report: dict[str, Any]) -> list[str]:
     """What a report says, as tables."""
-    parts = [proxy_table(report["proxies"]), speed_table(report), score_tables(report)]
+    parts = [fit_table(report["proxies"]), speed_table(report), score_tables(report)]
     return parts + ([as_text(report["search"])] if report.get("search") else [])
 
 

@@ -87,14 +87,30 @@ def _cached(schedule: Schedule) -> str:
     return cached + ("; skipped ones get estimates of what a layer would have added" if schedule.update else "")
 
 
+PROXIES = """Proxies rank calibration tokens that nothing was fitted or chosen on, by the predicted norm of the
+feed-forward output{relative} (`ffn_selection: {selection}`), beside the free baseline, the norm of its input: Spearman
+correlation, and recall of the true top tokens at the layer's budget; then the same on the states that skipping leaves
+in one long prompt."""
+UPDATES = "R^2 of the updates is on held-out tokens that the layer skips: of what would take them to the dense state."
+
+
+def _fitted(schedule: Schedule) -> str:
+    """What the table of fits shows, in words."""
+    relative, selection = schedule.ffn_selection == "relative", schedule.ffn_selection
+    words = "No proxies, since attention's scores choose the feed-forward network's tokens, too."
+    if schedule.proxy:
+        words = PROXIES.format(relative=" over the state's own" if relative else "", selection=selection)
+    return words + (f" {UPDATES}" if schedule.update else "")
+
+
 def render(
-    base: Base, schedule: Schedule, report: dict, speed: str, quality: str, proxies: str, search: str | None
+    base: Base, schedule: Schedule, report: dict, speed: str, quality: str, fits: str, search: str | None
 ) -> str:
     """The card as Markdown with Hub metadata.
 
     Args:
         report: gives the setting of the measurements.
-        speed, quality, proxies, search: tables; None if the schedule was given.
+        speed, quality, fits, search: tables; None if the schedule was given.
     """
     data = ModelCardData(
         library_name="transformers",
@@ -152,14 +168,11 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 
 {schedule_table(base.config, schedule, lengths)}
 {searched}
-## Proxies
+## What was fitted
 
-Ranking of calibration tokens that nothing was fitted or chosen on, by the predicted norm of the feed-forward output
-{"over the state's own " if schedule.ffn_selection == "relative" else ""}(`ffn_selection: {schedule.ffn_selection}`),
-and by the free baseline, the norm of its input: Spearman correlation, and recall of the true top tokens at the layer's
-budget; then the same on the states that skipping leaves in one long prompt.
+{_fitted(schedule)}
 
-{proxies}
+{fits}
 
 ## Limits
 

@@ -88,8 +88,11 @@ def judged(fits: list[dict[str, Any]], schedule: Schedule, length: int) -> list[
     network runs on in a prompt of `length` tokens, and how well the proxy, and the norm of the input, rank at it."""
     relative, rows = schedule.ffn_selection == "relative", []
     for fit in (fit for fit in fits if fit["layer"] >= schedule.start):
-        share, rest = _share(schedule, fit["layer"], length), {k: v for k, v in fit.items() if k != "norms"}
-        rows.append({**rest, "share": share, **metrics.fidelity(fit["norms"], share, relative)})
+        row = {name: value for name, value in fit.items() if name != "norms"}
+        if schedule.proxy:
+            share = _share(schedule, fit["layer"], length)
+            row |= {"share": share, **metrics.fidelity(fit["norms"], share, relative)}
+        rows.append(row)
     return rows
 
 
