@@ -116,6 +116,12 @@ def suitable_proxy(shape: LayerShape, max_fraction: float, channels: int | None,
     return Proxy(channels, rank)
 
 
+def suitable_rank(shape: LayerShape) -> int:
+    """The rank of an update that costs about a hundredth of a layer's dense feed-forward network."""
+    rank = int(0.01 * shape.feed_forward(1) / shape.update(1))
+    return max(1, rank // 16 * 16 or rank)
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One layer of one prefill: tokens (see `Counts`; `cached` are those that stay) and FLOPs by part. Where there is a

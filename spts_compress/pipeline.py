@@ -241,7 +241,8 @@ def prepare(
     stage: StageTimer | None = None,
     log: Log = lambda _: None,
 ) -> Prepared:
-    """Read model and text, and fit proxies for every layer in which the recipe may skip; what `store` has is reused.
+    """Read model and text, and fit proxies, and for a search updates, for every layer that may skip; what `store` has
+    is reused.
 
     Raises:
         UserError: for bad input, where possible before long work.
@@ -271,7 +272,11 @@ def prepare(
             key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, environment())
             longest, places = max(recipe.report.lengths), norms_of(base.family)
             fitted = fit_proxies(model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks)
-    return Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, model, *fitted)
+    ready = Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, model, *fitted)
+    if prompts is not None and ready.schedule.update:
+        with stage("updates for the search"), ranks.main_first():
+            ready = _with_updates(ready, store, on_dense=True)
+    return ready
 
 
 def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log: Log, ranks: Ranks) -> dict[str, Any]:
@@ -321,19 +326,23 @@ def _chosen(searched: dict[str, Any], wanted: str, folder: Path, num_layers: int
     return Schedule.from_dict(points[number]["winner"]["schedule"], num_layers)
 
 
-def _with_updates(ready: Prepared, store: Store) -> Prepared:
-    """With the maps that the schedule's `update` asks for, and their R^2 among the fits; what is fitted is kept."""
+def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prepared:
+    """With the maps that the schedule's `update` asks for, and their R^2 among the fits; what is fitted is kept.
+
+    Args:
+        on_dense: see `fit_updates`.
+    """
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
     parts, longest = (ready.sequences.fit, ready.sequences.held_out), max(ready.recipe.report.lengths)
     text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, text, longest, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    key = fingerprint(*what, text, longest, on_dense, ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors("updates", key)
     if kept is None:
         model = ready.skipping()
-        rows = fit_updates(model, *parts, longest)
+        rows = fit_updates(model, *parts, longest, on_dense)
         kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
         kept["rows"] = as_tensor(rows)
         store.put_tensors("updates", key, kept)

@@ -154,7 +154,7 @@ class ScheduleParams:
     ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next one's
     budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes under.
     heads: as in `Probe`, or a share: only heads that find so much of what the best one finds score, also in layers
-    before the start. The rest as in `Schedule` and `Probe`.
+    before the start. kv: drawn only with updates. The rest as in `Schedule` and `Probe`.
     """
 
     start: int
@@ -171,6 +171,7 @@ class ScheduleParams:
     kernel_size: Annotated[Odd, (1, 7, 15, 31, 63, 95, 127)] = 1
     sink_tokens: Annotated[Natural, (0, 4, 16)] = 4
     recent_tokens: Annotated[Positive, (1, 32, 64)] = 32
+    kv: Annotated[Annotated[float, Field(gt=0, le=1)] | None, (None, 0.5, 0.75, 1.0)] = None
 
 
 _DRAWN: Any = {
@@ -190,6 +191,13 @@ class ChoicesSection(_Choices):
         return {"start": tuple(starts), **{name: tuple(values) for name, values in self}}
 
 
+class UpdateSection(Section):
+    """Ranks of the updates of skipped tokens, as in `Update`."""
+
+    attention_rank: Natural
+    ffn_rank: Natural
+
+
 class SearchSection(Section):
     """A target instead of a schedule. One of `speedup` (dense over SPTS FLOPs of a prompt as long as the longest of
     `lengths`) and `kv_share`: the best schedule at that cost, and with `quality` (share of the next tokens on which
@@ -198,7 +206,9 @@ class SearchSection(Section):
 
     Speed-ups are `cost: counted` in FLOPs, or `measured`: told by a table of this machine's times for a layer's
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
-    quarters of the depth); heads that score may be in layers from `heads_from` on (by default the earliest start).
+    quarters of the depth, with `update` from a sixth on); heads that score may be in layers from `heads_from` on (by
+    default the earliest start). With `update` every candidate has updates of these ranks, fitted on the dense states
+    while it is searched, and for the schedule that is found anew, on the states that it leaves.
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
     `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and the winner on as many
     others; their text is `text` (a file or folder, as `calibration.path`), by default the calibration documents that
@@ -222,6 +232,7 @@ class SearchSection(Section):
     text: Place | None = None
     on_failure: Literal["stop", "export"] = "stop"
     choices: ChoicesSection = ChoicesSection()
+    update: UpdateSection | None = None
     require_dense_correct: bool = False
     seed: Natural = 11
 
@@ -231,11 +242,19 @@ class SearchSection(Section):
             raise ValueError("takes one of speedup and kv_share, not both")
         if self.heads_from is not None and all(isinstance(heads, str) for heads in self.choices.heads):
             raise ValueError("has heads_from, but no number in choices.heads to choose heads by")
+        if self.update is None and any(self.choices.kv) and "kv" in self.choices.model_fields_set:
+            raise ValueError("has choices.kv, but no update, without which what is cached of skipped tokens does harm")
         return self
 
     def start_layers(self, num_layers: int) -> list[int]:
         """First skipping layers to try in a model of `num_layers` layers."""
-        return sorted(set(self.starts or range(max(1, num_layers // 3), 3 * num_layers // 4 + 1)))
+        earliest = num_layers // (6 if self.update else 3)
+        return sorted(set(self.starts or range(max(1, earliest), 3 * num_layers // 4 + 1)))
+
+    def drawn_from(self, num_layers: int) -> dict[str, tuple]:
+        """What a search draws each of `ScheduleParams` from, for a model of `num_layers` layers."""
+        choices = self.choices.from_starts(self.start_layers(num_layers))
+        return choices if self.update else {**choices, "kv": (None,)}
 
     @property
     def turn(self) -> int:

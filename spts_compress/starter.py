@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from . import plan
-from .recipe import ExportSection, ModelSection, Recipe, SearchSection, validated
+from .cost import LayerShape, suitable_rank
+from .recipe import ExportSection, ModelSection, Recipe, SearchSection, UpdateSection, validated
 from .utils.errors import UserError
 from .utils.paths import expand
 
@@ -50,7 +51,8 @@ def starter(model: ModelSection, config: Any, context: int, goal: dict[str, floa
         raise UserError(f"prompts of {longest} tokens are too short to search a schedule on; at least 512 are needed")
     if layers < 2:
         raise UserError("a model of one layer has no later layer that could skip")
-    search = SearchSection()
+    rank = suitable_rank(LayerShape.of(config))
+    search = SearchSection(update=UpdateSection(attention_rank=0, ffn_rank=rank))
     lengths = sorted({max(512, longest // 2), longest})
     starts = search.start_layers(layers)
     kinds = [kind for kind in search.kinds if kind != "multi-hop" or lengths[0] >= MULTI_HOP]
@@ -90,6 +92,7 @@ def starter(model: ModelSection, config: Any, context: int, goal: dict[str, floa
         f"  kinds: [{', '.join(kinds)}]  # what the prompts ask for",
         f"  starts: {starts[:: max(1, len(starts) // 6)]}  # first skipping layers to try, of {layers}",
         f"  choices: {{stages: {stages}}}  # numbers of stages to try",
+        f"  update: {{attention_rank: 0, ffn_rank: {rank}}}  # estimates of what a layer adds, for tokens it skips",
         "report:",
         f"  lengths: {sorted({max(64, longest // 4), longest // 2, longest})}",
         "export:",

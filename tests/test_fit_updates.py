@@ -98,6 +98,40 @@ def test_tokens_that_skip_the_feed_forward_network_alone_are_fitted_on():
     torch.testing.assert_close(model.model.layers[4].ffn_update.bias.data, expected)
 
 
+def test_maps_for_a_search_tell_what_a_dense_layer_adds():
+    stages = [{"end": 4, "budget": 16}]  # the last 16 of 64 tokens are active
+    ranks = {"attention_rank": 0, "ffn_rank": 0}
+    block = {**SCHEDULE, "stages": stages, "recent_tokens": 16, "update": ranks}
+    model, fit, held_out, _ = fitted(block)
+    fit_updates(model, fit, held_out, 64, on_dense=True)
+    layer, outputs = model.model.layers[3], []
+    layer.self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    with torch.no_grad():
+        model(torch.stack(fit), spts=False)
+    skipped, others = outputs[0].split([48, 16], dim=1)
+    expected = (3 * skipped.mean((0, 1)) + 0.25 * others.mean((0, 1))) / 3.25
+    torch.testing.assert_close(layer.attention_update.bias.data, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_search_may_give_its_candidates_updates(corpus, tmp_path):
+    recipe = recipe_for(tiny_base(tmp_path / "base"), corpus, tmp_path)
+    data = {name: part for name, part in yaml.safe_load(recipe.read_text()).items() if name != "schedule"}
+    search = {
+        "speedup": 1.15, "lengths": [600], "kinds": ["free"], "prompts": 1, "answer_tokens": 8, "candidates": 4,
+        "rounds": 1, "starts": [2, 3], "choices": {"kv": [0.75], "ffn_selection": ["attention"]},
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump({**data, "search": search}))
+    assert "search has choices.kv, but no update" in run("recipe", recipe, code=2)
+    recipe.write_text(yaml.safe_dump({**data, "search": {**search, "update": {"attention_rank": 0, "ffn_rank": 4}}}))
+    run("recipe", recipe)
+    schedule = json.loads((tmp_path / "out/config.json").read_text())["spts"]
+    assert schedule["update"] == {"attention_rank": 0, "ffn_rank": 4} and schedule["kv"] == 0.75
+    assert "proxy" not in schedule and "No proxies" in (tmp_path / "out/README.md").read_text()
+    assert "is whole" in run("verify", tmp_path / "out")
+    winner = json.loads((tmp_path / "out.search/search.json").read_text())["points"][0]["winner"]
+    assert winner["params"]["kv"] == 0.75 and winner["cost"]["speedup"] >= 1.15
+
+
 def test_a_few_skipped_tokens_are_not_all_that_a_map_is_fitted_on():
     stages = [{"end": 4, "budget": {"fraction": 0.95}}]
     _, _, _, rows = fitted(

@@ -8,7 +8,7 @@ import torch
 from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 
 from spts_compress.cost import predicted
-from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule
+from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule, Update
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
 from spts_compress.search import dense_reference, evaluator, halving, prompts, report, run, space, winner
@@ -82,6 +82,21 @@ def test_a_shape_at_a_cost_costs_that_and_no_more():
     assert reached > 20
     assert costs.scale_to_cost(ScheduleParams(4), ("speedup", 3.0)) is None
     assert 0.7 < predicted(config, costs.scale_to_cost(ScheduleParams(1), ("kv_share", 0.8)), 1000)["kv_share"] <= 0.8
+
+
+def test_kv_is_drawn_where_there_are_updates():
+    ranks = {"attention_rank": 0, "ffn_rank": 4}
+    with_updates, without = SearchSection(update=ranks), SearchSection()
+    assert with_updates.drawn_from(24)["kv"] == (None, 0.5, 0.75, 1.0) and without.drawn_from(24)["kv"] == (None,)
+    assert (with_updates.start_layers(24)[0], without.start_layers(24)[0]) == (4, 8)
+    update = (Update(**ranks),)
+    costs = Costs(
+        tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)}, update=update
+    )
+    found = costs.scale_to_cost(ScheduleParams(1, kv=1.0, margin=0.0), ("speedup", 1.2))
+    assert found.update == update and found.kv == 1.0 and faults(found, 5) == []
+    assert 1.2 <= predicted(costs.config, found, 1000)["speedup"] < 1.25
+    assert predicted(costs.config, found, 1000)["kv_share"] == 1.0
 
 
 def test_halving_finds_the_best_shape_and_repeats_itself():

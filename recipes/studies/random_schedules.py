@@ -53,7 +53,8 @@ dense = [
 ]
 goal = point["winner"]["cost"]["speedup"]
 rng, drawn = random.Random(2024), {}
-choices = ChoicesSection(heads=["mean", "max"]).from_starts(starts)
+drawn_from = {"choices": ChoicesSection(heads=["mean", "max"]), "starts": starts}
+choices = section.model_copy(update=drawn_from).drawn_from(layers)
 while len(drawn) < args.count:
     params = space.draw(rng, choices)
     if (schedule := costs.scale_to_cost(params, ("speedup", goal))) is not None:

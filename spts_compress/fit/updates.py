@@ -90,18 +90,22 @@ class Fitting(nn.Module):
 
 
 class LayerFit:
-    """One skipping layer while its maps are fitted; of the rows, the first `fitted` are fitted on."""
+    """One skipping layer while its maps are fitted; of the rows, the first `fitted` are fitted on, from the states that
+    skipping leaves, or `on_dense` ones."""
 
-    def __init__(self, fitted: int):
-        self.fitted, self.r2, self.pieces = fitted, dict[str, float](), list[torch.Tensor]()
+    def __init__(self, fitted: int, on_dense: bool):
+        self.fitted, self.on_dense = fitted, on_dense
+        self.r2, self.pieces = dict[str, float](), list[torch.Tensor]()
 
     def enter(self, dense: "DenseStates", number: int, layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook before the layer: notes the candidates' states (B, T, D), and what the dense model makes of them."""
-        self.states, plan = args[0], NotedPlan.of(kwargs["plan"])
-        self.plan, after = plan, dense.run(number, layer, self.states)
+        self.states, self.plan = args[0], NotedPlan.of(kwargs["plan"])
+        if self.on_dense and dense.states is not None:
+            self.states = gather_tokens(dense.states, kwargs["slots"])
+        after = dense.run(number, layer, self.states)
         self.dense = {name: gather_tokens(states, kwargs["slots"]) for name, states in zip(UPDATES, after, strict=True)}
         self.pieces.clear()  # the dense run's
-        return args, {**kwargs, "plan": plan}
+        return (self.states, *args[1:]), {**kwargs, "plan": self.plan}
 
     def target(self, name: str, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What takes the candidates to the dense model's states (B, T, D), and which ones are skipped (B, T).
@@ -184,13 +188,14 @@ def prompts_of(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def fit_updates(
-    model: Any, fit: list[torch.Tensor], held_out: list[torch.Tensor], longest: int
+    model: Any, fit: list[torch.Tensor], held_out: list[torch.Tensor], longest: int, on_dense: bool = False
 ) -> list[dict[str, Any]]:
     """Fit the updates of all skipping layers of a skipping causal language model, in place.
 
     Args:
         fit, held_out: token sequences to fit on and to judge by.
         longest: tokens of a prompt that the model is for; layers that skip in it get maps.
+        on_dense: from the dense model's states, so that the maps suit no schedule better than another.
 
     Returns:
         For each skipping layer its number, and `attention` and `ffn`: R^2 of its maps, on held-out tokens that it
@@ -208,7 +213,7 @@ def fit_updates(
     dense, fitted = DenseStates(model, length), {}
     with ExitStack() as stack:
         for number in range(start, len(layers)):
-            fitted[number] = own = LayerFit(len(prompts))
+            fitted[number] = own = LayerFit(len(prompts), on_dense)
             for name in UPDATES:
                 stack.callback(setattr, layers[number], name, update := getattr(layers[number], name))
                 setattr(layers[number], name, Fitting(update, own, name))

@@ -71,7 +71,7 @@ def search(
 ) -> list[Candidate]:
     """All candidates, those tried on all prompts first, best first; `seeds` are tried in any case."""
     rng, prompts, turn = random.Random(section.seed), section.num_prompts, section.turn
-    choices = section.choices.from_starts(section.start_layers(costs.config.num_hidden_layers))
+    choices = section.drawn_from(costs.config.num_hidden_layers)
     seen: set[Schedule] = set()
 
     def fresh(stream: Iterable[ScheduleParams], wanted: int | None = None) -> list[Candidate]:

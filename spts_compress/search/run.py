@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint.families import context_of
-from ..modeling.configuration_spts import Amount, Proxy, Schedule, Stage
+from ..modeling.configuration_spts import Amount, Proxy, Schedule, Stage, Update
 from ..recipe import SearchSection
 from ..tasks.runner import Answers
 from ..timing.latency_table import LatencyTable, grid, measure
@@ -48,15 +48,16 @@ def starts_of(section: SearchSection, config: Any) -> list[int]:
 
 
 def widest(section: SearchSection, config: Any) -> Schedule:
-    """A schedule that skips from the earliest layer on that a candidate may; the proxies are fitted for it, whatever
-    their sizes.
+    """A schedule that skips from the earliest layer on that a candidate may; the proxies, whatever their sizes, and the
+    updates of candidates are fitted for it.
 
     Raises:
         UserError: see `starts_of`.
     """
     starts, end = starts_of(section, config), config.num_hidden_layers - 1
     start = section.heads_from or starts[0]
-    return Schedule(start, (Stage(end, Amount(0.2)),), (Proxy(1, 0),), ffn_selection="relative")
+    update = (Update(**section.update.model_dump()),) if section.update else ()
+    return Schedule(start, (Stage(end, Amount(0.2)),), (Proxy(1, 0),), ffn_selection="relative", update=update)
 
 
 def latencies_of(model: Any, length: int) -> LatencyTable:
@@ -71,7 +72,8 @@ def _front(
     """The best schedule at each cost, dearest first, up to the one that misses the wanted quality."""
     points: list[dict[str, Any]] = []
     given = section.choices.model_dump(include=section.choices.model_fields_set)
-    seeds = space.seeds(section.start_layers(costs.config.num_hidden_layers), costs.heads is not None, given)
+    starts = section.start_layers(costs.config.num_hidden_layers)
+    seeds = space.seeds(starts, costs.heads is not None, bool(costs.update), given)
     for target in section.targets():
         words = "{} of {:g}".format(*target)
         tried = halving.search(costs, target, lambda s, count: evaluator.rows(s, tune[:count]), section, seeds)
@@ -135,7 +137,7 @@ def run(
             latencies = LatencyTable(**store.json("latencies", machine, lambda: asdict(latencies_of(model, longest))))
 
     proxies = {layer: fitted.proxy_of(layer) for layer in range(fitted.start, num_layers)}
-    costs = space.Costs(model.config, longest, proxies, heads, latencies)
+    costs = space.Costs(model.config, longest, proxies, heads, latencies, fitted.update)
     with tqdm(desc="searching", unit="evaluation") as bar:
         answers = Answers(store.path("search", key, ".jsonl"), ranks.rank)
         answers.check = store.check

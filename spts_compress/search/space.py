@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..cost import predicted
-from ..modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage
+from ..modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from ..modeling.stock_layer import layer_windows
 from ..recipe import ScheduleParams
 from ..timing.latency_table import LatencyTable
@@ -25,13 +25,18 @@ NEEDLES: dict[str, Any] = {  # what searches for needles alone found
     "stages": 5, "bend": 0.7, "margin": 1.0, "ffn_selection": "attention", "window_size": 64,
     "score_carry": 0.5, "kernel_size": 63,
 }  # fmt: skip
+UPDATED: dict[str, Any] = {  # did well with updates
+    "decay": 0.35, "margin": 0.0, "ffn_selection": "attention", "window_size": 16, "score_carry": 0.5,
+    "kernel_size": 31, "kv": 0.5,
+}  # fmt: skip
 HEADS: dict[str, Any] = {**NEEDLES, "heads": 0.9, "score_carry": 1.0, "kernel_size": 95}
 
 
-def seeds(starts: list[int], with_heads: bool, given: dict[str, list]) -> list[ScheduleParams]:
-    """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on, and
-    where they are known those of retrieval heads; with one of the `given` values where they have another."""
-    windowed = [WINDOWED, NEEDLES, *([HEADS] if with_heads else [])]
+def seeds(starts: list[int], with_heads: bool, updated: bool, given: dict[str, list]) -> list[ScheduleParams]:
+    """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on, where
+    they are known those of retrieval heads, and those for updates; with one of the `given` values where they have
+    another."""
+    windowed = [WINDOWED, NEEDLES, *([HEADS] if with_heads else []), *([UPDATED] if updated else [])]
     probes = [ScheduleParams(start, **probe) for probe in windowed for start in starts[::2]]
     tried = [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
     others = ({n: values[0] for n, values in given.items() if getattr(seed, n) not in values} for seed in tried)
@@ -69,13 +74,20 @@ def scoring_heads(params: ScheduleParams, heads: Heads) -> str | tuple[tuple[int
     return tuple(chosen)
 
 
-def schedule(params: ScheduleParams, scale: float, proxies: dict[int, Proxy], heads: Heads | None = None) -> Schedule:
+def schedule(
+    params: ScheduleParams,
+    scale: float,
+    proxies: dict[int, Proxy],
+    heads: Heads | None = None,
+    update: tuple[Update, ...] = (),
+) -> Schedule:
     """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1). Where
     heads score before it starts, it has a first stage that keeps all.
 
     Args:
         proxies: size of every layer's proxy, up to the last layer.
         heads: those that may score, for parameters that say how good they must be.
+        update: as in `Schedule`, one pair of ranks.
     """
 
     def amount(fraction: float) -> Amount:
@@ -98,19 +110,24 @@ def schedule(params: ScheduleParams, scale: float, proxies: dict[int, Proxy], he
     probe = Probe(params.window_size, scoring, params.score_carry, params.kernel_size)
     sizes = tuple(proxies[layer] for layer in range(start, max(proxies) + 1))
     always = params.sink_tokens, params.recent_tokens
-    return Schedule(start, tuple(stages), sizes, probe, *always, params.ffn_selection)
+    return Schedule(start, tuple(stages), sizes, probe, *always, params.ffn_selection, update, params.kv)
 
 
 @dataclass(frozen=True)
 class Costs:
     """What schedules cost for a prompt of `length` tokens: counted, with the speed-up by the measured `latencies` if
-    there are any. `proxies`, `heads`: see `schedule`."""
+    there are any. `proxies`, `heads`, `update`: see `schedule`."""
 
     config: Any
     length: int
     proxies: dict[int, Proxy]
     heads: Heads | None = None
     latencies: LatencyTable | None = None
+    update: tuple[Update, ...] = ()
+
+    def schedule(self, params: ScheduleParams, scale: float) -> Schedule:
+        """See `schedule`."""
+        return schedule(params, scale, self.proxies, self.heads, self.update)
 
     def of(self, schedule: Schedule) -> dict[str, float]:
         """See `predicted`; where latencies are measured, `flop_speedup` is the counted one."""
@@ -127,7 +144,7 @@ class Costs:
         sign = 1 if name == "speedup" else -1
 
         def met_by(scale: float) -> bool:
-            return sign * self.of(schedule(params, scale, self.proxies, self.heads))[name] >= sign * wanted
+            return sign * self.of(self.schedule(params, scale))[name] >= sign * wanted
 
         low, high = 0.005, 1 / (params.decay * min(1.0, params.ffn))  # where every budget is the whole prompt
         if not met_by(low):
@@ -135,7 +152,7 @@ class Costs:
         for _ in range(STEPS):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if met_by(middle) else (low, middle)
-        return schedule(params, low, self.proxies, self.heads)
+        return self.schedule(params, low)
 
 
 def default_schedule(config: Any, proxies: dict[int, Proxy], length: int) -> Schedule:
