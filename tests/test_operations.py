@@ -22,7 +22,10 @@ SCHEDULE = dict(
     probe={"window_size": 8, "kernel_size": 3},
     recent_tokens=8,
 )
-FREE = ("view", "_unsafe_view", "transpose", "unsqueeze", "slice", "select", "expand", "t", "detach", "permute")
+FREE = (
+    "view", "_unsafe_view", "transpose", "unsqueeze", "squeeze", "slice", "select", "expand", "t", "detach", "permute",
+    "split", "split_with_sizes", "unbind",
+)  # fmt: skip
 COPIES = ("index", "gather", "index_select", "take_along_dim", "cat", "clone", "scatter", "index_put_", "copy_")
 
 
@@ -60,7 +63,22 @@ SCHEDULES = {
     "attention": {**SCHEDULE, "ffn_selection": "attention"},
     "heads": {**SCHEDULE, "probe": HEADS},  # layers 2 and 4 do not probe
     "update": {**SCHEDULE, "update": {"attention_rank": 4, "ffn_rank": 8}, "kv": 0.45},
+    "attention and update": {
+        **SCHEDULE,
+        "stages": [{"end": 2, "budget": {"fraction": 0.5}}, {"end": 4, "budget": {"fraction": 0.25}}],
+        "probe": {"window_size": 8, "kernel_size": 3, "score_carry": 0.5},
+        "ffn_selection": "attention",
+        "update": {"attention_rank": 0, "ffn_rank": 8},
+        "kv": 0.45,
+    },
 }
+CALLS = {
+    "proxy": 74,
+    "attention": 42,
+    "heads": 68,
+    "update": 76,
+    "attention and update": 45,
+}  # more than dense, a layer
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -102,13 +120,13 @@ def test_a_plan_counts_the_parameters_that_the_model_has(family):
     assert parameters(model.config) == counted
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_a_skipping_layer_makes_few_calls_at_any_length(schedule):
-    model = tiny_model(schedule=schedule)
+@pytest.mark.parametrize(("name", "most"), CALLS.items())
+def test_a_skipping_layer_makes_few_calls_at_any_length(name, most):
+    model = tiny_model(schedule=SCHEDULES[name])
     short, long = counted(model, LENGTH // 2), counted(model, LENGTH)
     assert short.calls == long.calls
     more = long.calls.total() - counted(model, LENGTH, spts=False).calls.total()
-    assert more / (SIZES["num_hidden_layers"] - SCHEDULE["start"]) < 125
+    assert more / (SIZES["num_hidden_layers"] - SCHEDULE["start"]) <= most
 
 
 def test_copies_grow_with_the_tokens_at_work():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spts_compress.modeling.selection import pool_scores, probe_scores, reduce_heads, select
+from spts_compress.modeling.selection import pool_scores, probe_scores, ranked, reduce_heads, select
 from spts_compress.modeling.windows import WINDOW_PIECE, windowed
 
 levels = st.sampled_from([0.0, 1e-30, 0.25, 0.5, 0.5000001, 1.0, float("inf")])
@@ -23,13 +23,8 @@ def test_select_is_a_stable_sort_by_score_then_tie_then_later_place(data):
     scores = torch.tensor(rows)
     uniform = len(set(counts)) == 1
     valid = None if not any(pads) else torch.arange(width) >= torch.tensor(pads)[:, None]
-    chosen = select(
-        scores[..., 0],
-        scores[..., 1],
-        max(counts),
-        None if uniform else torch.tensor(counts)[:, None],
-        valid,
-    )
+    order = ranked(scores[..., 0], scores[..., 1], valid)
+    chosen = select(order, max(counts), None if uniform else torch.tensor(counts)[:, None])
     for row, count, pad, got in zip(rows, counts, pads, chosen.tolist(), strict=True):
         order = sorted(range(pad, width), key=lambda i: (*row[i], i), reverse=True)
         assert got == [0] * (max(counts) - count) + sorted(order[:count])

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .cache import SkippedCacheLayer
 from .configuration_spts import Counts
 from .decoding import StockRuns
-from .selection import protect, select
+from .selection import protect, ranked, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,14 @@ class LayerPlan:
         return {name: value for name, value in values.items() if isinstance(value, Count)}
 
     @property
+    def chooses(self) -> bool:
+        """Whether some work is done on a part of the candidates."""
+        return any(count is not self.candidates_in for count in self.counts().values())
+
+    @property
     def ranks(self) -> bool:
         """Whether candidates are scored: for a choice here, or (in every row of a batch alike) for later layers."""
-        return self.schedule.probe.carries or any(count is not self.candidates_in for count in self.counts().values())
+        return self.schedule.probe.carries or self.chooses
 
     def to(self, device: Any, **_: Any) -> "LayerPlan":
         """The plan on a device; accelerate calls this where layers are on several."""
@@ -64,15 +69,22 @@ class LayerPlan:
         changes: dict[str, Any] = {name: moved[id(count)] for name, count in self.counts().items()}
         return replace(self, **changes)
 
-    def choose(self, count: Count, score: torch.Tensor | None, tie: torch.Tensor | None) -> torch.Tensor | None:
-        """Indices (B, `count`) of the candidates with the highest scores (B, T), of equal ones those with the highest
-        `tie`, the always active ones first; None: all of them."""
-        if count is self.candidates_in or score is None or tie is None:
+    def order(self, score: torch.Tensor | None, tie: torch.Tensor | None) -> torch.Tensor | None:
+        """The candidates (B, T) from the highest score to the lowest, those with equal ones by `tie`, the always active
+        ones first; None if there is nothing to choose."""
+        if score is None or tie is None or not self.chooses:
             return None
         with record_function("spts.selecting"):
             rows, valid = self.candidates_in.rows, self.candidates_in.valid
             score = protect(score, self.schedule.sink_tokens, self.schedule.always_last, rows)
-            return select(score, tie, count.width, count.rows, valid)
+            return ranked(score, tie, valid)
+
+    def choose(self, count: Count, order: torch.Tensor | None) -> torch.Tensor | None:
+        """Indices (B, `count`) of the first candidates of an `order`; None: all of them."""
+        if count is self.candidates_in or order is None:
+            return None
+        with record_function("spts.selecting"):
+            return select(order, count.width, count.rows)
 
 
 class PlannedRuns(StockRuns):

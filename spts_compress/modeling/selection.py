@@ -72,43 +72,33 @@ def protect(score: torch.Tensor, first: int, last: int, rows: torch.Tensor | Non
     return score
 
 
-def select(
-    score: torch.Tensor,
-    tie: torch.Tensor,
-    width: int,
-    counts: torch.Tensor | None = None,
-    valid: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Indices of the top candidates of each row, in their original order.
+def ranked(score: torch.Tensor, tie: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Indices (B, T) of the candidates of each row, the highest score first, padding last.
 
     Equal scores are decided by `tie`, then by the later position, so that the result is the same on every device.
-    Nothing here waits for the device: all shapes are known beforehand.
 
     Args:
         score: what to rank by, (B, T) float32, not negative.
         tie: decides between equal scores, (B, T) float32, not negative.
-        width: number of indices a row, the largest of the rows' counts.
-        counts: number of tokens to select in each row, (B, 1); None if `width` in every row.
         valid: which candidates are not padding, (B, T); None if all are.
-
-    Returns:
-        Indices into the candidates, (B, width), padded with 0 on the left where a row selects fewer.
     """
     # The bits of a non-negative float32 sort like the number itself, so one 64-bit key ranks by score, then by tie.
     high, low = (values.float().contiguous().view(torch.int32).long() for values in (score, tie))
-    rank = (high << 32) | low
+    key = (high << 32) | low
     if valid is not None:
-        rank = rank.masked_fill(~valid, -1)
-    top = rank.topk(width, dim=-1).values
-    wanted = width if counts is None else counts
-    threshold = top[:, -1:] if counts is None else top.gather(1, counts - 1)
-    above, level = rank > threshold, rank == threshold
-    from_the_right = level.flip(1).cumsum(1).flip(1)
-    chosen = above | (level & (from_the_right <= wanted - above.sum(1, keepdim=True)))
-    # Chosen candidates go to consecutive slots, all others to a spare slot after the last.
-    slot = torch.where(chosen, chosen.cumsum(1) - 1 + width - wanted, width)
-    source = torch.arange(score.shape[1], device=score.device).expand_as(slot)
-    return torch.zeros_like(slot[:, :1]).repeat(1, width + 1).scatter_(1, slot, source)[:, :width]
+        key = key.masked_fill(~valid, -1)
+    last_first = key.flip(1).sort(dim=1, descending=True, stable=True).indices
+    return score.shape[1] - 1 - last_first
+
+
+def select(order: torch.Tensor, width: int, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """Indices (B, `width`) of the first candidates of an `order` (B, T), in their original order. Where rows select
+    unequally many, `counts` (B, 1), shorter rows are padded with 0 on the left. Nothing here waits for the device."""
+    chosen = order[:, :width]
+    if counts is None:
+        return chosen.sort(dim=1).values
+    unused = torch.arange(width, device=order.device) >= counts
+    return chosen.masked_fill(unused, -1).sort(dim=1).values.clamp_min(0)
 
 
 def gather_tokens(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

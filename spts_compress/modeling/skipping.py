@@ -71,8 +71,9 @@ class SkippingDecoderLayer(StockLayer):
             if plan.ranks:
                 raw = self._scores(normed, key, cos_sin, slots, plan, carried)
                 score = pool_scores(raw, plan.schedule.probe.kernel_size, plan.candidates_in.valid)
-        attention_index = plan.choose(plan.active, score, raw)
-        cached_index = attention_index if plan.cached is plan.active else plan.choose(plan.cached, score, raw)
+        order = plan.order(score, raw)
+        attention_index = plan.choose(plan.active, order)
+        cached_index = attention_index if plan.cached is plan.active else plan.choose(plan.cached, order)
         with record_function("spts.gathers"):
             active = gather_tokens(normed, attention_index)
             cached = active if cached_index is attention_index else gather_tokens(normed, cached_index)
@@ -97,11 +98,12 @@ class SkippingDecoderLayer(StockLayer):
         states = self._add(states, attention_index, output, plan.active, estimate)
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
-        worth, selection = score, plan.schedule.ffn_selection
+        by_worth, selection = order, plan.schedule.ffn_selection
         if plan.ffn_tokens is not plan.candidates_in and selection != "attention":
             with record_function("spts.probing"):
                 worth = self.proxy(states, selection == "relative") * score
-        ffn_index = plan.choose(plan.ffn_tokens, worth, raw)
+            by_worth = plan.order(worth, raw)
+        ffn_index = plan.choose(plan.ffn_tokens, by_worth)
         estimate, normed = None, states
         if plan.schedule.update and ffn_index is not None:
             with record_function("spts.updates"):
@@ -112,7 +114,7 @@ class SkippingDecoderLayer(StockLayer):
         with record_function("spts.feed-forward"):
             output = self.feed_forward(active) if estimate is None else self.transformed(active)
         states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
-        return states, gather_tokens(slots, cached_index), plan.choose(plan.candidates_out, score, raw), raw
+        return states, gather_tokens(slots, cached_index), plan.choose(plan.candidates_out, order), raw
 
     def _scores(
         self,

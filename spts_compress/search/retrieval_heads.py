@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..modeling.configuration_spts import Probe
-from ..modeling.selection import pool_scores, probe_scores, reduce_heads, select
+from ..modeling.selection import pool_scores, probe_scores, ranked, reduce_heads, select
 from ..modeling.stock_layer import cos_sin_of, layer_windows
 from ..modeling.windows import outside
 from ..tasks.runner import encode
@@ -51,7 +51,7 @@ def found_by(raw: torch.Tensor, probe: Probe, truth: torch.Tensor, middle: slice
     """How much of `truth` (T,) in the `middle` of the tokens falls on the `share` of them that scores `raw` (T,),
     pooled, rank highest."""
     score, truth = pool_scores(raw[None], probe.kernel_size)[:, middle], truth[middle]
-    top = select(score, raw[None, middle], max(1, round(share * len(truth))))[0]
+    top = select(ranked(score, raw[None, middle]), max(1, round(share * len(truth))))[0]
     return float(truth[top].sum() / truth.sum().clamp_min(1e-9))  # a window may hide all of it
 
 
