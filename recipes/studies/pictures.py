@@ -1,10 +1,11 @@
-"""The two pictures of README.md, from a shipped recipe and from the results' own files.
+"""The two pictures of README.md and one of the results', from a shipped recipe and from the results' own files.
 
     python recipes/studies/pictures.py [FOLDER]
 
 `method.png`: which tokens each layer works on. The counts are those of `llama.yaml` for a prompt of 16K tokens; which
 tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: quality against measured
-speed-up, with 95% intervals and the range of the timed pairs. FOLDER is `recipes/results` by default.
+speed-up, with 95% intervals and the range of the timed pairs. `qwen2.5-coder-0.5b/updates.png`: free answers against
+FLOPs, with updates and without. FOLDER is `recipes/results` by default.
 """
 
 import argparse
@@ -170,9 +171,35 @@ def result(file: Path) -> None:
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
+def updates(file: Path) -> None:
+    """KL of free answers against the counted speed-up: the schedules with updates, pooled over 31 neighbours, and the
+    one without."""
+    rows = read("qwen2.5-coder-0.5b/updates.json")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, length in zip(axes, (4096, 8192), strict=True):
+        own = [row for row in rows if row["tokens"] == length]
+        front = [row for row in own if row["way"].split(" (")[0] in ("start 4", "start 5") or row["counted"] < 1.3]
+        front = sorted(front, key=lambda row: row["counted"])
+        axis.plot([row["counted"] for row in front], [row["kl"] for row in front], color=BLUE, alpha=0.3)
+        before = [row for row in own if row["way"] == "without updates"]
+        for shown, label, looks in (
+            (front, "with updates", {"color": BLUE, "marker": "o"}),
+            (before, "without", {"color": RED, "marker": "s"}),
+        ):
+            for number, row in enumerate(shown):
+                x = row["counted"]
+                spread(axis, x, [x, x], row["kl"], row["kl_interval"], **looks, label=None if number else label)
+        axis.set(title=f"{length // 1024}K tokens", xlabel="FLOPs, dense / SPTS", yscale="log")
+    axes[0].set_ylabel("KL to dense, nats")
+    axes[1].legend(loc="lower right", fontsize=8, frameon=False)
+    figure.suptitle("Qwen2.5-Coder-0.5B, free answers on LongBench: down and right is better", fontsize=11)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
     folder = parser.parse_args().folder
     method(folder / "method.png")
     result(folder / "result.png")
+    updates(folder / "qwen2.5-coder-0.5b/updates.png")
