@@ -380,6 +380,14 @@ def test_what_is_measured_is_greedy_whatever_the_checkpoint_prefers(settings, tm
     assert found("own") == plain
 
 
+def test_a_further_turn_begins_after_the_answer_whatever_the_template_says():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "Give the ANSWER only.{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
+    )
+    assert synthetic.further_turn(tokenizer, "And now?") == "</s><user>And now?</s><assistant>"
+
+
 @pytest.mark.parametrize("spts", [False, None])
 def test_a_further_turn_runs_on_the_first_ones_cache(spts):
     model = tiny_model(vocab_size=300).eval()

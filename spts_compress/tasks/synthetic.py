@@ -153,7 +153,7 @@ def further_turn(tokenizer: Any, question: str) -> str:
     """What follows an answer when the user asks again: the template's end of the turn, the question, a new answer."""
     if not getattr(tokenizer, "chat_template", None):
         return f"\n\n{question}\n"
-    mark = "ANSWER"
+    mark = "ANSWER-6d1f0c"  # which no template and no question says itself
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": mark}]
     more = [*turns, {"role": "user", "content": question}]
     return tokenizer.apply_chat_template(more, tokenize=False, add_generation_prompt=True).split(mark, 1)[1]
