@@ -70,10 +70,27 @@ def test_the_break_even_is_the_first_length_that_pays(monkeypatch, overhead, con
     assert {"min_length": 0} in skipped and skipped[0] is None
 
 
+def test_the_break_even_is_never_a_length_at_which_nothing_is_skipped(monkeypatch):
+    model = tiny_model(schedule={**SCHEDULE, "stages": [{"end": 4, "budget": 200}]}, max_position_embeddings=2048)
+    monkeypatch.setattr("spts_compress.timing.pairs.seconds", lambda *_, spts=None: {1: 1.0 if spts else 2.0})
+    assert shortest_paying_length(pairs.stock_twin(model), model, pairs=1) == 256
+
+
 def test_peak_memory_sees_what_was_freed_again():
     with pairs.peak_memory(torch.device("cpu")) as peak:
         torch.ones(60_000_000).sum()  # 240 MB
     assert 200e6 < peak() < 400e6
+
+
+def test_no_way_is_charged_for_reading_weights_that_are_mapped_from_a_file(tmp_path):
+    model = tiny_model(vocab_size=400_000)
+    weight = model.lm_head.weight.data  # 51 MB
+    weight.numpy().tofile(tmp_path / "weight")
+    mapped = torch.from_file(str(tmp_path / "weight"), shared=True, size=weight.numel())
+    model.lm_head.weight.data = mapped.view_as(weight)
+    ways = {"dense": (model, {"spts": False}), "spts": (model, {})}
+    row = pairs.compare(ways, torch.arange(3, 63)[None], 1)
+    assert max(row[name]["peak_bytes"] for name in ways) < 25e6
 
 
 def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
