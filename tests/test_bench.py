@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from tiny import SCHEDULE, stock_twin, tiny_model
 
 from spts_compress.cli import main
-from spts_compress.evaluate import benchmark
+from spts_compress.evaluate import benchmark, columns
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.timing import breakdown, latency_table, pairs
 from spts_compress.timing.break_even import shortest_paying_length
@@ -103,12 +103,18 @@ def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
 
 
 def test_break_even_lies_between_the_lengths_that_lose_and_win():
-    rows = [
-        {"batch": 1, "tokens": n, "spts": {"speedup": [{"median": r}]}}
-        for n, r in ((4000, 1.5), (1000, 0.8), (2000, 1.2))
-    ]
-    assert benchmark.crossing(rows) == 1500
-    assert benchmark.crossing(rows[:1]) is None
+    def crossing(*ratios, skips=True):
+        rows = [
+            {"batch": 1, "tokens": n, "spts": {"speedup": [{"median": r}]}, "skips": skips or n > 1000}
+            for n, r in ratios
+        ]
+        return benchmark.crossing(rows)
+
+    assert crossing((4000, 1.5), (1000, 0.8), (2000, 1.2)) == 1500
+    assert crossing((4000, 1.5)) is None
+    assert crossing((1000, 0.8), (2000, 1.2), (4000, 0.9)) is None  # it pays no more
+    assert crossing((1000, 0.8), (2000, 1.2), (4000, 0.8), (8000, 1.2)) == 6000
+    assert crossing((1000, 0.8), (2000, 1.2), (4000, 1.5), skips=False) is None  # noise where nothing is skipped
 
 
 def test_growth_finds_the_linear_and_the_quadratic_term():
@@ -134,6 +140,9 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "bench.md").read_text().startswith("`spts-compress bench out") and (
         tmp_path / "bench.png"
     ).exists()
+
+    shown = columns.bench_tables({**result, "rows": [{**row, "skips": False}]})
+    assert "| 400 (not skipped) |" in shown and "say nothing of skipping" in shown
 
     whole, compare = [(tmp_path / name).read_bytes() for name in benchmark.FILES], benchmark.compare
 
