@@ -16,7 +16,7 @@ from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from spts_compress.checkpoint.keys import stale
-from spts_compress.evaluate import suites
+from spts_compress.evaluate import ablate, suites
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, fit_example, sentences, token_count
@@ -611,6 +611,40 @@ def test_what_can_not_be_certified_is_named_before_any_work(name, content, check
     (folder / name).write_bytes(content)
     shown = run("evaluate", folder, "--output", tmp_path / "out", "--lengths", 300, "--certify", code=2)
     assert f"error: {folder / name}: " in shown and not (tmp_path / "out").exists()
+
+
+def test_what_has_no_prompt_is_refused_and_an_earlier_certificate_stays(checkpoint, tmp_path):
+    folder, bench = shutil.copytree(checkpoint, tmp_path / "model"), bench_folder(tmp_path)
+    (folder / "spts_evaluation.json").write_text("{}")
+    common, there = ["--output", tmp_path / "out"], ["--longbench", bench, "--task"]
+    (bench / "trec.jsonl").write_text("")
+    for command, options, message in (
+        (
+            "evaluate",
+            ["--suite", "ruler", "--task", "trec", "--certify"],
+            "trec is of the suite longbench, which",
+        ),
+        ("evaluate", ["--suite", "fidelity", "--task", "vt"], "vt is of the suite ruler, which is not run"),
+        ("evaluate", ["--suite", "longbench", "--lengths", 300, *there, "lcc"], "lcc is not in"),
+        ("ablate", ["--task", "trec"], "it needs that suite and --longbench FOLDER"),
+        ("ablate", ["--length", 300, *there, "trec"], f"{bench}: no prompt of trec there"),
+        ("ablate", ["--pairs", 0], "--pairs and --new-tokens must be at least 1"),
+        ("ablate", ["--new-tokens", "16,0"], "--pairs and --new-tokens must be at least 1"),
+    ):
+        assert message in run(command, folder, *common, *options, code=2), options
+    folder_of = suites.folder_key(folder)
+    setting = {"keys": {"spts": suites.fingerprint(folder_of, ["cpu"])}, "how": ["cpu"]}
+    with pytest.raises(UserError, match="nothing was measured that could be certified"):
+        suites.certify(folder, {"setting": setting, "missing": 0, "tasks": [], "fidelity": []})
+    assert (folder / "spts_evaluation.json").read_text() == "{}"
+
+
+def test_an_ablation_runs_the_longbench_tasks_that_are_there(checkpoint, tmp_path, monkeypatch):
+    asked, bench = [], bench_folder(tmp_path)
+    monkeypatch.setattr(ablate, "ablate", lambda *arguments: asked.append(arguments[3].tasks) or {})
+    monkeypatch.setattr(ablate, "save", lambda *_: "")
+    run("ablate", checkpoint, "--output", tmp_path / "out", "--length", 300, "--longbench", bench)
+    assert asked == [("niah_single_2", "niah_multikey_1", "qasper", "trec")]
 
 
 def test_prompts_are_padded_without_a_token_for_it():

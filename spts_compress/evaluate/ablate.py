@@ -13,6 +13,7 @@ from ..tasks.runner import Answers, encode, run
 from ..timing.pairs import Way, compare
 from ..utils import tables
 from ..utils.devices import hardware
+from ..utils.errors import UserError
 from ..utils.store import fingerprint
 from .columns import ablation_table
 from .suites import EvalConfig, FolderKeys, all_examples, computed_how, mode_keys, require_context
@@ -60,11 +61,12 @@ def ablate(
         the `setting`, and `rows`: for each variant its times (see `compare`), `flop_speedup` and `scores` by task.
 
     Raises:
-        UserError: if the prompt and the new tokens are more than the model's context.
+        UserError: if the prompt and the new tokens are more than the model's context, or the tasks have no prompt.
     """
     length = config.lengths[0]
     tried = variants(model.config.schedule(), model.config.num_hidden_layers, length)
-    examples = all_examples(config, tokenizer)
+    if not (examples := all_examples(config, tokenizer)):
+        raise UserError(f"{config.longbench}: no prompt of {', '.join(config.tasks)} there; name a task that has some")
     ids = encode(tokenizer, [examples[0].text], model.device)["input_ids"]
     require_context(model.config, ids.shape[1] + max(new_tokens), "--length and --new-tokens")
     how = computed_how(model)
