@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -84,12 +84,14 @@ def files(processes: int) -> tuple[str, ...]:
     return (*(own_file(Path("answers.jsonl"), rank).name for rank in range(processes)), "setting.json", *RESULTS)
 
 
-def _longbench_examples(config: EvalConfig, tokenizer: Any, length: int) -> Iterator[Example]:
+def _longbench_examples(
+    config: EvalConfig, tokenizer: Any, length: int, answer_tokens: int | None = None
+) -> Iterator[Example]:
     if config.longbench is not None:
         bench = longbench.LongBench(config.longbench)
         for task in dict.fromkeys(config.tasks) or bench.tasks():
             if task in longbench.TASKS:
-                yield from bench.examples(task, tokenizer, length, config.items)
+                yield from bench.examples(task, tokenizer, length, config.items, answer_tokens)
 
 
 def all_examples(config: EvalConfig, tokenizer: Any) -> list[Example]:
@@ -110,8 +112,7 @@ def free_examples(config: EvalConfig, tokenizer: Any, haystack: str) -> list[Exa
     examples = list[Example]()
     for length in config.lengths:
         examples += agreement.examples(tokenizer, haystack, length, config.items, FREE_TOKENS)
-        bench = _longbench_examples(config, tokenizer, length)
-        examples += [replace(example, answer_tokens=FREE_TOKENS) for example in bench]
+        examples += _longbench_examples(config, tokenizer, length, FREE_TOKENS)
     return examples
 
 

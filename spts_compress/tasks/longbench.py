@@ -53,8 +53,11 @@ class LongBench:
             raise UserError(f"{self.source}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
         return there
 
-    def examples(self, task: str, tokenizer: Any, length: int, count: int) -> list[Example]:
-        """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included."""
+    def examples(
+        self, task: str, tokenizer: Any, length: int, count: int, answer_tokens: int | None = None
+    ) -> list[Example]:
+        """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included, which
+        has `answer_tokens` (by default as many as the task says)."""
         if task not in self.tasks():
             raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
         result, how, template, room = [], SCORER[task], self.prompts.get(task), self.lengths.get(task)
@@ -62,6 +65,7 @@ class LongBench:
             raise UserError(f"{self.beside / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
         if not isinstance(room, int) or room < 1:
             raise UserError(f"{self.beside / LENGTHS}: no number for {task}; give how many tokens its answers have")
+        room = answer_tokens or room
         for index, row in zip(range(count), self._rows(task), strict=False):
             try:
                 prompt = template.format(**row)
