@@ -91,9 +91,9 @@ OWLS = "第三只猫头鹰在老树上安静地睡觉，河水慢慢地流过村
     [
         OWLS * 80,
         re.sub(r"\W", "", OWLS) * 80,
-        "तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " * 61,
+        "".join(f"{n} तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " for n in range(61)),
         "the third owl sleeps in a warm and quiet old tree by the river " * 100,
-        f"{'A warm and quiet old tree, ' * 400}. Short ones are here as well, for a change. ",
+        f"{', '.join(f'A warm and quiet old tree number {n}' for n in range(400))}. Short ones are here as well. ",
     ],
 )
 def test_prompts_hit_their_length_whatever_their_text_has_for_sentence_ends(text):
@@ -104,6 +104,11 @@ def test_prompts_hit_their_length_whatever_their_text_has_for_sentence_ends(text
         else:
             items = ruler.examples(task, TOKENIZER, text, 1024, 3, 0)
         assert all(0.9 * (1024 - item.answer_tokens) <= item.tokens <= 1024 - item.answer_tokens for item in items)
+
+
+def test_a_text_too_short_for_different_prompts_is_an_error():
+    with pytest.raises(UserError, match="too short, or too much alike, for 4 different prompts"):
+        agreement.examples(TOKENIZER, TEXT * 3, 1024, 4, 64)
 
 
 def test_sentences_end_where_their_script_ends_them():
@@ -484,6 +489,8 @@ def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     assert [row["prompts"] for row in rows] == ["haystack", "LongBench"] and "| LongBench " in shown
     assert rows[0]["perplexity"]["dense"] > 1 and rows[1]["perplexity"] is None
     assert rows[1]["items"] == len(rows[1]["tasks"]) > 0 and rows[1]["kl"] > 0
+    setting = json.loads((tmp_path / "out/setting.json").read_text())
+    assert all(row["tokens"] + row["answer_tokens"] <= 600 for row in setting["examples"]["free"])
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
@@ -661,6 +668,7 @@ def test_prompts_are_padded_without_a_token_for_it():
 def test_text_too_short_to_follow_a_prompt_has_no_perplexity():
     ways = runner.ways_of(tiny_model(vocab_size=300).eval())
     assert agreement.following_loss(ways, TOKENIZER, "A short text.", 400) is None
+    assert agreement.following_loss(ways, TOKENIZER, TEXT * 20, 10_000) is None  # it would stand under that length
     assert set(agreement.following_loss(ways, TOKENIZER, TEXT * 20, 400)) == {"dense", "spts"}
 
 
