@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from spts_compress.checkpoint.keys import stale
 from spts_compress.evaluate import ablate, suites
+from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, fit_example, sentences, token_count
@@ -505,6 +506,20 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     kv = [rows[name]["kv_bytes"] for name in names]
     assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
     assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and len(rows["+PAP"]["seconds"]) == 2
+
+
+def test_variants_of_an_ablation_are_what_their_names_say():
+    stages = [{"end": 2, "budget": 40, "ffn_budget": 10, "prune_to": 60}, {"end": 4, "budget": 20}]
+    for selection, ltp, count in (("proxy", "+LTP", 5), ("attention", "+FFN by attention", 4), ("all", "", 4)):
+        schedule = Schedule.from_dict({**SCHEDULE, "stages": stages, "ffn_selection": selection}, 5)
+        found = ablate.variants(schedule, 5, 100)
+        assert len(found) == count and found[f"+PAP{ltp}+MSDP"] == schedule
+        assert ("attention chooses FFN tokens" in found) == (selection != "attention")
+        even, own = (
+            [sum(counts) for counts in zip(*(one.counts(layer, 100) for layer in range(5)), strict=True)]
+            for one in (found["uniform budgets"], schedule)
+        )
+        assert even[1] == own[1] and (even[2] == own[2] or selection == "all")
 
 
 def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path, monkeypatch):
