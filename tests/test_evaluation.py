@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from spts_compress.checkpoint.keys import stale
@@ -237,6 +238,17 @@ def test_longbench_is_cut_in_the_middle_and_dressed_by_rule(tmp_path):
     assert not plain.text.startswith("<s>") and plain.classes == ["fox", "owl"]
     [whole] = bench.examples("trec", TOKENIZER, 100_000, 1)
     assert whole.text == TEXT * 30 + "\nQ: Who?"
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_longbench_prompts_begin_with_one_bos_where_the_tokenizer_puts_it(template, tmp_path):
+    bench, tokenizer = longbench.LongBench(str(bench_folder(tmp_path))), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    for task in ("qasper", "trec"):  # with the template and without
+        [item] = bench.examples(task, tokenizer, 400, 1)
+        [ids] = runner.encode(tokenizer, [item.text], torch.device("cpu"))["input_ids"].tolist()
+        assert ids[0] == 1 and ids.count(1) == 1 and len(ids) == item.tokens <= 400 - item.answer_tokens
 
 
 def test_faults_of_longbench_files_are_named(tmp_path):

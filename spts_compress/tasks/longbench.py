@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.layout import read_json
 from ..utils.errors import UserError, reason
-from .example import Example, chat, token_count
+from .example import Example, chat, plain, token_count
 
 SCORER = {
     **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"), "f1"),
@@ -124,7 +124,7 @@ def _cut(prompt: str, tokenizer: Any, limit: int, template: bool) -> str:
     """The prompt, its middle left out if it is too long, in the chat template if the task has one."""
 
     def dressed(text: str) -> str:
-        return chat(tokenizer, text) if template else text
+        return chat(tokenizer, text) if template else plain(tokenizer, text)
 
     spare = limit - token_count(tokenizer, dressed(prompt))
     if spare >= 0:
