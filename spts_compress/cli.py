@@ -277,15 +277,20 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     from .checkpoint.outputs import refuse_in_text
     from .evaluate import ablate as work
     from .evaluate import suites as evaluation
+    from .tasks.longbench import LongBench
 
     _single_process()
+    numbers = tuple(_numbers("--new-tokens", new_tokens))
+    if min(pairs, *numbers) < 1:
+        raise UserError("--pairs and --new-tokens must be at least 1")
     device, dtype = _device(options.pop("device")), options.pop("dtype")
-    options["tasks"] = options["tasks"] or ("niah_single_2", "niah_multikey_1")
+    if not options["tasks"]:
+        there = LongBench(options["longbench"]).tasks() if options["longbench"] else []
+        options["tasks"] = ("niah_single_2", "niah_multikey_1", *there)
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
     config = evaluation.EvalConfig(suites=suites, lengths=(length,), **options).checked()
     refuse_in_text(output, config.haystack)
     _claim(output, work.FILES, folder)
-    numbers = tuple(_numbers("--new-tokens", new_tokens))
     model, tokenizer, keys = evaluation.load(folder, device, dtype, length, "--length")
     result = work.ablate(model, tokenizer, keys, config, output, pairs, numbers)
     keys.unchanged()  # while it was timed, too

@@ -51,9 +51,15 @@ def _reduction(value: Any) -> Any:
     return value
 
 
+def _different(values: list[Any]) -> list[Any]:
+    if repeated := next((value for value in values if values.count(value) > 1), None):
+        raise ValueError(f"must not have {repeated} twice")
+    return values
+
+
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 T = TypeVar("T")
-Some = Annotated[list[T], Field(min_length=1)]
+Some = Annotated[list[T], Field(min_length=1), AfterValidator(_different)]
 
 
 class Section(BaseModel):

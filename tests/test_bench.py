@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from tiny import SCHEDULE, stock_twin, tiny_model
 
 from spts_compress.cli import main
-from spts_compress.evaluate import benchmark
+from spts_compress.evaluate import benchmark, columns
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.timing import breakdown, latency_table, pairs
 from spts_compress.timing.break_even import shortest_paying_length
@@ -70,10 +70,27 @@ def test_the_break_even_is_the_first_length_that_pays(monkeypatch, overhead, con
     assert {"min_length": 0} in skipped and skipped[0] is None
 
 
+def test_the_break_even_is_never_a_length_at_which_nothing_is_skipped(monkeypatch):
+    model = tiny_model(schedule={**SCHEDULE, "stages": [{"end": 4, "budget": 200}]}, max_position_embeddings=2048)
+    monkeypatch.setattr("spts_compress.timing.pairs.seconds", lambda *_, spts=None: {1: 1.0 if spts else 2.0})
+    assert shortest_paying_length(pairs.stock_twin(model), model, pairs=1) == 256
+
+
 def test_peak_memory_sees_what_was_freed_again():
     with pairs.peak_memory(torch.device("cpu")) as peak:
         torch.ones(60_000_000).sum()  # 240 MB
     assert 200e6 < peak() < 400e6
+
+
+def test_no_way_is_charged_for_reading_weights_that_are_mapped_from_a_file(tmp_path):
+    model = tiny_model(vocab_size=400_000)
+    weight = model.lm_head.weight.data  # 51 MB
+    weight.numpy().tofile(tmp_path / "weight")
+    mapped = torch.from_file(str(tmp_path / "weight"), shared=True, size=weight.numel())
+    model.lm_head.weight.data = mapped.view_as(weight)
+    ways = {"dense": (model, {"spts": False}), "spts": (model, {})}
+    row = pairs.compare(ways, torch.arange(3, 63)[None], 1)
+    assert max(row[name]["peak_bytes"] for name in ways) < 25e6
 
 
 def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
@@ -86,12 +103,18 @@ def test_the_parts_make_up_the_prefill_and_everything_is_put_back():
 
 
 def test_break_even_lies_between_the_lengths_that_lose_and_win():
-    rows = [
-        {"batch": 1, "tokens": n, "spts": {"speedup": [{"median": r}]}}
-        for n, r in ((4000, 1.5), (1000, 0.8), (2000, 1.2))
-    ]
-    assert benchmark.crossing(rows) == 1500
-    assert benchmark.crossing(rows[:1]) is None
+    def crossing(*ratios, skips=True):
+        rows = [
+            {"batch": 1, "tokens": n, "spts": {"speedup": [{"median": r}]}, "skips": skips or n > 1000}
+            for n, r in ratios
+        ]
+        return benchmark.crossing(rows)
+
+    assert crossing((4000, 1.5), (1000, 0.8), (2000, 1.2)) == 1500
+    assert crossing((4000, 1.5)) is None
+    assert crossing((1000, 0.8), (2000, 1.2), (4000, 0.9)) is None  # it pays no more
+    assert crossing((1000, 0.8), (2000, 1.2), (4000, 0.8), (8000, 1.2)) == 6000
+    assert crossing((1000, 0.8), (2000, 1.2), (4000, 1.5), skips=False) is None  # noise where nothing is skipped
 
 
 def test_growth_finds_the_linear_and_the_quadratic_term():
@@ -117,6 +140,9 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "bench.md").read_text().startswith("`spts-compress bench out") and (
         tmp_path / "bench.png"
     ).exists()
+
+    shown = columns.bench_tables({**result, "rows": [{**row, "skips": False}]})
+    assert "| 400 (not skipped) |" in shown and "say nothing of skipping" in shown
 
     whole, compare = [(tmp_path / name).read_bytes() for name in benchmark.FILES], benchmark.compare
 

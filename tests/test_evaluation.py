@@ -13,10 +13,12 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from spts_compress.checkpoint.keys import stale
-from spts_compress.evaluate import suites
+from spts_compress.evaluate import ablate, suites
+from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
 from spts_compress.tasks.example import Example, fit_example, sentences, token_count
@@ -91,9 +93,9 @@ OWLS = "第三只猫头鹰在老树上安静地睡觉，河水慢慢地流过村
     [
         OWLS * 80,
         re.sub(r"\W", "", OWLS) * 80,
-        "तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " * 61,
+        "".join(f"{n} तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " for n in range(61)),
         "the third owl sleeps in a warm and quiet old tree by the river " * 100,
-        f"{'A warm and quiet old tree, ' * 400}. Short ones are here as well, for a change. ",
+        f"{', '.join(f'A warm and quiet old tree number {n}' for n in range(400))}. Short ones are here as well. ",
     ],
 )
 def test_prompts_hit_their_length_whatever_their_text_has_for_sentence_ends(text):
@@ -104,6 +106,11 @@ def test_prompts_hit_their_length_whatever_their_text_has_for_sentence_ends(text
         else:
             items = ruler.examples(task, TOKENIZER, text, 1024, 3, 0)
         assert all(0.9 * (1024 - item.answer_tokens) <= item.tokens <= 1024 - item.answer_tokens for item in items)
+
+
+def test_a_text_too_short_for_different_prompts_is_an_error():
+    with pytest.raises(UserError, match="too short, or too much alike, for 4 different prompts"):
+        agreement.examples(TOKENIZER, TEXT * 3, 1024, 4, 64)
 
 
 def test_sentences_end_where_their_script_ends_them():
@@ -231,6 +238,17 @@ def test_longbench_is_cut_in_the_middle_and_dressed_by_rule(tmp_path):
     assert not plain.text.startswith("<s>") and plain.classes == ["fox", "owl"]
     [whole] = bench.examples("trec", TOKENIZER, 100_000, 1)
     assert whole.text == TEXT * 30 + "\nQ: Who?"
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_longbench_prompts_begin_with_one_bos_where_the_tokenizer_puts_it(template, tmp_path):
+    bench, tokenizer = longbench.LongBench(str(bench_folder(tmp_path))), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    for task in ("qasper", "trec"):  # with the template and without
+        [item] = bench.examples(task, tokenizer, 400, 1)
+        [ids] = runner.encode(tokenizer, [item.text], torch.device("cpu"))["input_ids"].tolist()
+        assert ids[0] == 1 and ids.count(1) == 1 and len(ids) == item.tokens <= 400 - item.answer_tokens
 
 
 def test_faults_of_longbench_files_are_named(tmp_path):
@@ -492,6 +510,8 @@ def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     assert [row["prompts"] for row in rows] == ["haystack", "LongBench"] and "| LongBench " in shown
     assert rows[0]["perplexity"]["dense"] > 1 and rows[1]["perplexity"] is None
     assert rows[1]["items"] == len(rows[1]["tasks"]) > 0 and rows[1]["kl"] > 0
+    setting = json.loads((tmp_path / "out/setting.json").read_text())
+    assert all(row["tokens"] + row["answer_tokens"] <= 600 for row in setting["examples"]["free"])
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
@@ -506,6 +526,20 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     kv = [rows[name]["kv_bytes"] for name in names]
     assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
     assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and len(rows["+PAP"]["seconds"]) == 2
+
+
+def test_variants_of_an_ablation_are_what_their_names_say():
+    stages = [{"end": 2, "budget": 40, "ffn_budget": 10, "prune_to": 60}, {"end": 4, "budget": 20}]
+    for selection, ltp, count in (("proxy", "+LTP", 5), ("attention", "+FFN by attention", 4), ("all", "", 4)):
+        schedule = Schedule.from_dict({**SCHEDULE, "stages": stages, "ffn_selection": selection}, 5)
+        found = ablate.variants(schedule, 5, 100)
+        assert len(found) == count and found[f"+PAP{ltp}+MSDP"] == schedule
+        assert ("attention chooses FFN tokens" in found) == (selection != "attention")
+        even, own = (
+            [sum(counts) for counts in zip(*(one.counts(layer, 100) for layer in range(5)), strict=True)]
+            for one in (found["uniform budgets"], schedule)
+        )
+        assert even[1] == own[1] and (even[2] == own[2] or selection == "all")
 
 
 def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path, monkeypatch):
@@ -621,6 +655,40 @@ def test_what_can_not_be_certified_is_named_before_any_work(name, content, check
     assert f"error: {folder / name}: " in shown and not (tmp_path / "out").exists()
 
 
+def test_what_has_no_prompt_is_refused_and_an_earlier_certificate_stays(checkpoint, tmp_path):
+    folder, bench = shutil.copytree(checkpoint, tmp_path / "model"), bench_folder(tmp_path)
+    (folder / "spts_evaluation.json").write_text("{}")
+    common, there = ["--output", tmp_path / "out"], ["--longbench", bench, "--task"]
+    (bench / "trec.jsonl").write_text("")
+    for command, options, message in (
+        (
+            "evaluate",
+            ["--suite", "ruler", "--task", "trec", "--certify"],
+            "trec is of the suite longbench, which",
+        ),
+        ("evaluate", ["--suite", "fidelity", "--task", "vt"], "vt is of the suite ruler, which is not run"),
+        ("evaluate", ["--suite", "longbench", "--lengths", 300, *there, "lcc"], "lcc is not in"),
+        ("ablate", ["--task", "trec"], "it needs that suite and --longbench FOLDER"),
+        ("ablate", ["--length", 300, *there, "trec"], f"{bench}: no prompt of trec there"),
+        ("ablate", ["--pairs", 0], "--pairs and --new-tokens must be at least 1"),
+        ("ablate", ["--new-tokens", "16,0"], "--pairs and --new-tokens must be at least 1"),
+    ):
+        assert message in run(command, folder, *common, *options, code=2), options
+    folder_of = suites.folder_key(folder)
+    setting = {"keys": {"spts": suites.fingerprint(folder_of, ["cpu"])}, "how": ["cpu"]}
+    with pytest.raises(UserError, match="nothing was measured that could be certified"):
+        suites.certify(folder, {"setting": setting, "missing": 0, "tasks": [], "fidelity": []})
+    assert (folder / "spts_evaluation.json").read_text() == "{}"
+
+
+def test_an_ablation_runs_the_longbench_tasks_that_are_there(checkpoint, tmp_path, monkeypatch):
+    asked, bench = [], bench_folder(tmp_path)
+    monkeypatch.setattr(ablate, "ablate", lambda *arguments: asked.append(arguments[3].tasks) or {})
+    monkeypatch.setattr(ablate, "save", lambda *_: "")
+    run("ablate", checkpoint, "--output", tmp_path / "out", "--length", 300, "--longbench", bench)
+    assert asked == [("niah_single_2", "niah_multikey_1", "qasper", "trec")]
+
+
 def test_prompts_are_padded_without_a_token_for_it():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -635,6 +703,7 @@ def test_prompts_are_padded_without_a_token_for_it():
 def test_text_too_short_to_follow_a_prompt_has_no_perplexity():
     ways = runner.ways_of(tiny_model(vocab_size=300).eval())
     assert agreement.following_loss(ways, TOKENIZER, "A short text.", 400) is None
+    assert agreement.following_loss(ways, TOKENIZER, TEXT * 20, 10_000) is None  # it would stand under that length
     assert set(agreement.following_loss(ways, TOKENIZER, TEXT * 20, 400)) == {"dense", "spts"}
 
 

@@ -56,6 +56,17 @@ def test_every_fault_is_reported_with_its_path_and_the_nearest_spelling(tmp_path
         assert expected in lines
 
 
+def test_prompts_are_not_counted_twice(tmp_path):
+    edits = ["search.lengths=[512,512]", "search.kinds=[free,vt,free]", "report.lengths=[64,64]"]
+    lines = "\n".join(faults(tmp_path, GOOD, edits))
+    for expected in (
+        "search.lengths must not have 512 twice",
+        "must not have free twice",
+        "not have 64 twice",
+    ):
+        assert expected in lines
+
+
 def test_choices_of_a_search_are_checked_and_taken(tmp_path):
     text = "model: {path: somewhere}\nproxy: {channels: 8, rank: 4}\nsearch: {speedup: 2.0}\nexport: {path: out}\n"
     recipe = load(write(tmp_path, text), ("search.choices={window_size: [32], margin: [0, 1.2]}",))

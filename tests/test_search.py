@@ -342,6 +342,15 @@ def test_a_front_is_drawn_if_it_has_more_than_one_point():
         assert "| start | 2      | 0.500" in text and "+0.300" in text
 
 
+def test_one_prompt_has_no_interval():
+    pytest.importorskip("matplotlib")
+    assert evaluator.quality([{"top1": 0.75}]) == (0.75, None)
+    points = [{**point(1.2, 0.75), "interval": None}, point(1.5, 0.7)]
+    search = {"points": points, "chosen": 0, "reliability": [0.5] * 5, "candidates": 2, "evaluations": 3}
+    search["seconds"] = {"all": 60, "dense": 6}
+    assert "| 0.750  " in report.as_text(search) and len(report.picture(search, 5).axes) == 5
+
+
 def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):
     kept = Answers(tmp_path / "rows.jsonl")
     reference = DenseReference(Example("vt", 0, TEXT, [], 9, 64, 4), *[None] * 5)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from ..tasks.runner import Answers, encode, run
 from ..timing.pairs import Way, compare
 from ..utils import tables
 from ..utils.devices import hardware
+from ..utils.errors import UserError
 from ..utils.store import fingerprint
 from .columns import ablation_table
 from .suites import EvalConfig, FolderKeys, all_examples, computed_how, mode_keys, require_context
@@ -22,17 +24,24 @@ FILES = ("answers.jsonl", *tables.files("ablation"))  # in the output
 
 def variants(schedule: Schedule, num_layers: int, length: int) -> dict[str, Schedule]:
     """Schedules that add the parts one by one, and two that replace a part: the feed-forward network's tokens chosen by
-    attention alone, and one budget for all layers that keeps as many tokens active in total."""
+    attention alone, where they are not anyway, and one budget for all layers that keeps as many tokens active in total,
+    in attention and in the feed-forward network, in a prompt of `length` tokens."""
     unpruned = tuple(replace(stage, prune_to=None) for stage in schedule.stages)
-    active = [schedule.counts(layer, length)[1] for layer in range(schedule.start, num_layers)]
-    even = (Stage(num_layers - 1, Amount(floor=round(sum(active) / len(active)))),)
-    return {
+    counts = [schedule.counts(layer, length) for layer in range(schedule.start, num_layers)]
+    active = Amount(floor=round(fmean(count.active for count in counts)))
+    ffn = Amount(floor=round(fmean(count.ffn_tokens for count in counts)))
+    even = Stage(num_layers - 1, active, ffn_budget=ffn if any(stage.ffn_budget for stage in schedule.stages) else None)
+    chosen = {"attention": "+FFN by attention", "all": ""}.get(schedule.ffn_selection, "+LTP")
+    found = {
         "+PAP": replace(schedule, stages=unpruned, ffn_selection="all"),
-        "+PAP+LTP": replace(schedule, stages=unpruned),
-        "+PAP+LTP+MSDP": schedule,
+        f"+PAP{chosen}": replace(schedule, stages=unpruned),
+        f"+PAP{chosen}+MSDP": schedule,
         "attention chooses FFN tokens": replace(schedule, ffn_selection="attention"),
-        "uniform budgets": replace(schedule, stages=even),
+        "uniform budgets": replace(schedule, stages=(even,)),
     }
+    if schedule.ffn_selection == "attention":
+        del found["attention chooses FFN tokens"]
+    return found
 
 
 def argument(schedule: Schedule) -> dict[str, Any]:
@@ -60,13 +69,13 @@ def ablate(
         the `setting`, and `rows`: for each variant its times (see `compare`), `flop_speedup` and `scores` by task.
 
     Raises:
-        UserError: if the prompt and the new tokens are more than the model's context.
+        UserError: if the prompt and the new tokens are more than the model's context, or the tasks have no prompt.
     """
-    length = config.lengths[0]
-    tried = variants(model.config.schedule(), model.config.num_hidden_layers, length)
-    examples = all_examples(config, tokenizer)
+    if not (examples := all_examples(config, tokenizer)):
+        raise UserError(f"{config.longbench}: no prompt of {', '.join(config.tasks)} there; name a task that has some")
     ids = encode(tokenizer, [examples[0].text], model.device)["input_ids"]
     require_context(model.config, ids.shape[1] + max(new_tokens), "--length and --new-tokens")
+    tried = variants(model.config.schedule(), model.config.num_hidden_layers, ids.shape[1])
     how = computed_how(model)
     own = mode_keys(folder_keys, how)
     ways: dict[str, Way] = {"dense": (model, {"spts": False})}
@@ -88,7 +97,7 @@ def ablate(
     counts = {name: sum(not schedule.skips(e.tokens) for e in examples) for name, schedule in tried.items()}
     unskipped = {name: count for name, count in counts.items() if count}
     setting = {"hardware": hardware(str(model.device)), "how": how, "tokens": ids.shape[1], "pairs": pairs}
-    setting |= {"items": config.items, "length": length, "new_tokens": [*new_tokens], "unskipped": unskipped}
+    setting |= {"items": config.items, "length": config.lengths[0], "new_tokens": [*new_tokens], "unskipped": unskipped}
     return {"setting": setting, "rows": rows}
 
 

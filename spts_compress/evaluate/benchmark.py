@@ -41,10 +41,10 @@ def run(
     """Measure the checkpoint `folder`; every finished row is in `output`/bench.json at once.
 
     Returns:
-        `rows`, one for each length and batch: what `compare` gives, `flops` (counted: the ratio they allow),
-        `calibrated` (the ratio that this machine's speed allows), and the `breakdown` of the SPTS prefill in seconds;
-        `break_even`, the prompt length from which skipping pays, None if it does at every length measured or at none;
-        and `growth`.
+        `rows`, one for each length and batch: what `compare` gives, whether SPTS `skips` any token, `flops` (counted:
+        the ratio they allow), `calibrated` (the ratio that this machine's speed allows), and the `breakdown` of the
+        SPTS prefill in seconds;
+        `break_even`, see `crossing`; and `growth`.
 
     Raises:
         UserError: for bad lengths or a folder that holds no checkpoint.
@@ -69,9 +69,10 @@ def run(
                 ids = torch.tensor([(text[s:] + text)[:length] for s in starts], device=spts.device)
                 ways: dict[str, Way] = {"dense": (dense, {}), "spts": (spts, {})}
                 row = compare(ways, ids, pairs, (1, new_tokens), progress.update)
+                row["skips"] = schedule.skips(length)
                 row["flops"] = predicted(spts.config, schedule, length)
                 row["calibrated"] = latency_table.calibrated(dense, schedule, ids)
-                row["breakdown"] = parts(spts, ids) if schedule.skips(length) else {}
+                row["breakdown"] = parts(spts, ids) if row["skips"] else {}
                 result["rows"].append(row)
                 result |= {"break_even": crossing(result["rows"]), "growth": growth(result["rows"])}
                 for name in FILES[1:]:  # an earlier run's, which are not of these rows
@@ -83,10 +84,14 @@ def run(
 
 
 def crossing(rows: list[dict[str, Any]]) -> int | None:
-    """Prompt length at which the TTFT ratio passes 1, on a line between the lengths measured; batch 1 only."""
-    ratios = sorted((row["tokens"], row["spts"]["speedup"][0]["median"]) for row in rows if row["batch"] == 1)
-    for (shorter, low), (longer, high) in pairwise(ratios):
-        if low < 1 <= high:
+    """Prompt length from which on the TTFT ratio stays above 1, on a line between the lengths measured; None if it does
+    at all of them or not at the longest. Only of rows that skip tokens, batch 1."""
+    some = [row for row in rows if row["batch"] == 1 and row["skips"]]
+    ratios = sorted((row["tokens"], row["spts"]["speedup"][0]["median"]) for row in some)
+    for (shorter, low), (longer, high) in reversed([*pairwise(ratios)]):
+        if high < 1:
+            return None
+        if low < 1:
             return round(shorter + (longer - shorter) * (1 - low) / (high - low))
     return None
 

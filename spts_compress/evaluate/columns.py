@@ -99,7 +99,8 @@ def _r2(fit: dict, part: str) -> str:
 
 
 BENCH: dict[str, Show] = {
-    **{name: SPEED[name] for name in ("prompt tokens", "TTFT dense", "TTFT SPTS", "dense / SPTS (range)")},
+    "prompt tokens": lambda row: f"{row['tokens']}" if row["skips"] else f"{row['tokens']} (not skipped)",
+    **{name: SPEED[name] for name in ("TTFT dense", "TTFT SPTS", "dense / SPTS (range)")},
     "batch": "{batch}",
     "FLOPs allow (reached)": lambda row: _bound(row, row["flops"]["speedup"]),
     "this machine allows (reached)": lambda row: _bound(row, row["calibrated"]),
@@ -170,6 +171,8 @@ def bench_tables(result: dict) -> str:
     """Times, memory and what bounds them by length and batch; the parts of the SPTS prefill; and what follows."""
     rows = result["rows"]
     parts = [columns_table(BENCH, rows), columns_table(BREAKDOWN, rows)]
+    if not all(row["skips"] for row in rows):
+        parts.append(UNSKIPPED)
     if result["break_even"]:
         parts.append(f"Skipping pays from {result['break_even']} tokens on.")
     if result["growth"]:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -56,13 +56,20 @@ class EvalConfig:
 
     def checked(self) -> "EvalConfig":
         """Raises UserError for unknown or contradictory values."""
-        known = [*ruler.TASKS, *synthetic.TASKS, *longbench.TASKS]
+        suites = {"ruler": ruler.TASKS, "diversity": synthetic.TASKS, "longbench": longbench.TASKS}
+        known = [task for tasks in suites.values() for task in tasks]
         for option, values, allowed in (("suite", self.suites, SUITES), ("task", self.tasks, known)):
             for value in values:
                 if value not in allowed:
                     raise UserError(f"--{option} {value}: unknown; there are {', '.join(allowed)}")
         if "longbench" in self.suites and self.longbench is None:
             raise UserError("--suite longbench needs --longbench FOLDER, where LongBench's files are")
+        chosen = {*self.suites, *(["longbench"] if "fidelity" in self.suites and self.longbench else [])}
+        for task in self.tasks:
+            suite = next(suite for suite, tasks in suites.items() if task in tasks)
+            if suite not in chosen:
+                needed = " and --longbench FOLDER" if suite == "longbench" else ""
+                raise UserError(f"--task {task} is of the suite {suite}, which is not run; it needs that suite{needed}")
         if min(self.lengths) < 256 or self.items < 1 or self.batch < 1:
             raise UserError("--lengths must be at least 256, --items and --batch at least 1")
         return self
@@ -77,12 +84,14 @@ def files(processes: int) -> tuple[str, ...]:
     return (*(own_file(Path("answers.jsonl"), rank).name for rank in range(processes)), "setting.json", *RESULTS)
 
 
-def _longbench_examples(config: EvalConfig, tokenizer: Any, length: int) -> Iterator[Example]:
+def _longbench_examples(
+    config: EvalConfig, tokenizer: Any, length: int, answer_tokens: int | None = None
+) -> Iterator[Example]:
     if config.longbench is not None:
         bench = longbench.LongBench(config.longbench)
-        for task in bench.tasks():
-            if not config.tasks or task in config.tasks:
-                yield from bench.examples(task, tokenizer, length, config.items)
+        for task in dict.fromkeys(config.tasks) or bench.tasks():
+            if task in longbench.TASKS:
+                yield from bench.examples(task, tokenizer, length, config.items, answer_tokens)
 
 
 def all_examples(config: EvalConfig, tokenizer: Any) -> list[Example]:
@@ -103,8 +112,7 @@ def free_examples(config: EvalConfig, tokenizer: Any, haystack: str) -> list[Exa
     examples = list[Example]()
     for length in config.lengths:
         examples += agreement.examples(tokenizer, haystack, length, config.items, FREE_TOKENS)
-        bench = _longbench_examples(config, tokenizer, length)
-        examples += [replace(example, answer_tokens=FREE_TOKENS) for example in bench]
+        examples += _longbench_examples(config, tokenizer, length, FREE_TOKENS)
     return examples
 
 
@@ -369,13 +377,16 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     """Put the result into the checkpoint: a file for machines, and a section of the model card.
 
     Raises:
-        UserError: if answers are missing, or are another checkpoint's, or the card can't be added to.
+        UserError: if answers are missing, or there are none, or they are another checkpoint's, or the card can't be
+            added to.
     """
     key, setting = folder_key(folder), result["setting"]
     if not _is_of(key, setting):
         raise UserError(f"{folder}: these answers are another checkpoint's; run evaluate without --rescore")
     if result["missing"]:
         raise UserError(f"{folder}: {result['missing']} answers are missing; run evaluate without --rescore")
+    if not result["tasks"] and not result["fidelity"]:
+        raise UserError(f"{folder}: nothing was measured that could be certified; choose tasks that have prompts")
     request = setting["request"]
     paths = {name: Path(value).name for name in ("haystack", "longbench") if (value := request[name])}
     public = {**setting, "request": {**request, **paths}}  # where a user's files lie is nobody's business

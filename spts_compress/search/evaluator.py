@@ -98,8 +98,8 @@ def loss(rows: Rows) -> float:
     return (sum(kl) / len(kl) + max(kl)) / 2
 
 
-def quality(rows: Rows) -> tuple[float, tuple[float, float]]:
-    """Mean top-1 agreement with dense, and its 95% interval (percentile bootstrap over prompts, 2000 resamples)."""
+def quality(rows: Rows) -> tuple[float, tuple[float, float] | None]:
+    """Mean top-1 agreement with dense, and its 95% interval (percentile bootstrap over prompts, 2000 resamples; None
+    for fewer than two)."""
     top1 = [row["top1"] for row in rows]
-    mean = sum(top1) / len(top1)
-    return mean, interval([1.0] * len(top1), top1) or (mean, mean)
+    return sum(top1) / len(top1), interval([1.0] * len(top1), top1)

@@ -18,7 +18,7 @@ def front_table(search: dict[str, Any]) -> str:
     rows = []
     for number, point in enumerate(search["points"]):
         cost, held_out, winner = point["cost"], point["held_out"], point["winner"]
-        probe, (low, high) = dict(winner["schedule"]["probe"]), point["interval"]
+        probe, ends = dict(winner["schedule"]["probe"]), point["interval"]
         if not isinstance(probe["heads"], str):
             probe["heads"] = f"{sum(map(len, probe['heads'].values()))} of them"
         rows.append(
@@ -27,7 +27,7 @@ def front_table(search: dict[str, Any]) -> str:
                 f"{cost['kv_share']:.0%}",
                 winner["params"]["start"],
                 " / ".join(f"{probe[name]}" for name in ("window_size", "heads", "score_carry", "kernel_size")),
-                f"{point['quality']:.3f} ({low:.3f}-{high:.3f})",
+                f"{point['quality']:.3f}" + (f" ({ends[0]:.3f}-{ends[1]:.3f})" if ends else ""),
                 f"{held_out['loss']:.3f}",
                 ", ".join(f"{kind} {means['same']:.0%}" for kind, means in held_out["kinds"].items()),
             ]
@@ -89,7 +89,7 @@ def picture(search: dict[str, Any], num_layers: int) -> Any:
 def _front(axes: Any, search: dict[str, Any]) -> None:
     points = search["points"]
     x, y = [p["cost"]["speedup"] for p in points], [p["quality"] for p in points]
-    error = [[abs(p["quality"] - p["interval"][i]) for p in points] for i in (0, 1)]
+    error = [[abs(p["quality"] - (p["interval"] or [p["quality"]] * 2)[i]) for p in points] for i in (0, 1)]
     axes.errorbar(x, y, yerr=error, fmt="o-", capsize=3)
     if (chosen := search["chosen"]) is not None:
         axes.plot(x[chosen], y[chosen], "r*", markersize=16, label="chosen")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..timing.pairs import GREEDY, Way
+from ..utils.errors import UserError
 from .example import Example, ask_about, sentences
 from .runner import encode
 
@@ -25,14 +26,20 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
     `haystack`, each from another place.
 
     Raises:
-        UserError: if the question alone does not fit into `length`, or `haystack` has no sentence.
+        UserError: if the question alone does not fit into `length`, or `haystack` has no sentence, or two
+            prompts are the same.
     """
     parts = sentences(haystack)
     starts = (index * len(parts) // count for index in range(count))
-    return [
+    made = [
         ask_about(TASK, index, tokenizer, parts, start, QUESTION, length, answer_tokens)
         for index, start in enumerate(starts)
     ]
+    if len({example.text for example in made}) < count:  # the same again would only narrow intervals
+        raise UserError(
+            f"{TASK}: the text is too short, or too much alike, for {count} different prompts; name another"
+        )
+    return made
 
 
 @torch.no_grad()
@@ -74,10 +81,10 @@ def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answ
 
 
 def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float] | None:
-    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if SPTS
-    skips none of these."""
+    """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if `text`
+    is shorter, or SPTS skips none of these."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length].to(ways["dense"][0].device)
-    if not ways["spts"][0].config.schedule().skips(ids.shape[1] - FOLLOWING):
+    if ids.shape[1] < length or not ways["spts"][0].config.schedule().skips(length - FOLLOWING):
         return None
     target = ids[0, -FOLLOWING:, None]
     return {

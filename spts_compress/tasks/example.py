@@ -48,6 +48,13 @@ def chat(tokenizer: Any, user: str, answer_prefix: str = "") -> str:
     return user + answer_prefix
 
 
+def plain(tokenizer: Any, text: str) -> str:
+    """`text` without the chat template, for prompts read without the tokenizer's special tokens, as `token_count` does
+    where there is a template: with the BOS that the tokenizer would have put first."""
+    begins = getattr(tokenizer, "chat_template", None) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token + text if begins else text
+
+
 def token_count(tokenizer: Any, text: str) -> int:
     return len(
         tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None), verbose=False)["input_ids"]

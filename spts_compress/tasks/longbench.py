@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.layout import read_json
 from ..utils.errors import UserError, reason
-from .example import Example, chat, token_count
+from .example import Example, chat, plain, token_count
 
 SCORER = {
     **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"), "f1"),
@@ -53,8 +53,11 @@ class LongBench:
             raise UserError(f"{self.source}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
         return there
 
-    def examples(self, task: str, tokenizer: Any, length: int, count: int) -> list[Example]:
-        """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included."""
+    def examples(
+        self, task: str, tokenizer: Any, length: int, count: int, answer_tokens: int | None = None
+    ) -> list[Example]:
+        """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included, which
+        has `answer_tokens` (by default as many as the task says)."""
         if task not in self.tasks():
             raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
         result, how, template, room = [], SCORER[task], self.prompts.get(task), self.lengths.get(task)
@@ -62,6 +65,7 @@ class LongBench:
             raise UserError(f"{self.beside / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
         if not isinstance(room, int) or room < 1:
             raise UserError(f"{self.beside / LENGTHS}: no number for {task}; give how many tokens its answers have")
+        room = answer_tokens or room
         for index, row in zip(range(count), self._rows(task), strict=False):
             try:
                 prompt = template.format(**row)
@@ -120,7 +124,7 @@ def _cut(prompt: str, tokenizer: Any, limit: int, template: bool) -> str:
     """The prompt, its middle left out if it is too long, in the chat template if the task has one."""
 
     def dressed(text: str) -> str:
-        return chat(tokenizer, text) if template else text
+        return chat(tokenizer, text) if template else plain(tokenizer, text)
 
     spare = limit - token_count(tokenizer, dressed(prompt))
     if spare >= 0:

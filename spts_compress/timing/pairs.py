@@ -148,6 +148,17 @@ def memory(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, int]:
     return {"kv_bytes": kv_bytes(cache), "peak_bytes": peak()}
 
 
+@torch.no_grad()
+def touch(ways: Mapping[str, Way], ids: torch.Tensor) -> None:
+    """Read all weights, and run every way on the first token of `ids` (B, n). Else what is measured first on a CPU
+    would count the weights' pages, which are mapped from a file and become the process's when they are first read."""
+    for model in {model for model, _ in ways.values()}:
+        for tensor in model.state_dict().values():  # one token does not read every expert, nor what skipping adds
+            tensor.sum()
+    for model, options in ways.values():
+        model(ids[:, :1], use_cache=True, logits_to_keep=1, **options)
+
+
 def compare(
     ways: Mapping[str, Way],
     ids: torch.Tensor,
@@ -167,6 +178,7 @@ def compare(
         they come from, the `speedup` over dense round by round (median and range); with several of them `decode`, the
         same of one token after the first; and memory.
     """
+    touch(ways, ids)
     used = {name: memory(model, ids, **options) for name, (model, options) in ways.items()}
     tick()
     runs = {name: partial(seconds, model, ids, new_tokens, **options) for name, (model, options) in ways.items()}
