@@ -1,5 +1,6 @@
 """The studies' scripts: nothing of others is lost, and what they keep is theirs."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -29,3 +30,51 @@ def test_the_memory_curve_deletes_no_folder_that_was_there(refused, tmp_path):
     kept.write_text("mine")
     line = refused("memory_curve.py", tmp_path / "no-model", tmp_path, tmp_path / "out.json", "--layers", "4,8")
     assert "8-layers exists" in line and kept.read_text() == "mine" and not (tmp_path / "4-layers").exists()
+
+
+BEFORE_OUT = {"front": 3, "budgets": 3, "families": 1, "offline_costs": 1, "memory_curve": 2, "random_schedules": 3}
+
+
+@pytest.mark.parametrize("study", BEFORE_OUT)
+@pytest.mark.parametrize("there", ["out.json", "out.md"])
+def test_a_study_overwrites_nothing(study, there, refused, tmp_path):
+    (tmp_path / there).write_text("mine")
+    arguments = [tmp_path / "nothing"] * BEFORE_OUT[study] + [tmp_path / "out.json"]
+    line = refused(f"{study}.py", *arguments, *[tmp_path / "search.json"] * (study == "front"))
+    assert f"{there} exists" in line and [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("out", ["notes.md", "notes", "nowhere/out.json"])
+def test_a_study_says_at_its_start_where_it_can_not_write(out, refused, tmp_path):
+    assert str(tmp_path / out) in refused("offline_costs.py", "model", tmp_path / out)
+
+
+def test_shards_of_updates_stay_and_only_they_are_merged(refused, tmp_path):
+    row = {"task": "qa", "index": 0, "length": 4096, "ways": {}}
+    for name, rows in (("s0.json", [row]), ("s1.json", [row]), ("other.json", {"rows": []})):
+        (tmp_path / name).write_text(json.dumps(rows))
+    shards, out = [tmp_path / "s0.json", tmp_path / "s1.json"], tmp_path / "out.json"
+    assert "s1.json exists" in refused("updates.py", "c", "o", *shards)
+    for stranger in ("other.json", "missing.json", "."):
+        line = refused("updates.py", "c", "o", *shards, tmp_path / stranger, out)
+        assert f"{tmp_path / stranger}: no file that a shard" in line
+    assert json.loads(shards[1].read_text()) == [row] and not out.exists()
+
+
+def test_tiny_gpu_results_have_a_folder_of_their_own(monkeypatch, tmp_path):
+    arguments = ["profile", "--out", "a", "--models", "llama-3.1-8b", "--tiny"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    study = runpy.run_path(str(STUDIES / "gpu.py"))
+    own = study["main"].__globals__
+    for name, made in (("check", None), ("build", (None, None)), ("prompts", None)):
+        monkeypatch.setitem(own, name, lambda *_, made=made, **__: made)
+    rows = {"wall_ms": 1, "busy_ms": 1, "host_waits": {}, "kernels": []}
+    monkeypatch.setitem(own, "profile", lambda *_: rows)
+    study["main"]()
+    [path] = tmp_path.rglob("*.json")
+    assert path.relative_to(tmp_path).as_posix() == "a/llama-3.1-8b-tiny/profile.json"
+    assert json.loads(path.read_text())["command"] == (
+        "python recipes/studies/gpu.py profile --out DIR --models llama-3.1-8b "
+        "--lengths 8192,16384,32768,65536,131072 --pairs 5 --tiny"
+    )

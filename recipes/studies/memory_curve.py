@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.tables import size, table
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 2560, 8960, 20, 4
@@ -122,7 +123,7 @@ def run(folder: Path, limit: int) -> dict[str, float]:
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", type=Path)
 parser.add_argument("scratch", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--limit-gib", type=float, default=2.0)
 parser.add_argument("--layers", default="8,16,32")
 args = parser.parse_args()

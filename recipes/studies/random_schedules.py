@@ -23,13 +23,14 @@ from spts_compress.search.prompts import PromptSet
 from spts_compress.search.run import starts_of
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.store import Store, fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("recipe", type=Path)
 parser.add_argument("work", type=Path)
 parser.add_argument("search", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--count", type=int, default=50)
 parser.add_argument("--prompts", type=int, default=4)
 parser.add_argument("--device", default="cpu")
