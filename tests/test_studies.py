@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from helpers import recipe_for
+from tiny import tiny_base
 
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
 
@@ -78,3 +81,38 @@ def test_tiny_gpu_results_have_a_folder_of_their_own(monkeypatch, tmp_path):
         "python recipes/studies/gpu.py profile --out DIR --models llama-3.1-8b "
         "--lengths 8192,16384,32768,65536,131072 --pairs 5 --tiny"
     )
+
+
+SCHEDULE = {"start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.4}}], "ffn_selection": "attention"}
+
+
+def random_schedules(folder, recipe, out):
+    study = STUDIES / "random_schedules.py"
+    paths = recipe, folder / "work", folder / "search.json", folder / out
+    sys.argv = [str(study), *map(str, paths), "--count", "1", "--prompts", "1"]
+    runpy.run_path(str(study), run_name="__main__")
+    return json.loads((folder / out).read_text())["rows"]
+
+
+def test_random_schedules_have_the_counted_cost_and_figures_of_the_proxies_that_are_there(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [])
+    search = {"speedup": 1.1, "cost": "measured", "lengths": [600], "kinds": ["free"], "answer_tokens": 8}
+    point = {"winner": {"schedule": SCHEDULE, "params": {}, "cost": {"speedup": 1.4, "flop_speedup": 1.15}}}
+    (tmp_path / "search.json").write_text(json.dumps({"points": [point]}))
+    recipe = recipe_for(tiny_base(tmp_path / "base"), corpus, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    data |= {"search": {**search, "prompts": 1, "starts": [2], "candidates": 4, "rounds": 0}, "schedule": None}
+    for number, rank in enumerate((4, 3)):
+        data["proxy"] = {"channels": 12, "rank": rank, "max_flop_fraction": 1.0, "steps": 5, "regression": False}
+        recipe.write_text(yaml.safe_dump(data))
+        rows = random_schedules(tmp_path, recipe, f"{number}.json")
+        assert all(row["cost"]["speedup"] == pytest.approx(1.15, abs=0.02) for row in rows if row["name"] != "searched")
+        assert len(rows) > 1 and len(list((tmp_path / "work").glob("random-*.jsonl"))) == number + 1
+
+
+@pytest.mark.parametrize("study", ["front", "budgets"])
+def test_a_study_keeps_figures_under_all_that_they_depend_on(study):
+    """What `Prepared.key` is made of, and not a part of it."""
+    assert "fingerprint(ready.key(" in (STUDIES / f"{study}.py").read_text()

@@ -46,7 +46,7 @@ ready = pipeline.prepare(recipe, store, "cpu")
 base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
 layers = base.config.num_hidden_layers
 winner = Schedule.from_dict(json.loads(args.search.read_text())["points"][-1]["winner"]["schedule"], layers)
-key = fingerprint(base.key, recipe.model.dtype, "cpu", "budgets")
+key = fingerprint(ready.key("cpu"), "budgets")
 lengths, kinds = [int(n) for n in args.lengths.split(",")], ["retrieval", "multi-hop", "free"]
 asked = {"lengths": lengths, "kinds": kinds, "prompts": args.prompts, "answer_tokens": 40}
 section = recipe.search.model_copy(update={**asked, "seed": recipe.search.seed + 200})
