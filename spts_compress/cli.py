@@ -244,7 +244,7 @@ def evaluate(
         options["suites"] = suites
     config = work.EvalConfig(lengths=tuple(_numbers("--lengths", lengths)), **options).checked()
     refuse_in_text(output, config.haystack)
-    _claim(output, work.RESULTS if rescore else work.files(world_size()), folder)
+    _claim(output, work.RESULTS if rescore else work.files(world_size()))
     if warning := stale(folder):
         click.echo(f"warning: {warning}", err=True)
     if certify:
@@ -290,7 +290,7 @@ def ablate(folder: Path, length: int, pairs: int, new_tokens: str, output: Path,
     suites = tuple(s for s in evaluation.SUITES if s != "longbench" or options["longbench"])
     config = evaluation.EvalConfig(suites=suites, lengths=(length,), **options).checked()
     refuse_in_text(output, config.haystack)
-    _claim(output, work.FILES, folder)
+    _claim(output, work.FILES)
     model, tokenizer, keys = evaluation.load(folder, device, dtype, length, "--length")
     result = work.ablate(model, tokenizer, keys, config, output, pairs, numbers)
     keys.unchanged()  # while it was timed, too
@@ -311,7 +311,7 @@ def bench(
     from .evaluate import benchmark
 
     _single_process()
-    _claim(output, benchmark.FILES, folder)
+    _claim(output, benchmark.FILES)
     own = _device(device)
     command = (
         f"spts-compress bench {folder.resolve().name} --lengths {lengths} --batch {batches} --new-tokens {new_tokens} "
@@ -368,13 +368,12 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, create
     click.echo(hub.push(folder, repo_id, private, revision, create_pr))
 
 
-def _claim(output: Path, names: tuple[str, ...], checkpoint: Path | None = None) -> None:
+def _claim(output: Path, names: tuple[str, ...]) -> None:
     """Hold the folder in which this command makes `names`, until it ends."""
-    from .checkpoint.outputs import refuse_inside
+    from .checkpoint.outputs import refuse_in_model
     from .utils.store import claimed
 
-    if checkpoint is not None:
-        refuse_inside(output, checkpoint)
+    refuse_in_model(output)
     if _is_first():  # which writes for all
         click.get_current_context().with_resource(claimed(output, names))
 

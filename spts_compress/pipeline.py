@@ -226,6 +226,11 @@ class Prepared:
     parameters: dict[str, torch.Tensor]
     fits: list[dict]
 
+    def key(self, device: str) -> str:
+        """Fingerprint of all that what a schedule does to a prompt depends on, but for these two."""
+        kind, tensors = torch.device(device).type, tensors_key(self.parameters)
+        return fingerprint(self.base.key, self.recipe.model.dtype, kind, tensors, environment())
+
     def skipping(self, schedule: Schedule | None = None) -> Any:
         """The skipping model on the parameters of the stock one."""
         return dense_reference.skipping(
@@ -281,9 +286,7 @@ def prepare(
 
 def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log: Log, ranks: Ranks) -> dict[str, Any]:
     """What the search finds, see `search.run`."""
-    kind, tensors = torch.device(device).type, tensors_key(ready.parameters)
-    key = fingerprint(ready.base.key, ready.recipe.model.dtype, kind, tensors, environment())
-    return searching.run(ready.model, ready.skipping(), prompts, store, key, log, ranks)
+    return searching.run(ready.model, ready.skipping(), prompts, store, ready.key(device), log, ranks)
 
 
 def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Log, ranks: Ranks) -> Prepared:

@@ -85,8 +85,20 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/branch/(\w+)", path):
-            hub.branches[found[1]].setdefault(found[2], hub.branches[found[1]]["main"])
+            branches = hub.branches[found[1]]
+            if self.command == "DELETE":
+                del branches[found[2]]
+            elif found[2] in branches:
+                return self.answer(409, {"error": "exists"}, {"X-Error-Message": "exists"})
+            else:
+                branches[found[2]] = branches["main"]
             return self.answer(200, {})
+        if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/refs", path):
+            rows = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+                for name, commit in hub.branches[found[1]].items()
+            ]
+            return self.answer(200, {"branches": rows, "tags": [], "converts": []})
         if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/preupload/(\w+)", path):
             files = [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
@@ -137,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, files[name], headers)
         return self.answer(404, {"error": f"unknown call {path}"})
 
-    do_GET = do_POST = do_PUT = do_HEAD = handle_any
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any
 
 
 def _etag(content):

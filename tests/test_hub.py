@@ -73,9 +73,14 @@ def test_a_repository_of_a_model_or_card_of_others_is_not_written_to(built, hub,
     assert refused.returncode == 2 and "user/theirs: holds files of others: README.md" in refused.stderr
     named = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "main")
     assert named.returncode == 2 and hub.files("user/theirs") == theirs
+    hub.branches["user/theirs"]["stable"] = "1" * 40  # at main's commit, but theirs
+    stable = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "stable")
+    assert stable.returncode == 2 and "holds files of others: README.md" in stable.stderr
+    assert hub.files("user/theirs", "stable") == theirs
     # on a branch of its own, where a plain model.safetensors would hide the index
     hub.fail, hub.status = "/commit/", 400
     assert push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts").returncode == 2
+    assert "spts" not in hub.branches["user/theirs"]
     hub.fail = ""
     done = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts")
     assert done.returncode == 0 and "removed there: model.safetensors" in done.stdout, done.stderr

@@ -19,6 +19,7 @@ from spts_compress.checkpoint import keys
 from spts_compress.checkpoint.keys import environment, folder_key, tensors_key
 from spts_compress.cli import main
 from spts_compress.evaluate import suites
+from spts_compress.export.verify import verify
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection, Recipe
 from spts_compress.tasks import runner
@@ -70,11 +71,12 @@ DECIDE = {  # what decides dense answers, too
     "words.tiktoken": more,
     "spiece.model": more,
     "merges.txt": more,
-    **dict.fromkeys(("rules.yaml", "rules.md", "words.bin", "words.jsonl", "words.csv"), more),
+    **dict.fromkeys(("rules.yaml", "words.bin", "words.jsonl", "words.csv"), more),
 }
 NOTHING = [
     "README.md", "README_zh.md", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "spts_report.json", "spts_evaluation.json",
     "spts_files.json", "recipe.yaml", "search.png", ".gitattributes", "pytorch_model.bin", "model.gguf", "runs/log",
+    "notes.md",
 ]  # fmt: skip
 
 
@@ -84,6 +86,8 @@ def test_what_decides_changes_every_key(name, folder):
     before = base.key, folder_key(folder / "out"), folder_key(folder / "out", dense=True)
     for place in ("base", "out"):
         DECIDE[name](folder / place / name)
+    listed = json.loads((folder / "out/spts_files.json").read_text())
+    edit(sha256={**listed["sha256"], name: "0"})(folder / "out/spts_files.json")  # as what the tokenizer reads is
     assert base.key == before[0]  # as it was
     after = base.key_now(), folder_key(folder / "out"), folder_key(folder / "out", dense=True)
     assert all(a != b for a, b in zip(before, after, strict=True))
@@ -96,6 +100,16 @@ def test_what_only_tells_changes_none(name, folder):
     for place in ("base", "out"):
         more(folder / place / name)
     assert before == (base.key_now(), folder_key(folder / "out"), folder_key(folder / "out", dense=True))
+
+
+@pytest.mark.parametrize("name", ["notes.md", "results.csv", "prompts.jsonl", "plot.png", "bench.json"])
+def test_what_verify_takes_for_a_note_changes_no_key(name, folder):
+    out = folder / "out"
+    before = folder_key(out), folder_key(out, dense=True)
+    unchanged = keys.watch(out, [])
+    (out / name).write_text("mine")
+    assert verify(out) == [] and before == (folder_key(out), folder_key(out, dense=True))
+    unchanged()
 
 
 def test_weights_change_every_key_and_links_none(folder):

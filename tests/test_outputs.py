@@ -382,11 +382,30 @@ def recipe_for(folder, output, target):
     return target
 
 
-@pytest.mark.parametrize("command", ["evaluate", "ablate", "bench", "strip"])
-@pytest.mark.parametrize("inside", ["", "results"])
-def test_results_are_not_written_into_a_checkpoint(command, inside, folder):
-    assert "is inside the checkpoint" in invoke(command, folder / "out", "--output", folder / "out" / inside, code=2)
-    assert "is whole" in invoke("verify", folder / "out")
+@pytest.mark.parametrize("command", ["evaluate", "ablate", "bench", "strip", "sweep"])
+@pytest.mark.parametrize("inside", ["out", "out/results", "other", "other/deep/results", "link"])
+def test_results_are_not_written_into_any_checkpoint(command, inside, folder, tmp_path):
+    other = shutil.copytree(folder / "out", tmp_path / "other")
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "link").symlink_to(other)
+    read = tmp_path / "out"
+    if command == "sweep":
+        read = recipe_for(folder, tmp_path / "new", tmp_path / "recipe.yaml")
+    assert "is in the checkpoint" in invoke(command, read, "--output", tmp_path / inside, code=2)
+    for name in ("out", "other"):
+        assert "is whole" in invoke("verify", tmp_path / name)
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == sorted(p.name for p in (folder / "out").iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "sweep"])
+@pytest.mark.parametrize("inside", ["base", "base/results"])
+def test_results_are_not_written_into_a_base(command, inside, folder, tmp_path):
+    read, before = folder / "out", sorted((folder / "base").rglob("*"))
+    if command == "sweep":
+        read = recipe_for(folder, tmp_path / "new", tmp_path / "recipe.yaml")
+    said = invoke(command, read, "--output", folder / inside, code=2)
+    assert f"is in the model {folder / 'base'}" in said and f"beside: {folder / 'base'}-results" in said
+    assert sorted((folder / "base").rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,17 @@ def test_one_thing_is_changed_at_a_time():
     assert mixes == {("b",), ("c",), ("a", "b", "c"), ("b", "c"), ("a", "c"), ("a", "b")}
 
 
+def test_of_a_regression_alone_only_the_text_is_varied(folder):
+    made = sensitivity.variants(ProxySection(channels=64, rank=0), ("a",), ["a", "b"])
+    assert made[0].factor == "recipe" and {variant.size for variant in made} == {Proxy(1, 0)}
+    assert {variant.factor for variant in made} == {"recipe", "tokens", "fitted on"}
+    options = ("--layers", "4", "--set", "proxy.rank=0", "--set", "proxy.regression=false", "--vary")
+    done = sweep(folder, *options, "tokens")
+    assert done.exit_code == 0 and "(recommended)" not in done.output, done.output
+    refused = sweep(folder, *options, "rho")
+    assert refused.exit_code == 2 and "--vary rho: nothing of it can be varied" in refused.output
+
+
 def test_the_recommended_size_is_the_cheapest_good_one():
     rows = [
         {"factor": "size", "value": name, "cost": cost, "own_recall": own, "other_recall": other}
@@ -111,3 +122,4 @@ def test_the_recommended_size_is_the_cheapest_good_one():
     assert sensitivity.recommended(rows, 0.02)["value"] == "m"
     assert sensitivity.recommended(rows, 0.0)["value"] == "l"
     assert sensitivity.recommended(rows, 0.2)["value"] == "s"
+    assert sensitivity.recommended(rows[:1], 0.2) is None

@@ -28,6 +28,7 @@ from spts_compress.search.prompts import PromptSet
 from spts_compress.tasks.recovery import interval
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import table
 
@@ -35,7 +36,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("recipe", type=Path)
 parser.add_argument("work", type=Path)
 parser.add_argument("search", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--lengths", default="2048,4096,8192")
 parser.add_argument("--prompts", type=int, default=6)
 args = parser.parse_args()
@@ -45,7 +46,7 @@ ready = pipeline.prepare(recipe, store, "cpu")
 base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
 layers = base.config.num_hidden_layers
 winner = Schedule.from_dict(json.loads(args.search.read_text())["points"][-1]["winner"]["schedule"], layers)
-key = fingerprint(base.key, recipe.model.dtype, "cpu", "budgets")
+key = fingerprint(ready.key("cpu"), "budgets")
 lengths, kinds = [int(n) for n in args.lengths.split(",")], ["retrieval", "multi-hop", "free"]
 asked = {"lengths": lengths, "kinds": kinds, "prompts": args.prompts, "answer_tokens": 40}
 section = recipe.search.model_copy(update={**asked, "seed": recipe.search.seed + 200})

@@ -36,11 +36,12 @@ from spts_compress.cost import has_experts
 from spts_compress.modeling.stock_layer import FULL, SLIDING, layer_kinds
 from spts_compress.recipe import load
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.tables import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("llama", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 args = parser.parse_args()
 
 EXPERTS, WINDOW = 2, 512

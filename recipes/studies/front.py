@@ -19,6 +19,7 @@ from spts_compress.search import dense_reference
 from spts_compress.search.evaluator import Evaluator, quality
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.store import Store, fingerprint
 from spts_compress.utils.tables import table
 
@@ -26,7 +27,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("recipe", type=Path)
 parser.add_argument("work", type=Path)
 parser.add_argument("longbench")
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("searches", nargs="+", type=Path)
 parser.add_argument("--lengths", default="4096,8192")
 parser.add_argument("--items", type=int, default=2, help="a task and length")
@@ -35,7 +36,7 @@ args = parser.parse_args()
 
 recipe, store = load(args.recipe), Store(args.work)
 ready = pipeline.prepare(recipe, store, args.device)
-key = fingerprint(ready.base.key, recipe.model.dtype, args.device, "front")
+key = fingerprint(ready.key(args.device), "front")
 lengths = tuple(int(n) for n in args.lengths.split(","))
 config = EvalConfig(lengths=lengths, items=args.items, longbench=args.longbench)
 items = [item for item in free_examples(config, ready.tokenizer, ready.sequences.unseen) if item.task != "free_answer"]

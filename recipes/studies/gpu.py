@@ -4,7 +4,7 @@
 
 Writes DIR/MODEL-shape/STAGE.json. Stages: headline (TTFT, 16 new tokens, memory at 8K to 128K), ablation (32K), batch
 (16K), profile (32K). Time does not depend on the weights' values. `--tiny` runs each stage on tiny shapes, on a CPU
-too, to see that it works.
+too, to see that it works, and writes DIR/MODEL-tiny.
 """
 
 import argparse
@@ -157,6 +157,13 @@ def profile(model, ids):
     }
 
 
+def command(args):
+    """What runs the same again, whatever folder was given."""
+    words = ["python", "recipes/studies/gpu.py", *args.stages, "--out", "DIR", "--models", *args.models]
+    words += ["--lengths", ",".join(map(str, args.lengths)), "--pairs", str(args.pairs)]
+    return " ".join(words + ["--tiny"] * args.tiny)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=["headline", "ablation", "batch", "profile"])
@@ -173,7 +180,7 @@ def main():
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(["python", "recipes/studies/gpu.py", *sys.argv[1:]]).replace(str(args.out), "DIR"),
+        "command": command(args),
     }
     scale = 64 if args.tiny else 1
     for name in args.models:
@@ -206,7 +213,7 @@ def main():
             else:
                 parser.error(f"unknown stage {stage}")
             result = {**machine, "model": name, "stage": stage, "rows": rows, "took_s": time.perf_counter() - begin}
-            folder = args.out / f"{name}-shape"
+            folder = args.out / f"{name}-{'tiny' if args.tiny else 'shape'}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{stage}.json").write_text(json.dumps(result, indent=1) + "\n")
         del model, stock

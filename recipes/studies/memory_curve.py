@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.tables import size, table
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 2560, 8960, 20, 4
@@ -122,19 +123,24 @@ def run(folder: Path, limit: int) -> dict[str, float]:
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", type=Path)
 parser.add_argument("scratch", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--limit-gib", type=float, default=2.0)
 parser.add_argument("--layers", default="8,16,32")
 args = parser.parse_args()
 limit, rows = int(args.limit_gib * 2**30), []
-for layers in map(int, args.layers.split(",")):
-    folder = args.scratch / f"{layers}-layers"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "base").mkdir(parents=True)
-    build(args.model, layers, folder / "base")
-    weights = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
-    rows.append({"layers": layers, "weights": weights, **run(folder, limit)})
-    shutil.rmtree(folder)
+folders = {layers: args.scratch / f"{layers}-layers" for layers in map(int, args.layers.split(","))}
+for folder in folders.values():
+    if os.path.lexists(folder):
+        parser.error(f"{folder} exists, and would be deleted in the end; give another SCRATCH, or remove it yourself")
+for layers, folder in folders.items():
+    folder.mkdir(parents=True)
+    try:
+        (folder / "base").mkdir()
+        build(args.model, layers, folder / "base")
+        weights = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
+        rows.append({"layers": layers, "weights": weights, **run(folder, limit)})
+    finally:
+        shutil.rmtree(folder)
 command = (
     f"python recipes/studies/memory_curve.py MODEL SCRATCH OUT --limit-gib {args.limit_gib:g} --layers {args.layers}"
 )

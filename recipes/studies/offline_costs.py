@@ -19,6 +19,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.tables import size, table
 
 BASE = {"layers": 8, "hidden": 512, "tokens": 16384}
@@ -70,7 +71,7 @@ def run(source: Path, layers: int, hidden: int, tokens: int) -> dict[str, dict[s
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 args = parser.parse_args()
 settings = [BASE, *({**BASE, name: value} for name, values in VARIED.items() for value in values)]
 runs = [{**setting, "stages": run(args.model, **setting)} for setting in settings]

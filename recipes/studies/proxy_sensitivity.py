@@ -53,29 +53,28 @@ class Variant:
 
 def variants(section: ProxySection, own: tuple[str, ...], sources: list[str]) -> list[Variant]:
     """Everything that is tried: one thing at a time is changed from the recipe's own proxies."""
-    full = Proxy(section.channels or 1, section.rank or 1)
-    tried = [
-        Variant("recipe", "as it is", full, section, own),
-        Variant("size", "regression", Proxy(1, 0), section, own),
-    ]
+    full = Proxy(section.channels or 1, section.rank) if section.rank else Proxy(1, 0)
+    tried = [Variant("recipe", "as it is", full, section, own)]
 
     def change(factor: str, value: str, **changes: Any) -> None:
         tried.append(Variant(factor, value, full, section.model_copy(update=changes), own))
 
-    for number in (0.125, 0.25, 0.5, 2.0):
-        size = Proxy(max(1, round(full.channels * number)), max(1, round(full.rank * number)))
-        tried.append(Variant("size", f"{size.channels} channels, rank {size.rank}", size, section, own))
-    for init in ("svd", "weighted-svd"):
-        change("paper's, no step", init, init=init, regression=False, steps=0)
-        if init != section.init:
-            change("init", init, init=init)
-    change("geometric mean", "no regression", regression=False)
-    for objective in ("log-norm", "ranking", "representation"):
-        if objective != section.objective:
-            change("objective", objective, objective=objective)
-    for top in (0.05, 0.2, 1.0):
-        if top != section.saliency_quantile:
-            change("rho", f"{top:g}", saliency_quantile=top)
+    if full.rank:  # of a regression alone nothing but its text can be varied
+        tried.append(Variant("size", "regression", Proxy(1, 0), section, own))
+        for number in (0.125, 0.25, 0.5, 2.0):
+            size = Proxy(max(1, round(full.channels * number)), max(1, round(full.rank * number)))
+            tried.append(Variant("size", f"{size.channels} channels, rank {size.rank}", size, section, own))
+        for init in ("svd", "weighted-svd"):
+            change("paper's, no step", init, init=init, regression=False, steps=0)
+            if init != section.init:
+                change("init", init, init=init)
+        change("geometric mean", "no regression", regression=False)
+        for objective in ("log-norm", "ranking", "representation"):
+            if objective != section.objective:
+                change("objective", objective, objective=objective)
+        for top in (0.05, 0.2, 1.0):
+            if top != section.saliency_quantile:
+                change("rho", f"{top:g}", saliency_quantile=top)
     for part in (0.25, 0.5):
         tried.append(Variant("tokens", f"{part:g} of them", full, section, own, part))
     mixes = [(name,) for name in sources] + [tuple(sources)] if len(sources) > 1 else []
@@ -151,6 +150,11 @@ def run(
         sources, own = list(text_blocks), tuple(recipe.calibration.source)
         tried = [v for v in variants(recipe.proxy, own, sources) if not vary or v.factor in ("recipe", *vary)]
         text = [[name, *(s.tolist() for s in b.fit + b.held_out)] for name, b in text_blocks.items()]  # in this order
+        for name in vary:
+            if not any(variant.factor == name for variant in tried):
+                raise UserError(
+                    f"--vary {name}: nothing of it can be varied in these proxies; give a proxy.rank above 0"
+                )
         data = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, text, environment())
 
         def unit(layer: int, variant: Variant) -> tuple[str, str]:
@@ -203,7 +207,8 @@ def _judge(
         names = variant.sources
         tokens = Tokens.cat([fitted[n][:: round(len(names) / variant.part)] for n in names])
         check = Tokens.cat([held_out[n][: len(held_out[n]) // 2] for n in names])
-        regressed = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if variant.section.regression else None
+        needed = variant.section.regression or not variant.size.rank
+        regressed = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if needed else None
         proxy = regressed
         if proxy is None or variant.size.rank:
             proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)
@@ -243,9 +248,12 @@ def medians(study: Study, kind: str = "norm") -> list[dict[str, Any]]:
     return result
 
 
-def recommended(rows: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
-    """The cheapest size whose recall, on own and on other sources, is within `tolerance` of the best one's."""
+def recommended(rows: list[dict[str, Any]], tolerance: float) -> dict[str, Any] | None:
+    """The cheapest size whose recall, on own and on other sources, is within `tolerance` of the best one's; None if
+    there is one size alone."""
     sizes = sorted((r for r in rows if r["factor"] in ("size", "recipe")), key=lambda r: r["cost"])
+    if len(sizes) < 2:
+        return None
     judged = [r["own_recall"] + (r["other_recall"] or 0) for r in sizes]
     enough = max(judged) - tolerance * (1 if sizes[0]["other_recall"] is None else 2)
     return next(r for r, value in zip(sizes, judged, strict=True) if value >= enough)
@@ -255,7 +263,7 @@ def _number(name: str) -> Show:
     return lambda row: "" if row[name] is None else f"{row[name]:.3f}"
 
 
-def as_table(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
+def as_table(rows: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
     """The medians as a Markdown table."""
     columns: dict[str, Show] = {
         "varied": "{factor}",
@@ -290,7 +298,7 @@ def by_source(study: Study, kind: str = "norm") -> str:
     return columns_table(columns, variants.values())
 
 
-def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, figure: Any) -> None:
+def draw(rows: list[dict[str, Any]], best: dict[str, Any] | None, title: str, figure: Any) -> None:
     """Fidelity against probing cost as a picture."""
     figure.suptitle(title)
     sizes = sorted((r for r in rows if r["factor"] in ("size", "recipe")), key=lambda r: r["cost"])
@@ -305,7 +313,8 @@ def draw(rows: list[dict[str, Any]], best: dict[str, Any], title: str, figure: A
             if sizes[0][name] is None:
                 continue
             axes.plot([cost(r) for r in sizes], [r[name] for r in sizes], style, color=colour, label=f"{group} sources")
-            axes.plot(cost(best), best[name], "k*", markersize=12, label="recommended" if group == "own" else None)
+            if best is not None:
+                axes.plot(cost(best), best[name], "k*", markersize=12, label="recommended" if group == "own" else None)
             axes.plot([cost(r) for r in single], [r[name] for r in single], "x", color="#666666")
         for row in single:
             axes.annotate(row["value"], (cost(row), row[f"own_{what}"]), fontsize=7)

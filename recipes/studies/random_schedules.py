@@ -23,13 +23,14 @@ from spts_compress.search.prompts import PromptSet
 from spts_compress.search.run import starts_of
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.store import Store, fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("recipe", type=Path)
 parser.add_argument("work", type=Path)
 parser.add_argument("search", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--count", type=int, default=50)
 parser.add_argument("--prompts", type=int, default=4)
 parser.add_argument("--device", default="cpu")
@@ -43,7 +44,7 @@ layers, starts, wide = base.config.num_hidden_layers, starts_of(recipe.search, b
 sizes = {layer: wide.proxy_of(layer) for layer in range(wide.start, layers)}
 costs = space.Costs(base.config, max(section.lengths), sizes)
 
-key = fingerprint(base.key, recipe.model.dtype, args.device, "random schedules")
+key = fingerprint(ready.key(args.device), "random schedules")
 # neither the search's prompts nor those that confirmed it
 others = section.model_copy(update={"seed": section.seed + 100, "prompts": args.prompts})
 prompts = PromptSet(others, tokenizer, ready.sequences.unseen)
@@ -51,7 +52,8 @@ dense = [
     dense_reference.answer(model, tokenizer, prompts.make(number), [s - 1 for s in starts], store, key)
     for number in tqdm(range(others.num_prompts), desc="dense")
 ]
-goal = point["winner"]["cost"]["speedup"]
+cost = point["winner"]["cost"]
+goal = cost.get("flop_speedup", cost["speedup"])  # counted, whatever the search went by
 rng, drawn = random.Random(2024), {}
 drawn_from = {"choices": ChoicesSection(heads=["mean", "max"]), "starts": starts}
 choices = section.model_copy(update=drawn_from).drawn_from(layers)

@@ -19,6 +19,7 @@ from spts_compress.tasks.agreement import agreement, free_answer, log_probabilit
 from spts_compress.tasks.longbench import LongBench
 from spts_compress.tasks.recovery import interval
 from spts_compress.tasks.runner import encode
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.tables import table
 
 ANSWER = 48  # tokens
@@ -27,12 +28,24 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 for name in ("checkpoint", "other"):
     parser.add_argument(name, type=Path)
 parser.add_argument("longbench", nargs="+", help="LongBench's folder, or files that shards wrote")
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--lengths", default="4096,8192")
 parser.add_argument("--items", default="8-15", help="of each task, from the first to the last")
 parser.add_argument("--shard", default="0/1", help="this one of so many")
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()
+
+
+def of_shard(path: Path) -> list[dict]:
+    """The rows that a shard wrote."""
+    try:
+        rows = json.loads(path.read_text())
+        whole = isinstance(rows, list) and all({"task", "length", "ways"} <= row.keys() for row in rows)
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        parser.error(f"{path}: no file that a shard of this study wrote; give those alone, or LongBench's folder alone")
+    return rows
 
 
 def measure() -> list[dict]:
@@ -63,8 +76,8 @@ def measure() -> list[dict]:
     return rows
 
 
-merging = all(Path(path).is_file() for path in args.longbench)
-rows = [row for path in args.longbench for row in json.loads(Path(path).read_text())] if merging else measure()
+merging = len(args.longbench) > 1 or Path(args.longbench[0]).is_file()
+rows = [row for path in args.longbench for row in of_shard(Path(path))] if merging else measure()
 args.out.write_text(json.dumps(rows, indent=1) + "\n")
 lines = []
 for length in sorted({row["length"] for row in rows}):

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from .. import __version__
 from ..utils.errors import UserError
 from ..utils.store import file_hash, fingerprint
-from .layout import ABOUT, CERTIFICATE, CONFIG, INDEX, LEFT, NOTES, PROXIES, matches, model_files, read_json
+from .layout import ABOUT, CERTIFICATE, CONFIG, INDEX, LEFT, MANIFEST, NOTES, PROXIES, matches, model_files, read_json
 
-VOCABULARIES = ("*.bin", "*.jsonl", "*.csv", "*.md")  # seldom, but a tokenizer's class may name them
+VOCABULARIES = ("*.bin", "*.jsonl", "*.csv")  # seldom, but a tokenizer's class may name them
 # About the model, or another form of its weights; any other file of a folder may decide what is answered, since
 # vocabularies and code have names of any kind.
 BESIDE_THE_POINT = (*ABOUT, "*.safetensors", "pytorch_model*", *({*NOTES, *LEFT} - {*VOCABULARIES}))
@@ -56,8 +57,17 @@ def stale(folder: Path, weights: dict[str, str] | None = None) -> str | None:
 
 
 def _others(folder: Path) -> list[str]:
-    """Names of the files beside the weights that decide what the model in `folder` answers."""
-    return [n for n in model_files(folder) if (folder / n).is_file() and not matches(n, BESIDE_THE_POINT)]
+    """Names of the files beside the weights that decide what the model in `folder` answers. In a checkpoint made here
+    a note is a person's unless the export listed it, since what its tokenizer reads is listed."""
+    listed = None
+    with suppress(UserError):  # no checkpoint made here, or no list that can be read
+        listed = read_json(folder / MANIFEST).get("sha256")
+
+    def decides(name: str) -> bool:
+        is_note = isinstance(listed, dict) and name not in listed and matches(name, NOTES)
+        return not is_note and not matches(name, BESIDE_THE_POINT)
+
+    return [n for n in model_files(folder) if (folder / n).is_file() and decides(n)]
 
 
 def watch(folder: Path, weights: Iterable[str]) -> Callable[[], None]:

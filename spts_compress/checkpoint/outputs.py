@@ -11,12 +11,38 @@ from ..utils.errors import UserError, some
 from ..utils.store import claimed, file_hash, full_disk_named
 from .layout import CARD, CERTIFICATE, CONFIG, FREE, MANIFEST, REPORT, all_files, read_json
 
+WEIGHTS_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
-def refuse_inside(output: Path, checkpoint: Path) -> None:
-    """Raises UserError if `output` is the checkpoint's own folder or lies in it, since it would no longer be whole."""
-    if (checkpoint / CONFIG).exists() and _place(output).is_relative_to(checkpoint.resolve()):
-        beside = checkpoint.resolve().with_name(checkpoint.resolve().name + "-results")
-        raise UserError(f"--output {output} is inside the checkpoint, which it would change; give one beside: {beside}")
+
+def refuse_in_checkpoint(output: Path, option: str = "--output", replaced: Path | None = None) -> None:
+    """Raises UserError if `output` is or lies in a checkpoint made here, which would no longer be whole.
+
+    Args:
+        replaced: a checkpoint that may be there, since it is made anew.
+    """
+    place = _place(output)
+    for folder in (place, *place.parents):
+        if folder != replaced and (folder / MANIFEST).exists():
+            raise UserError(
+                f"{option} {output} is in the checkpoint {folder}, which it would change; give one beside: "
+                f"{_beside(folder)}"
+            )
+
+
+def refuse_in_model(output: Path) -> None:
+    """Raises UserError if `output` is or lies in the folder of a model, whose files all travel into an export."""
+    refuse_in_checkpoint(output)
+    place = _place(output)
+    for folder in (place, *place.parents):
+        if (folder / CONFIG).exists() and any(p for kind in WEIGHTS_OF_MODELS for p in folder.glob(kind)):
+            raise UserError(
+                f"--output {output} is in the model {folder}, whose files travel into what is made of it; give one "
+                f"beside: {_beside(folder)}"
+            )
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(folder.name + "-results")
 
 
 def refuse_in_text(output: Path, text: str | Path | None, option: str = "--haystack") -> None:
@@ -45,10 +71,8 @@ def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iter
     read_only = base.resolve() if base and base.is_dir() else None
     if read_only and root.is_relative_to(read_only) and (root == read_only or not own.is_relative_to(read_only)):
         raise UserError(f"--work {work} is in the base {base}, which is only read; give another --work")
-    for option, path, place in made:
-        for folder in (place, *place.parents):
-            if folder != own and (folder / MANIFEST).exists():
-                raise UserError(f"{option} {path} is in the checkpoint {folder}, which it would change; give another")
+    for option, path, _ in made:
+        refuse_in_checkpoint(path, option, replaced=own)
 
 
 def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ()) -> None:

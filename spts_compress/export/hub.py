@@ -1,7 +1,7 @@
 """Publishing an exported checkpoint on the Hub."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,11 @@ def push(
     require(folder)
     need_token()
     api, names = HfApi(), _uploaded(folder)
-    with _faults_named(repo_id):
+    with _faults_named(repo_id), ExitStack() as stack:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        is_new = stack.enter_context(_branch(api, repo_id, revision))
         target = api.model_info(repo_id, revision=revision)
-        is_copy = revision not in (None, "main") and target.sha == api.model_info(repo_id).sha
-        _refuse(target, repo_id, private, any_files=create_pr or is_copy)
+        _refuse(target, repo_id, private, any_files=create_pr or is_new)
         there = [file.rfilename for file in target.siblings or ()]
         gone = [name for name in there if name not in names and (name in FREE or may_be_read(name))]
         done = api.create_commit(
@@ -90,6 +88,24 @@ def push(
             parent_commit=target.sha,  # what was looked at
         )
     return "\n".join([*(f"removed there: {name}" for name in gone), done.pr_url or done.commit_url])
+
+
+@contextmanager
+def _branch(api: HfApi, repo_id: str, revision: str | None) -> Iterator[bool]:
+    """Makes the branch unless it is there, and yields whether it did. If the block fails, the branch goes again, so
+    that the next push is not refused for the copies of main's files in it."""
+    if revision is None or revision in {branch.name for branch in api.list_repo_refs(repo_id).branches}:
+        yield False
+        return
+    api.create_branch(repo_id, branch=revision)
+    made = api.model_info(repo_id, revision=revision).sha
+    try:
+        yield True
+    except BaseException:
+        with suppress(Exception):
+            if api.model_info(repo_id, revision=revision).sha == made:  # nothing came into it
+                api.delete_branch(repo_id, branch=revision)
+        raise
 
 
 def _refuse(target: Any, repo_id: str, private: bool, any_files: bool = False) -> None:

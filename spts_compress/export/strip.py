@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ..checkpoint.outputs import new_folder, refuse_inside
+from ..checkpoint.outputs import new_folder, refuse_in_checkpoint
 from .verify import base_names, require
 
 
@@ -11,10 +11,10 @@ def strip(folder: Path, target: Path) -> list[str]:
     """Write the base model's own files into the new folder `target`, under their own names, which are returned.
 
     Raises:
-        UserError: if `folder` is no whole checkpoint of this toolkit, or `target` is in use or lies in it.
+        UserError: if `folder` is no whole checkpoint of this toolkit, or `target` is in use or lies in one.
     """
     require(folder)
-    refuse_inside(target, folder)
+    refuse_in_checkpoint(target)
     names = base_names(folder)
     with new_folder(target, inputs=[folder]) as partial:
         for exported, name in names.items():
