@@ -152,7 +152,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
         if schedule.probe.heads_of(layer) and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
             probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed
-        if ffn_tokens < candidates_in and schedule.ffn_selection in ("proxy", "relative"):
+        if ffn_tokens < candidates_in and schedule.uses_proxies:
             probing += candidates_in * shape.proxy(schedule.proxy_of(layer))
         update = 0.0
         if schedule.update and layer >= schedule.start:

@@ -168,7 +168,7 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
             f"the recipe gives no schedule, so this is a default: {speedup:.2f} times fewer FLOPs at {longest} tokens; "
             "`search:` finds a better one"
         )
-    if not _uses_proxies(schedule):
+    if not schedule.uses_proxies:
         return recipe, replace(schedule, proxy=())
     sizes = plan.proxy_sizes(config, recipe.proxy, schedule.start)
     return recipe, replace(schedule, proxy=tuple(sizes[layer] for layer in range(schedule.start, layers)))
@@ -303,14 +303,10 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
     if ranks.is_main:
         search_report.save(searched, folder, layers)
     schedule = _chosen(searched, wanted, folder, layers)
-    if not _uses_proxies(schedule):
+    if not schedule.uses_proxies:
         return replace(ready, schedule=replace(schedule, proxy=()), parameters={})
     parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
     return replace(ready, schedule=schedule, parameters=parameters)
-
-
-def _uses_proxies(schedule: Schedule) -> bool:
-    return schedule.ffn_selection in ("proxy", "relative")
 
 
 def _chosen(searched: dict[str, Any], wanted: str, folder: Path, num_layers: int) -> Schedule:

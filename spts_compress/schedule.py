@@ -126,7 +126,7 @@ def _sizes(schedule: Schedule, num_layers: int | None) -> Iterator[str]:
         sizes = getattr(schedule, name)
         if num_layers is not None and len(sizes) not in (0, 1, num_layers - schedule.start):
             yield f"{name} has {len(sizes)} entries for {num_layers - schedule.start} skipping layers"
-    if not schedule.proxy and schedule.ffn_selection in ("proxy", "relative"):
+    if not schedule.proxy and schedule.uses_proxies:
         yield f"ffn_selection is {schedule.ffn_selection!r} and there is no proxy; take attention or all"
     for size in schedule.proxy:
         yield from _range("proxy.channels", size.channels, 1)

@@ -100,7 +100,7 @@ def measure_all(
             return {**row_of(example), **row}
 
         def skipped_states() -> dict:
-            if schedule.ffn_selection not in ("proxy", "relative"):
+            if not schedule.uses_proxies:
                 return {}
             rankings = metrics.on_skipped_states(spts, any_ids(longest), schedule.ffn_selection == "relative")
             return {str(layer): ranking for layer, ranking in rankings.items()}

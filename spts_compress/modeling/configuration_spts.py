@@ -138,6 +138,10 @@ class Schedule(SptsBlock):
     def always_last(self) -> int:
         return max(self.recent_tokens, self.probe.window_size)
 
+    @property
+    def uses_proxies(self) -> bool:
+        return self.ffn_selection in ("proxy", "relative")
+
     def proxy_of(self, layer: int) -> Proxy:
         """Size of the proxy of a skipping layer."""
         return self.proxy[0] if len(self.proxy) == 1 else self.proxy[layer - self.start]
