@@ -117,7 +117,7 @@ class PlannedRuns(StockRuns):
             old = cache.layers[layer]
             if not isinstance(old, SkippedCacheLayer) and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
-                    f"skipping needs a dynamic cache, this one has {type(old).__name__}; "
+                    f"skipping needs a dynamic or a static cache, this one has {type(old).__name__}; "
                     "leave cache_implementation unset, or pass spts=False"
                 )
             widths = plan.candidates_in.width, plan.active.width, plan.cached.width
