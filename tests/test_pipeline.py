@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from spts_compress import pipeline
 from spts_compress.recipe import load as load_recipe
 from spts_compress.utils import store as store_module
+from spts_compress.utils.errors import UserError
 from spts_compress.utils.store import Store, file_hash, writing
 
 
@@ -279,6 +280,20 @@ def test_a_damaged_unit_is_made_anew(tmp_path):
     path = store.path("unit", "key", ".safetensors")
     path.write_bytes(path.read_bytes()[:-2])
     assert store.tensors("unit", "key") is None
+
+
+def test_a_unit_that_can_not_be_read_now_stays(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.put_tensors("unit", "key", {"a": torch.ones(3)})
+
+    def too_many_open_files(path):
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "load_file", too_many_open_files)
+        with pytest.raises(UserError, match=r"unit-key\.safetensors: can't be read now: .*; it is kept, so run again"):
+            store.tensors("unit", "key")
+    assert store.tensors("unit", "key") is not None
 
 
 def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
