@@ -55,6 +55,7 @@ def run(
     spts, tokenizer, _ = load(folder, device, dtype, longest, "--lengths and --new-tokens")
     dense, schedule = stock_twin(spts), spts.config.schedule()
     text = tokenizer("\n\n".join(data.python_docs()), verbose=False)["input_ids"]
+    text *= 1 + max(lengths) // len(text)
     result: dict[str, Any] = {
         "command": command,
         "hardware": hardware(device),
@@ -65,8 +66,8 @@ def run(
     with tqdm(total=len(lengths) * len(batches) * (pairs + 1), desc="timing", unit="round") as progress:
         for batch in batches:
             for length in lengths:
-                starts = [i * 997 % max(1, len(text) - length) for i in range(batch)]
-                ids = torch.tensor([(text[s:] + text)[:length] for s in starts], device=spts.device)
+                starts = [i * 997 % (len(text) - length) for i in range(batch)]
+                ids = torch.tensor([text[s : s + length] for s in starts], device=spts.device)
                 ways: dict[str, Way] = {"dense": (dense, {}), "spts": (spts, {})}
                 row = compare(ways, ids, pairs, (1, new_tokens), progress.update)
                 row["skips"] = schedule.skips(length)
