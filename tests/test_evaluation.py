@@ -303,6 +303,17 @@ def test_a_passage_that_has_no_number_is_named(tmp_path):
         longbench.LongBench(str(tmp_path)).examples("passage_retrieval_en", TOKENIZER, 400, 1)
 
 
+def test_a_class_that_no_answer_could_name_is_refused_and_equal_lines_count_once(tmp_path):
+    path = bench_folder(tmp_path) / "trec.jsonl"
+    line = json.loads(path.read_text())
+    path.write_text("\n".join(map(json.dumps, [line, line, {**line, "input": "What?"}])))
+    assert [e.index for e in longbench.LongBench(str(tmp_path)).examples("trec", TOKENIZER, 400, 8)] == [0, 2]
+    for classes in (None, [], ["hen"]):
+        path.write_text(json.dumps({**line, "all_classes": classes}))
+        with pytest.raises(UserError, match=r"trec\.jsonl:1: no answer of trec is among all_classes"):
+            longbench.LongBench(str(tmp_path)).examples("trec", TOKENIZER, 400, 1)
+
+
 def test_recovery_and_its_interval():
     rows = [
         {"task": "t", "limit": 64, "index": i, "mode": mode, "score": value}
@@ -551,7 +562,7 @@ def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path
     bench = bench_folder(tmp_path)
 
     def evaluated(reference):
-        contexts = ["One fox.", "One fox.", "Two foxes.", TEXT * 60]
+        contexts = ["One fox.", "Three foxes.", "Two foxes.", TEXT * 60]
         lines = [{"input": "Who?", "context": c, "answers": [reference], "all_classes": None} for c in contexts]
         (bench / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
         options = ["--suite", "longbench", "--longbench", bench, "--task", "qasper", "--lengths", "512,1024,512"]
@@ -563,7 +574,7 @@ def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path
     assert rows == [(512, 4, 4, 0.0), (1024, 4, 3, 0.0)]
     assert "| 4 (4 not skipped) |" in shown and "say nothing of skipping" in shown
     assert evaluated("fox")[0] == [(512, 4, 4, 1.0), (1024, 4, 3, 1.0)]
-    assert len((output / "answers.jsonl").read_text().splitlines()) == 2 * 4
+    assert len((output / "answers.jsonl").read_text().splitlines()) == 2 * 5
 
     other = run("evaluate", checkpoint, "--output", output, "--rescore", "--items", 3, "--dtype", "float32")
     assert "another checkpoint's than that in" in other

@@ -142,6 +142,19 @@ def ask_about(
     return fit_example(task, index, tokenizer, build, limit, answer_tokens, unit, outputs=[])
 
 
+def different(task: str, examples: list[Example]) -> list[Example]:
+    """The examples.
+
+    Raises:
+        UserError: if two are the same prompt, which would count twice and narrow intervals.
+    """
+    if len({example.text for example in examples}) < len(examples):
+        raise UserError(
+            f"{task}: the text is too short, or too much alike, for {len(examples)} different prompts; name another"
+        )
+    return examples
+
+
 def _is_plain(letter: str) -> bool:
     return letter.isalpha() or letter in f" ,.{COMMAS}{ENDS}" or category(letter).startswith("M")
 
