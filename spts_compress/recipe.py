@@ -216,11 +216,12 @@ class SearchSection(Section):
     default the earliest start). With `update` every candidate has updates of these ranks, fitted on the dense states
     while it is searched, and for the schedule that is found anew, on the states that it leaves.
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
-    `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and the winner on as many
-    others; their text is `text` (a file or folder, as `calibration.path`), by default the calibration documents that
-    nothing was fitted on. `choices` narrows what candidates are drawn from. `require_dense_correct`: whether prompts
-    with a known answer are replaced until the dense model answers them rightly, since fidelity to a wrong answer is of
-    no use. `on_failure`: whether the nearest schedule is exported if the quality is not reached."""
+    `kinds` (or of single tasks of theirs, which the kind then leaves out, so that the worst task counts) and
+    `lengths`, and the winner on as many others; their text is `text` (a file or folder, as `calibration.path`), by
+    default the calibration documents that nothing was fitted on. `choices` narrows what candidates are drawn from.
+    `require_dense_correct`: whether prompts with a known answer are replaced until the dense model answers them
+    rightly, since fidelity to a wrong answer is of no use. `on_failure`: whether the nearest schedule is exported if
+    the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -22,6 +22,7 @@ from spts_compress.tasks.example import Example
 from spts_compress.tasks.runner import Answers, encode, ways_of
 from spts_compress.timing.latency_table import grid
 from spts_compress.utils.distributed import SINGLE_PROCESS
+from spts_compress.utils.errors import UserError
 from spts_compress.utils.store import Store, fingerprint
 
 TOKENIZER = tiny_tokenizer()
@@ -202,10 +203,22 @@ def test_single_tasks_are_kinds_of_their_own():
     known = {"free", *prompts.GROUPS, *prompts.RETRIEVAL, *prompts.MULTI_HOP, "niah_single_1"}
     assert set(get_args(Kind)) == known
     prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
-    kinds = ["niah_multiquery", "retrieval", "vt"]
-    made = made_prompts(kinds, prose, prompts=2, seed=3)
-    assert [item.task for item in made][::3] == ["niah_multiquery"] * 2
-    assert [prompts.kind_of(item, kinds) for item in made] == kinds * 2
+    kinds = ["niah_multiquery", "retrieval", "vt", "multi-hop"]
+    made = made_prompts(kinds, prose, prompts=7, seed=3)
+    assert [item.task for item in made][::4] == ["niah_multiquery"] * 7
+    assert [prompts.kind_of(item, kinds) for item in made] == kinds * 7  # no task is of two kinds
+    with pytest.raises(UserError, match="multi-hop is nothing but tasks that are kinds of their own; leave it out"):
+        made_prompts([*prompts.MULTI_HOP, "multi-hop"], prose, prompts=1)
+
+
+def test_what_confirms_a_search_was_not_searched_on():
+    """Though each prompt is about a stretch from a random place, of few sentences."""
+    section = SearchSection(kinds=["free"], lengths=[512], prompts=16)
+    prose = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(32))
+    items = PromptSet(section, TOKENIZER, prose).filled(SINGLE_PROCESS).items
+    assert len({item.text for item in items}) == len(items) == 32
+    with pytest.raises(UserError, match=r"search\.text: the text is too short, .* for 32 different prompts"):
+        PromptSet(section, TOKENIZER, TEXT * 9).filled(SINGLE_PROCESS)
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
