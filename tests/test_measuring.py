@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,26 @@ def test_a_result_is_saved_in_every_form_and_an_earlier_picture_goes(tmp_path):
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     tables.save([1], "table", tmp_path, "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md"]
+
+
+def test_a_kill_leaves_no_files_of_two_results(tmp_path, monkeypatch):
+    """Here whenever a file has just taken, or is about to take, its name."""
+    replace, kills = os.replace, [(number, after) for number in range(2) for after in (False, True)]
+    for number, after in kills:
+        tables.save("old", "old", tmp_path, "x")
+        left = [number]
+
+        def killed(source, target, left=left, after=after):
+            left[0] -= 1
+            if left[0] >= 0 or after:
+                replace(source, target)
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            tables.save("new", "new", tmp_path, "x")
+        assert len({path.read_text().strip('"\n') for path in tmp_path.iterdir()}) == 1
 
 
 def test_intervals_are_drawn_along_the_numbers():

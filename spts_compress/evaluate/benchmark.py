@@ -1,7 +1,6 @@
 """Benchmarking a checkpoint: dense and SPTS on the same weights, in turn, at several prompt lengths and batches."""
 
 import gc
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from ..timing.pairs import Way, compare, stock_twin
 from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.errors import UserError
-from ..utils.store import writing
 from ..utils.tables import COLOURS, LABELS, PALETTE, plot_interval
 from .columns import bench_tables
 from .suites import load
@@ -76,10 +74,7 @@ def run(
                 row["breakdown"] = parts(spts, ids) if row["skips"] else {}
                 result["rows"].append(row)
                 result |= {"break_even": crossing(result["rows"]), "growth": growth(result["rows"])}
-                for name in FILES[1:]:  # an earlier run's, which are not of these rows
-                    (output / name).unlink(missing_ok=True)
-                with writing(output / "bench.json") as partial:
-                    partial.write_text(json.dumps(result, indent=1) + "\n")
+                tables.save_data(result, output, "bench")
                 gc.collect()
     return result
 
