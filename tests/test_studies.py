@@ -35,7 +35,9 @@ def test_the_memory_curve_deletes_no_folder_that_was_there(refused, tmp_path):
     assert "8-layers exists" in line and kept.read_text() == "mine" and not (tmp_path / "4-layers").exists()
 
 
-BEFORE_OUT = {"front": 3, "budgets": 3, "families": 1, "offline_costs": 1, "memory_curve": 2, "random_schedules": 3}
+BEFORE_OUT = {
+    "front": 3, "budgets": 3, "families": 1, "offline_costs": 1, "memory_curve": 2, "random_schedules": 3, "peers": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("study", BEFORE_OUT)
@@ -61,10 +63,11 @@ def test_shards_of_updates_stay_and_only_they_are_merged(refused, tmp_path):
     for stranger in ("other.json", "missing.json", "."):
         line = refused("updates.py", "c", "o", *shards, tmp_path / stranger, out)
         assert f"{tmp_path / stranger}: no file that a shard" in line
+    assert "have a prompt in common" in refused("updates.py", "c", "o", *shards, out)
     assert json.loads(shards[1].read_text()) == [row] and not out.exists()
 
 
-def test_tiny_gpu_results_have_a_folder_of_their_own(monkeypatch, tmp_path):
+def test_tiny_gpu_results_have_a_folder_of_their_own_and_no_result_is_replaced(refused, monkeypatch, tmp_path):
     arguments = ["profile", "--out", "a", "--models", "llama-3.1-8b", "--tiny"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
@@ -81,6 +84,8 @@ def test_tiny_gpu_results_have_a_folder_of_their_own(monkeypatch, tmp_path):
         "python recipes/studies/gpu.py profile --out DIR --models llama-3.1-8b "
         "--lengths 8192,16384,32768,65536,131072 --pairs 5 --tiny"
     )
+    assert f"a/llama-3.1-8b-tiny/{path.name} exists" in refused("gpu.py", "batch", *arguments)
+    assert "unknown stage x; there are headline, ablation" in refused("gpu.py", "x", "--out", "a")
 
 
 SCHEDULE = {"start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.4}}], "ffn_selection": "attention"}

@@ -78,6 +78,8 @@ def measure() -> list[dict]:
 
 merging = len(args.longbench) > 1 or Path(args.longbench[0]).is_file()
 rows = [row for path in args.longbench for row in of_shard(Path(path))] if merging else measure()
+if len({(row["task"], row["index"], row["length"]) for row in rows}) < len(rows):
+    parser.error("these shards have a prompt in common, which would count twice; give each shard once")
 args.out.write_text(json.dumps(rows, indent=1) + "\n")
 lines = []
 for length in sorted({row["length"] for row in rows}):
