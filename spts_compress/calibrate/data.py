@@ -103,7 +103,7 @@ def blocks(
     book, is cut into pieces that don't overlap. Conversations go through the tokenizer's chat template.
 
     Args:
-        log: told how many documents were left out.
+        log: told how many documents were left out, and if there are fewer tokens.
 
     Raises:
         UserError: if there are too few tokens for both parts, or no chat template that can render what needs one.
@@ -126,6 +126,8 @@ def blocks(
             f"calibration: only {to_fit} tokens to fit on and {to_check} to check on; at least 256 and 64 are needed: "
             "give more or longer documents (equal ones count once), or raise calibration.tokens"
         )
+    if to_fit + to_check < 0.9 * section.tokens:
+        log(f"calibration: the text gives {to_fit + to_check} tokens, fewer than calibration.tokens: {section.tokens}")
     return joined
 
 
@@ -152,10 +154,14 @@ def _of_one_source(
     for text in texts:
         short = len(text) <= size or isinstance(text, Conversation)
         pieces += [text] if short else _distinct(filter(str.strip, cut(text, size)), seen)
-    return max(whole, _shared_out(section, pieces, tokenizer, tokens), key=lambda blocks: blocks.sizes[0])
+    in_pieces = _shared_out(section, pieces, tokenizer, tokens)
+    return whole if 2 * whole.sizes[0] >= in_pieces.sizes[0] else in_pieces
 
 
-def _shared_out(section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int) -> Blocks:
+def _shared_out(
+    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, again: bool = True
+) -> Blocks:
+    """Blocks of so many `tokens`; where the texts have fewer, shared out `again` by what they have."""
     shuffled = list(texts)
     random.Random(section.seed).shuffle(shuffled)
     waiting = deque(shuffled)
@@ -163,7 +169,10 @@ def _shared_out(section: CalibrationSection, texts: list[str], tokenizer: Any, t
     held_out = list(_filled(section, waiting, tokenizer, for_check))
     checked = shuffled[: len(shuffled) - len(waiting)]
     fit = list(_filled(section, waiting, tokenizer, tokens - for_check))
-    return Blocks(fit, held_out, "\n\n".join([*checked, *waiting]))
+    made = Blocks(fit, held_out, "\n\n".join([*checked, *waiting]))
+    if waiting or not again:
+        return made
+    return max(made, _shared_out(section, texts, tokenizer, sum(made.sizes), False), key=lambda blocks: blocks.sizes[0])
 
 
 def _filled(section: CalibrationSection, waiting: deque[str], tokenizer: Any, room: int) -> Iterator[torch.Tensor]:
