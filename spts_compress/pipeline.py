@@ -17,7 +17,7 @@ import yaml
 from . import __version__, plan
 from .calibrate.base_checks import tell_of_own_code
 from .calibrate.base_model import Base, resolve, resolve_config
-from .calibrate.data import Blocks, blocks, documents, from_files
+from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
@@ -123,7 +123,8 @@ def run(
         for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
-        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
+        fitted_on = sorted(ready.sequences.fitted) if ready.parameters else []
+        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured, "fitted_on": fitted_on}
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
@@ -264,10 +265,10 @@ def prepare(
             log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, log)
-        haystack = _text(recipe.report.text) or sequences.unseen
+        haystack = _unseen("report.text", recipe.report.text, sequences)
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
-            text = _text(recipe.search.text) or sequences.unseen
+            text = _unseen("search.text", recipe.search.text, sequences)
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
@@ -387,15 +388,29 @@ def _measure(ready: Prepared, folder: Path, device: str, store: Store) -> dict[s
     return measure_all(stock_twin(spts), spts, ready.tokenizer, ready.haystack, section, keep)
 
 
-def _text(path: str | None) -> str:
-    """The text of a file or folder, empty if there is none."""
-    return "\n\n".join(from_files(Path(path))) if path else ""
+def _unseen(name: str, path: str | None, sequences: Blocks) -> str:
+    """Text that nothing was fitted on: that of a file or folder, which the recipe calls `name`, or of the calibration
+    documents that are left.
+
+    Raises:
+        UserError: if something was fitted on a document of the file or folder.
+    """
+    if path is None:
+        return sequences.unseen
+    texts = list(from_files(Path(path)))
+    if seen := sum(document_key(text) in sequences.fitted for text in texts):
+        raise UserError(
+            f"{name}: the calibration fits on {seen} of the {len(texts)} documents in {path}: leave it out, and "
+            "documents held out there are taken, or give other text"
+        )
+    return "\n\n".join(texts)
 
 
 def _read_haystacks(recipe: Recipe) -> None:
     """Read the text of prompts once, so that what is wrong with it shows early."""
-    _text(recipe.report.text)
-    _text(recipe.search.text if recipe.search else None)
+    for path in (recipe.report.text, recipe.search and recipe.search.text):
+        if path:
+            list(from_files(Path(path)))
 
 
 def _try_forward(model: Any, sequences: Blocks, name: str) -> None:

@@ -339,18 +339,6 @@ class Recipe(Section):
             raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
         return self
 
-    @model_validator(mode="after")
-    def unseen_text(self) -> "Recipe":
-        fitted = self.calibration.path
-        for name, text in (("report.text", self.report.text), ("search.text", self.search and self.search.text)):
-            places = [Path(path).resolve() for path in (fitted, text) if path]
-            if len(places) == 2 and (places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0])):
-                raise ValueError(
-                    f"has {name}: {text}, which calibration.path fits on: leave it out, and documents held out there "
-                    "are taken, or give other text"
-                )
-        return self
-
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
         """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the
         proxies' sizes; None if the recipe gives none.

@@ -16,6 +16,7 @@ from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+from spts_compress.calibrate.data import document_key
 from spts_compress.checkpoint.keys import stale
 from spts_compress.evaluate import ablate, suites
 from spts_compress.modeling.configuration_spts import Schedule
@@ -523,6 +524,19 @@ def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     assert rows[1]["items"] == len(rows[1]["tasks"]) > 0 and rows[1]["kl"] > 0
     setting = json.loads((tmp_path / "out/setting.json").read_text())
     assert all(row["tokens"] + row["answer_tokens"] <= 600 for row in setting["examples"]["free"])
+
+
+def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
+    folder, text = shutil.copytree(checkpoint, tmp_path / "model"), (checkpoint.parent / "prose.txt").read_text()
+    (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(f" {text}\n")]}))
+    (tmp_path / "texts").mkdir()
+    for name, part in (("copy", text), ("other", text[:9000])):
+        (tmp_path / f"texts/{name}.txt").write_text(part)
+    options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack"]
+    shown = run("evaluate", folder, *options, tmp_path / "texts", "--output", tmp_path / "out", "--certify")
+    note = "The checkpoint was fitted on 1 of the haystack's 2 documents."
+    assert note in shown and note in (folder / "README.md").read_text()
+    assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):

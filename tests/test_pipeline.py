@@ -192,6 +192,9 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     fails("x.jsonl:2:", calibration__path=str(tmp_path / "bad"))
     fails("only", calibration__path=str(tmp_path / "short"))
     fails("does not exist", calibration__path=str(tmp_path / "nowhere"))
+    copied = shutil.copytree(corpus, tmp_path / "copied")
+    for text in (copied, corpus, corpus / "documents.jsonl"):
+        fails(f"report.text: the calibration fits on 6 of the 12 documents in {text}", report__text=str(text))
     fails("model.path", model__path=str(tmp_path / "nowhere"))
     fails("schedule.stages.0.end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
     fails("--device", "--device", "nonsense")

@@ -5,7 +5,7 @@ import random
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,14 @@ def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
 class Blocks:
     """Token sequences, each 1-dimensional, to fit on and to check on; the documents of the two don't overlap.
 
-    `unseen`: the text of all documents of the first source that nothing was fitted on.
+    `unseen`: the text of all documents of the first source that nothing was fitted on. `fitted`: the keys of those that
+    something was fitted on, see `document_key`.
     """
 
     fit: list[torch.Tensor]
     held_out: list[torch.Tensor]
     unseen: str
+    fitted: frozenset[str]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -108,7 +110,7 @@ def blocks(
     Raises:
         UserError: if there are too few tokens for both parts, or no chat template that can render what needs one.
     """
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     unique = [_distinct(texts, seen) for texts in sources]
     if repeated := sum(map(len, sources)) - sum(map(len, unique)):
         equal = "document that equals another" if repeated == 1 else "documents that equal others"
@@ -119,7 +121,7 @@ def blocks(
         raise UserError(f"{asks}, but the base's tokenizer has no chat template: give plain text, or a base with one")
     parts = [_of_one_source(section, texts, tokenizer, section.tokens // len(unique), seen) for texts in unique]
     fit, held_out = ([block for part in parts for block in getattr(part, name)] for name in ("fit", "held_out"))
-    joined = Blocks(fit, held_out, parts[0].unseen)
+    joined = Blocks(fit, held_out, parts[0].unseen, frozenset().union(*(part.fitted for part in parts)))
     to_fit, to_check = joined.sizes
     if to_fit < 256 or to_check < 64:
         raise UserError(
@@ -131,19 +133,23 @@ def blocks(
     return joined
 
 
-def _distinct(texts: Iterable[str], seen: set[bytes]) -> list[str]:
-    """Those that are not in `seen` by their words, which then holds them."""
+def document_key(text: str) -> str:
+    """Equal for texts of the same words."""
+    return hashlib.blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _distinct(texts: Iterable[str], seen: set[str]) -> list[str]:
+    """Those whose keys are not in `seen`, which then holds them."""
     new = []
     for text in texts:
-        key = hashlib.blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).digest()
-        if key not in seen:
+        if (key := document_key(text)) not in seen:
             seen.add(key)
             new.append(text)
     return new
 
 
 def _of_one_source(
-    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, seen: set[bytes]
+    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, seen: set[str]
 ) -> Blocks:
     """Blocks of whole documents; of pieces, where whole ones leave less than half of what is wanted to fit on."""
     whole = _shared_out(section, texts, tokenizer, tokens)
@@ -155,7 +161,9 @@ def _of_one_source(
         short = len(text) <= size or isinstance(text, Conversation)
         pieces += [text] if short else _distinct(filter(str.strip, cut(text, size)), seen)
     in_pieces = _shared_out(section, pieces, tokenizer, tokens)
-    return whole if 2 * whole.sizes[0] >= in_pieces.sizes[0] else in_pieces
+    if 2 * whole.sizes[0] >= in_pieces.sizes[0]:
+        return whole
+    return replace(in_pieces, fitted=frozenset(map(document_key, texts)))
 
 
 def _shared_out(
@@ -169,7 +177,8 @@ def _shared_out(
     held_out = list(_filled(section, waiting, tokenizer, for_check))
     checked = shuffled[: len(shuffled) - len(waiting)]
     fit = list(_filled(section, waiting, tokenizer, tokens - for_check))
-    made = Blocks(fit, held_out, "\n\n".join([*checked, *waiting]))
+    fitted = frozenset(map(document_key, shuffled[len(checked) : len(shuffled) - len(waiting)]))
+    made = Blocks(fit, held_out, "\n\n".join([*checked, *waiting]), fitted)
     if waiting or not again:
         return made
     return max(made, _shared_out(section, texts, tokenizer, sum(made.sizes), False), key=lambda blocks: blocks.sizes[0])
