@@ -88,11 +88,12 @@ def run(
     Raises:
         UserError: for bad input or environment, before any long work where that is possible.
     """
-    root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     named = (recipe.model.path, recipe.calibration.path, recipe.report.text, recipe.search and recipe.search.text)
     inputs = [Path(path) for path in named if path]
+    refuse(output, force, inputs)
+    root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     refuse_among_inputs(output, root, inputs[0] if recipe.model.path else None, inputs[bool(recipe.model.path) :])
-    check_first(recipe, output, root, inputs, device, force)
+    check_first(recipe, output, root, device)
     store, stage, searched = Store(root), StageTimer(device), None
     with ExitStack() as stack:
         if ranks.is_main:
@@ -175,14 +176,13 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
     return recipe, replace(schedule, proxy=tuple(sizes[layer] for layer in range(schedule.start, layers)))
 
 
-def check_first(recipe: Recipe, output: Path, root: Path, inputs: list[Path], device: str, force: bool) -> None:
+def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:
     """All that can be checked before the base's weights and the text are read.
 
     Raises:
         UserError: for folders that can't be written to, text that can't be read, what does not suit the model, or too
             little disk or memory.
     """
-    refuse(output, force, inputs)
     if root.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--work {root} is in the output {output}, which is made anew; give another --work")
     _read_haystacks(recipe)
@@ -261,6 +261,7 @@ def prepare(
         tell_of_own_code(base.config, base.name, log)
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
+        card.license_of(base)  # what is wrong with it shows now
         if any(name.startswith("custom_generate/") for name in carried.names):
             log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)

@@ -115,6 +115,17 @@ def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
     assert "## Search" in card.render(base, model.config.schedule(), report, "", "", "", "TABLES")
 
 
+def test_a_licence_is_read_whatever_else_the_bases_card_says(tmp_path):
+    base = SimpleNamespace(folder=tmp_path)
+    assert card.license_of(base) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nmodel-index: [{name: a}]\n---\n")
+    assert card.license_of(base) == {"license": "mit"}
+    for text in (b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", b"caf\xe9"):
+        (tmp_path / "README.md").write_bytes(text)
+        with pytest.raises(UserError, match=r"README\.md: its metadata can't be read: "):
+            card.license_of(base)
+
+
 def test_a_study_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"studies/nothing\.py is missing"):
         load_study("nothing")

@@ -460,6 +460,14 @@ def test_a_recipe_says_at_its_start_what_is_in_the_way(output, options, message,
     assert sorted(p.name for p in folder.iterdir()) == names
 
 
+def test_the_working_folder_is_no_recipes_output(folder, tmp_path, monkeypatch):
+    recipe = recipe_for(folder, folder / "new", tmp_path / "recipe.yaml")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for options in (["--output", "."], ["--set", "export.path=."]):
+        assert "error: . is or holds the working folder" in invoke("recipe", recipe, *options, code=2)
+
+
 def test_a_recipe_inside_the_checkpoint_it_would_replace_stays(folder, tmp_path):
     recipe = recipe_for(folder, folder / "out", folder / "out/recipe.yaml")
     assert "an input of this run, " in invoke("recipe", recipe, "--force", code=2)

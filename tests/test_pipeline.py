@@ -202,6 +202,9 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     fails("damaged or cut short", model__path=str(tmp_path / "cut"))
+    shutil.copyfile(base / "model.safetensors", weights)
+    (tmp_path / "cut" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    fails("README.md: its metadata can't be read: ", model__path=str(tmp_path / "cut"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     fails("family gpt2 is not supported; supported are ", model__path=str(tmp_path / "other"))
