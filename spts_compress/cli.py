@@ -145,7 +145,7 @@ def init(model: str, length: int, **goals: float | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @DEVICE
 @click.option("--work", type=FilePath(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
-@click.option("--force", is_flag=True, help="Replace a checkpoint that was made here.")
+@click.option("--force", is_flag=True, help="Replace a checkpoint that was made here and left as it was.")
 def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
 ) -> None:

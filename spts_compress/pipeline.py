@@ -21,7 +21,7 @@ from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
-from .checkpoint.outputs import made_since, new_folder, refuse, refuse_among_inputs
+from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
 from .evaluate.report import check_prompts, measure_all
@@ -99,8 +99,6 @@ def run(
         if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
             staging = stack.enter_context(new_folder(output, force, inputs, again))
-            if since := made_since(output):
-                log(f"{output}: {', '.join(since)} changed since the export, and will be replaced with it in the end")
             stack.enter_context(store.lock())
             if recipe.search is not None:
                 stack.enter_context(claimed(search_folder, search_report.FILES))

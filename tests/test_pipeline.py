@@ -379,8 +379,9 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     assert "no schedule meets the target" in missed
     (tmp_path / "out/README.md").write_text("my card")
     edits = [f"--set=search.{edit}" for edit in ("quality=1.0", "speedup=1.4", "on_failure=export")]
+    assert "out: README.md changed since the export" in run("recipe", path, "--force", *edits, code=2)
+    (tmp_path / "out/README.md").unlink()
     nearest = run("recipe", path, "--force", *edits)
-    assert "out: README.md changed since the export, and will be replaced" in nearest
     for said in (nearest, run("inspect", tmp_path / "out"), (tmp_path / "out/README.md").read_text()):
         assert "no schedule meets the target of quality 1; by search.on_failure the nearest is exported: 0." in said
     for edit, message in (
