@@ -83,7 +83,8 @@ def run(
         ranks: the processes that share calibration, fitting and search; the leader exports and measures.
 
     Returns:
-        The report: proxy fidelity and measurements; None but for the leader.
+        The report: proxy fidelity and measurements, and the costs of the stages unless some of the work was finished
+        before; None but for the leader.
 
     Raises:
         UserError: for bad input or environment, before any long work where that is possible.
@@ -95,6 +96,7 @@ def run(
     refuse_among_inputs(output, root, inputs[0] if recipe.model.path else None, inputs[bool(recipe.model.path) :])
     check_first(recipe, output, root, device)
     store, stage, searched = Store(root), StageTimer(device), None
+    begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
     with ExitStack() as stack:
         if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
@@ -122,8 +124,8 @@ def run(
         for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
-        fitted_on = sorted(ready.sequences.fitted) if ready.parameters else []
-        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured, "fitted_on": fitted_on}
+        report = {"proxies": fits, "search": searched, "stages": stage.costs if begins_anew else {}, **measured}
+        report["fitted_on"] = sorted(ready.sequences.fitted) if ready.parameters else []
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
@@ -434,6 +436,8 @@ def _resolved(ready: Prepared) -> str:
     used, as YAML that loads as a recipe."""
     lines = [f"# made with spts-compress {__version__}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)]
     lines += [f"# base {name}: sha256 {digest}" for name, digest in ready.base.weights.items()]
+    if ready.recipe.search and ready.schedule.proxy:
+        lines.append("# the proxies were fitted for all candidates; this schedule alone may choose other sizes of them")
     data = ready.recipe.model_dump()
     data["model"]["revision"] = ready.base.revision or ready.recipe.model.revision
     data["schedule"] = {k: v for k, v in ready.schedule.to_dict().items() if k not in ("proxy", "enabled")}

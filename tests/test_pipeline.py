@@ -358,12 +358,14 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     with monkeypatch.context() as patch:  # what was evaluated is not evaluated again, and the choice is the same
         patch.setattr("spts_compress.search.evaluator.compare", lambda *_: 1 / 0)
         run("recipe", path, "--force")
+    assert json.loads((tmp_path / "out/spts_report.json").read_text())["stages"] == {}  # of that run they'd say nothing
     again = json.loads((tmp_path / "out.search/search.json").read_text())
     assert again["evaluations"] == found["evaluations"] and again["points"] == found["points"]
     assert {p.name: file_hash(p) for p in (tmp_path / "out").glob("*.safetensors")} == weights
 
     resolved = tmp_path / "again.yaml"  # the schedule that was found, without its search
     resolved.write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
+    assert "may choose other sizes" in resolved.read_text() or config["spts"]["proxy"] is None
     assert "skips from layer" in run("recipe", resolved, "--dry-run")
     run("recipe", resolved, "--output", tmp_path / "again")
     proxies = [json.loads((tmp_path / name / "spts_report.json").read_text())["proxies"] for name in ("out", "again")]
