@@ -16,13 +16,14 @@ from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from spts_compress.calibrate.data import document_key
+from spts_compress.calibrate.data import blocks, document_key
 from spts_compress.checkpoint.keys import stale
 from spts_compress.evaluate import ablate, suites
 from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.recipe import CalibrationSection
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
-from spts_compress.tasks.example import Example, fit_example, sentences, token_count
+from spts_compress.tasks.example import Example, chat, fit_example, sentences, token_count
 from spts_compress.tasks.scorers import score
 from spts_compress.timing import pairs
 from spts_compress.timing.pairs import GREEDY
@@ -408,6 +409,16 @@ def test_what_is_measured_is_greedy_whatever_the_checkpoint_prefers(settings, tm
     for name, value in settings.items():
         setattr(model.generation_config, name, value)  # which the twin shares
     assert found("own") == plain
+
+
+def test_a_template_that_states_the_time_makes_the_same_prompt_every_day():
+    tokenizer, now = tiny_tokenizer(), "{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}"
+    tokenizer.chat_template = f"{now} {tokenizer.chat_template} {now}"
+    assert chat(tokenizer, "Q") == "26 July 2024, 00:00:00.000000 <s>Q 26 July 2024, 00:00:00.000000"
+    assert "26 July 2024" in synthetic.further_turn(tokenizer, "Q")
+    asked = CalibrationSection(tokens=400, length=64, chat_template=True)
+    made = blocks(asked, [[f"{n} {TEXT * 9}" for n in range(9)]], tokenizer)
+    assert tokenizer.decode(made.fit[0]).startswith("26 July 2024")
 
 
 def test_a_further_turn_begins_after_the_answer_whatever_the_template_says():

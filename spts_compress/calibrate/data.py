@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..recipe import CalibrationSection
+from ..tasks.example import rendered
 from ..utils.errors import UserError, reason
 from . import corpus
 from .corpus import COLUMNS, Conversation, Skipped, cut, dataset_records, from_files
@@ -206,11 +207,9 @@ def _tokens(text: str, tokenizer: Any, chat: bool) -> list[int]:
         return tokenizer(text, verbose=False)["input_ids"]
     turns = text.turns if isinstance(text, Conversation) else [{"role": "user", "content": text}]
     try:
-        rendered = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not isinstance(text, Conversation)
-        )
+        shown = rendered(tokenizer, turns, ask=not isinstance(text, Conversation))
     except Exception as error:  # a template is a program, and fails as it likes
         start = f"{text[:40]}..." if len(text) > 40 else text
         fault = f"{type(error).__name__}: {reason(error)}"
         raise UserError(f"calibration: the base's chat template can't render {start!r}: {fault}") from None
-    return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
