@@ -215,6 +215,7 @@ def sweep(
     study, sources, recipe = load_study("proxy_sensitivity"), _named_files(texts), load(find(file), edits)
     for option, text in (
         ("calibration.path", recipe.calibration.path),
+        ("calibration.dataset", recipe.calibration.dataset),
         *(("--text", path) for path in sources.values()),
     ):
         refuse_in_text(output, text, option)

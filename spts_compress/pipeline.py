@@ -89,7 +89,8 @@ def run(
     Raises:
         UserError: for bad input or environment, before any long work where that is possible.
     """
-    named = (recipe.model.path, recipe.calibration.path, recipe.report.text, recipe.search and recipe.search.text)
+    text, searched_text = recipe.calibration, recipe.search and recipe.search.text
+    named = (recipe.model.path, text.path, text.dataset, recipe.report.text, searched_text)
     inputs = [Path(path) for path in named if path]
     refuse(output, force, inputs)
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")

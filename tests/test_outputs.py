@@ -480,12 +480,12 @@ def test_a_recipe_inside_the_checkpoint_it_would_replace_stays(folder, tmp_path)
     recipe.unlink()
 
 
-@pytest.mark.parametrize("section", ["calibration", "report"])
+@pytest.mark.parametrize("section", ["calibration", "dataset", "report"])
 def test_what_a_run_makes_does_not_become_its_text(section, folder, tmp_path):
     (tmp_path / "text").mkdir()
-    recipe = recipe_for(folder, tmp_path / "text/out", tmp_path / "recipe.yaml")
-    key = {"calibration": "path", "report": "text"}[section]
-    edit = ("--set", f"{section}.{key}={tmp_path / 'text'}")
+    recipe, text = recipe_for(folder, tmp_path / "text/out", tmp_path / "recipe.yaml"), tmp_path / "text"
+    edits = {"calibration": f"calibration.path={text}", "report": f"report.text={text}"}
+    edit = ("--set", edits.get(section, f"calibration={{source: dataset, dataset: {text}}}"))
     for place in (
         (),
         ("--output", tmp_path / "text/deep/out"),
