@@ -340,13 +340,17 @@ def point(speedup, quality):
     }  # fmt: skip
 
 
+def drawn(search):
+    report.draw(search, 5, figure := pytest.importorskip("matplotlib.figure").Figure())
+    return figure.axes
+
+
 def test_a_front_is_drawn_if_it_has_more_than_one_point():
     both = [point(1.2, 0.9), point(1.5, 0.8)]
     rest = {"reliability": [0.5] * 5, "candidates": 2, "evaluations": 3, "seconds": {"all": 60, "dense": 6}}
     for points, chosen in ((both, 1), (both, None), (both[1:], 0)):
         search = {"points": points, "chosen": chosen, **rest}
-        text, axes = report.as_text(search), report.picture(search, 5).axes
-        titles = [panel.get_title() for panel in axes]
+        text, titles = report.as_text(search), [panel.get_title() for panel in drawn(search)]
         assert len(titles) == 3 + len(points) and ("Front, on held-out prompts" in titles) == (len(points) == 2)
         assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
         assert "speed-up, FLOPs" in text and "Target missed" not in text
@@ -361,7 +365,7 @@ def test_one_prompt_has_no_interval():
     points = [{**point(1.2, 0.75), "interval": None}, point(1.5, 0.7)]
     search = {"points": points, "chosen": 0, "reliability": [0.5] * 5, "candidates": 2, "evaluations": 3}
     search["seconds"] = {"all": 60, "dense": 6}
-    assert "| 0.750  " in report.as_text(search) and len(report.picture(search, 5).axes) == 5
+    assert "| 0.750  " in report.as_text(search) and len(drawn(search)) == 5
 
 
 def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):
