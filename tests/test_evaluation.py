@@ -561,6 +561,8 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     assert flops == sorted(flops) and flops[0] == 1
     kv = [rows[name]["kv_bytes"] for name in names]
     assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == len(names) and all(json.loads(line)["made"]["batch"] == 1 for line in lines)  # as evaluate's
     assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and len(rows["+PAP"]["seconds"]) == 2
 
 
