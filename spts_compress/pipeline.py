@@ -129,11 +129,12 @@ def run(
         report["fitted_on"] = sorted(ready.sequences.fitted) if ready.parameters else []
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
-        (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
+        shown = card.render(ready.base, ready.schedule, report, *tables, found)
+        (staging / CARD).write_text(shown, encoding="utf-8")
         report["card"] = file_hash(staging / CARD)
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / RECIPE).write_text(verbatim)
-        (staging / RESOLVED_RECIPE).write_text(_resolved(ready))
+        (staging / RECIPE).write_text(verbatim, encoding="utf-8")
+        (staging / RESOLVED_RECIPE).write_text(_resolved(ready), encoding="utf-8")
         if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():
             shutil.copyfile(plot, staging / SEARCH_PLOT)
         write_manifest(staging, ready.carried.names)

@@ -43,6 +43,12 @@ def test_a_result_is_saved_in_every_form_and_an_earlier_picture_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md"]
 
 
+def test_tables_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")
+    tables.save(["模"], "模", tmp_path, "x")
+    assert (tmp_path / "x.md").read_bytes() == "模\n".encode()
+
+
 def test_a_kill_leaves_no_files_of_two_results(tmp_path, monkeypatch):
     """Here whenever a file has just taken, or is about to take, its name."""
     replace, kills = os.replace, [(number, after) for number in range(2) for after in (False, True)]

@@ -80,7 +80,7 @@ def save(
     """
     save_data(result, output, name)
     with writing(output / f"{name}.md") as partial:
-        partial.write_text(tables + "\n")
+        partial.write_text(tables + "\n", encoding="utf-8")
     if draw is not None and has_matplotlib():
         from matplotlib import rc_context
         from matplotlib.figure import Figure
