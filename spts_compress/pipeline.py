@@ -89,12 +89,13 @@ def run(
     Raises:
         UserError: for bad input or environment, before any long work where that is possible.
     """
-    text, searched_text = recipe.calibration, recipe.search and recipe.search.text
-    named = (recipe.model.path, text.path, text.dataset, recipe.report.text, searched_text)
-    inputs = [Path(path) for path in named if path]
+    calibration, search = recipe.calibration, recipe.search
+    named = (calibration.path, calibration.dataset, recipe.report.text, search and search.text)
+    texts, base = [Path(path) for path in named if path], Path(recipe.model.path) if recipe.model.path else None
+    inputs = [*texts, *([base] if base else [])]
     refuse(output, force, inputs)
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
-    refuse_among_inputs(output, root, inputs[0] if recipe.model.path else None, inputs[bool(recipe.model.path) :])
+    refuse_among_inputs(output, root, base, texts)
     check_first(recipe, output, root, device)
     store, stage, searched = Store(root), StageTimer(device), None
     begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
