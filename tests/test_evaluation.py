@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -717,6 +718,27 @@ def test_what_has_no_prompt_is_refused_and_an_earlier_certificate_stays(checkpoi
     with pytest.raises(UserError, match="nothing was measured that could be certified"):
         suites.certify(folder, {"setting": setting, "missing": 0, "tasks": [], "fidelity": []})
     assert (folder / "spts_evaluation.json").read_text() == "{}"
+
+
+def test_a_kill_leaves_no_card_and_certificate_of_two_evaluations(checkpoint, tmp_path, monkeypatch):
+    folder, options = shutil.copytree(checkpoint, tmp_path / "model"), ["--suite", "fidelity", "--lengths", 400]
+    run("evaluate", folder, *options, "--items", 1, "--certify", "--output", tmp_path / "out")
+    result, replace = suites.summarise(tmp_path / "out"), os.replace
+    result["fidelity"][0]["items"] = 77
+    for last in ("README.md", "spts_evaluation.json"):
+
+        def killed(source, target, last=last):
+            if target.name == last:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            suites.certify(folder, result)
+        assert not (folder / "spts_evaluation.json").exists()
+        assert ("| 77 " in (folder / "README.md").read_text()) == (last != "README.md")
+    suites.certify(folder, result)
+    assert json.loads((folder / "spts_evaluation.json").read_text())["fidelity"][0]["items"] == 77
 
 
 def test_an_ablation_runs_the_longbench_tasks_that_are_there(checkpoint, tmp_path, monkeypatch):

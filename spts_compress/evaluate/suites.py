@@ -404,8 +404,6 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     public = {**setting, "request": {**request, **paths}}  # where a user's files lie is nobody's business
     text = card_text(folder)
     certificate = {"checkpoint": key, "setting": public, "tasks": result["tasks"], "fidelity": result["fidelity"]}
-    with writing(folder / CERTIFICATE) as partial:
-        partial.write_text(json.dumps(certificate, indent=1) + "\n")
     begin, end = MARKS
     if begin in text:
         text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
@@ -427,3 +425,6 @@ Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolk
     text = with_results(f"{text.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
     with writing(folder / CARD) as partial:
         partial.write_text(text, encoding="utf-8")
+        (folder / CERTIFICATE).unlink(missing_ok=True)  # or a kill would leave an earlier one beside this card
+    with writing(folder / CERTIFICATE) as partial:
+        partial.write_text(json.dumps(certificate, indent=1) + "\n")
