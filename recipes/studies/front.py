@@ -58,7 +58,8 @@ with tqdm(total=len(dense) * len(winners), desc="evaluating") as bar:
         cost, tuned = point["cost"], point["quality"]
         rows.append({"cost": cost, "schedule": winner.to_dict(), "searched": tuned, "kl": kl, "same": same,
                      "top1": quality(found), "lengths": by_length, "prompts": len(found)})  # fmt: skip
-        shown = (f"{mean:.1%} ({low:.3f}-{high:.3f})" for mean, (low, high) in by_length.values())
+        ends = {n: " ({:.3f}-{:.3f})".format(*interval) if interval else "" for n, (_, interval) in by_length.items()}
+        shown = (f"{by_length[n][0]:.1%}{ends[n]}" for n in lengths)
         lines.append([f"{cost['speedup']:.2f}x", f"{cost['kv_share']:.0%}", str(winner.start), f"{tuned:.1%}", *shown,
                       f"{kl:.3f}", f"{same:.0%}"])  # fmt: skip
 command = f"python recipes/studies/front.py RECIPE WORK $LONGBENCH OUT SEARCH ... --lengths {args.lengths} " + (
