@@ -37,7 +37,7 @@ args = parser.parse_args()
 recipe, store = load(args.recipe), Store(args.work)
 ready = pipeline.prepare(recipe, store, args.device)
 key = fingerprint(ready.key(args.device), "front")
-lengths = tuple(int(n) for n in args.lengths.split(","))
+lengths = tuple(dict.fromkeys(map(int, args.lengths.split(","))))
 config = EvalConfig(lengths=lengths, items=args.items, longbench=args.longbench)
 items = [item for item in free_examples(config, ready.tokenizer, ready.sequences.unseen) if item.task != "free_answer"]
 points = [point for path in args.searches for point in json.loads(path.read_text())["points"]]
