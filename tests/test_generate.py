@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 from tiny import BARE, SCHEDULE, TEXT, UPDATING, stock_twin, tiny_model, tiny_tokenizer
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -340,13 +341,14 @@ def test_masks_that_are_not_left_padding_get_a_clear_error(model):
 
 
 def test_caches_that_cannot_hold_unequal_layers_get_a_clear_error(model):
-    tokens = prompt()
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="pass spts=False"):
-        model(tokens, past_key_values=cache, logits_to_keep=1)
-    with pytest.raises(ValueError, match="spts=False"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="static", **GREEDY)
-    short = model(prompt(6), past_key_values=StaticCache(config=model.config, max_cache_len=64), logits_to_keep=1)
+    class Quantised(DynamicLayer):
+        pass
+
+    cache = DynamicCache(config=model.config)
+    cache.layers[2] = Quantised()
+    with pytest.raises(ValueError, match="this one has Quantised; leave cache_implementation unset"):
+        model(prompt(), past_key_values=cache, logits_to_keep=1)
+    short = model(prompt(6), past_key_values=cache, logits_to_keep=1)
     torch.testing.assert_close(short.logits, model(prompt(6), logits_to_keep=1).logits, atol=1e-4, rtol=0)
 
 

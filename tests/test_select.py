@@ -23,7 +23,7 @@ def test_select_is_a_stable_sort_by_score_then_tie_then_later_place(data):
     scores = torch.tensor(rows)
     uniform = len(set(counts)) == 1
     valid = None if not any(pads) else torch.arange(width) >= torch.tensor(pads)[:, None]
-    order = ranked(scores[..., 0], scores[..., 1], valid)
+    order = ranked(scores[..., 0], scores[..., 1], valid=valid)
     chosen = select(order, max(counts), None if uniform else torch.tensor(counts)[:, None])
     for row, count, pad, got in zip(rows, counts, pads, chosen.tolist(), strict=True):
         order = sorted(range(pad, width), key=lambda i: (*row[i], i), reverse=True)

@@ -36,8 +36,15 @@ def test_the_memory_curve_deletes_no_folder_that_was_there(refused, tmp_path):
 
 
 BEFORE_OUT = {
-    "front": 3, "budgets": 3, "families": 1, "offline_costs": 1, "memory_curve": 2, "random_schedules": 3, "peers": 1,
-}  # fmt: skip
+    "front": 3,
+    "budgets": 3,
+    "families": 1,
+    "offline_costs": 1,
+    "memory_curve": 2,
+    "random_schedules": 3,
+    "peers": 1,
+    "decoding": 0,
+}
 
 
 @pytest.mark.parametrize("study", BEFORE_OUT)
@@ -86,6 +93,23 @@ def test_tiny_gpu_results_have_a_folder_of_their_own_and_no_result_is_replaced(r
     )
     assert f"a/llama-3.1-8b-tiny/{path.name} exists" in refused("gpu.py", "batch", *arguments)
     assert "unknown stage x; there are headline, ablation" in refused("gpu.py", "x", "--out", "a")
+
+
+def test_decoding_is_timed_to_all_numbers_of_tokens_with_dynamic_and_with_compiled_static_caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ["--models", "qwen2.5-0.5b", "--lengths", "100", "--new-tokens", "3,5", "--rounds", "2", "--tiny"]
+    monkeypatch.setattr(sys, "argv", ["decoding.py", str(tmp_path / "o.json"), *arguments, "--backend", "eager"])
+    runpy.run_path(str(STUDIES / "decoding.py"), run_name="__main__")
+    result, text = json.loads((tmp_path / "o.json").read_text()), (tmp_path / "o.md").read_text()
+    assert (
+        result["command"]
+        == f"python recipes/studies/decoding.py OUT.json {' '.join(arguments[:-1])} --backend eager --tiny"
+    )
+    [row] = result["rows"]
+    for way, graphs in (("dense", 0), ("SPTS", 0), ("dense static", 1), ("SPTS static", 1)):
+        assert f"| {way} " in text and row["ways"][way]["graphs"]["made"] == graphs
+        for round in zip(*row["ways"][way]["seconds"].values(), strict=True):
+            assert len(round) == 3 and sorted(round) == list(round)
 
 
 SCHEDULE = {"start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.4}}], "ffn_selection": "attention"}

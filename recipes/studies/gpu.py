@@ -57,15 +57,16 @@ def build(name, device, tiny):
     """The SPTS model with random weights, and the stock model on the same tensors."""
     recipe_file, config_class, model_class, shape = SHAPES[name]
     recipe = yaml.safe_load((ROOT / "recipes" / recipe_file).read_text())
-    block = {**recipe["schedule"], "proxy": recipe["proxy"]}
+    block = {**recipe["schedule"], **({"proxy": recipe["proxy"]} if "proxy" in recipe else {})}
     if tiny:
         shape = {**shape, **TINY}
         if "head_dim" not in SHAPES[name][3]:
             shape.pop("head_dim")
-        block["proxy"] = {"channels": 16, "rank": 4}
+        if "proxy" in block:
+            block["proxy"] = {"channels": 16, "rank": 4}
         for stage in block["stages"]:
             for key in ("budget", "prune_to"):
-                if key in stage:
+                if isinstance(stage.get(key), int):
                     stage[key] //= 100
     config = config_class(**shape, spts=block, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config._attn_implementation = "sdpa"

@@ -138,7 +138,7 @@ def setting_faults(folder: Path) -> list[str]:
             if stated.get(key) not in harmless
         ]
         if (cache := stated.get("cache_implementation")) not in CACHES:
-            faults.append(f"{file}: cache_implementation is {cache}, but skipping needs a dynamic cache; leave it out")
+            faults.append(f"{file}: cache_implementation is {cache}, but measuring needs a dynamic cache; leave it out")
         classes = str(stated.get("architectures"))
         if re.search("Classification|QuestionAnswering|Reward", classes):
             faults.append(f"{file}: architectures is {classes}; skipping is for models that answer in text")

@@ -76,6 +76,11 @@ class SkippedCacheLayer(DynamicLayer):
         self.kept = self.protected = self.generated = 0
         self.valid = self.positions = self.ends = None
 
+    def places(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Where in their row's text the tokens are that are held here, and then the new `states` (B, new, D); None
+        where no window asks for it."""
+        return None
+
     def attention_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
         """Which of the tokens held here, then of the new `states`, are not padding; None if all are.
 

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache import SkippedCacheLayer
 from .generation import GenerationCalls
+from .static import StaticKeptLayer
 from .stock_layer import SkippingPreTrainedModel
 from .update import UPDATES
 
@@ -123,7 +124,16 @@ def check_cache(cache: Cache, layers: range) -> None:
 
 def holds_skipped(cache: Any) -> bool:
     """Whether some layer of a cache skipped tokens."""
-    return any(isinstance(held, SkippedCacheLayer) for held in getattr(cache, "layers", ()))
+    return any(isinstance(held, SkippedCacheLayer | StaticKeptLayer) for held in getattr(cache, "layers", ()))
+
+
+def has_begun(cache: Cache | None, given: tuple[Any, Any], layer: int = 0) -> bool:
+    """Whether a cache holds tokens before those `given` (ids, or states). A static cache counts on the device, and a
+    compiled step must not wait for it: with one token, which has nothing to skip, it counts as begun unasked."""
+    if cache is None:
+        return False
+    new = (given[1] if given[0] is None else given[0]).shape[1]
+    return (new == 1 and cache.is_compileable) or bool(cache.get_seq_length(layer) > 0)
 
 
 def check_call(
@@ -172,7 +182,7 @@ class DecoderCalls(SkippingPreTrainedModel):
             ValueError: for inputs that skipping can't handle, with the way round it.
         """
         cache, tokens = past_key_values, (input_ids, inputs_embeds)
-        begun = cache is not None and cache.get_seq_length(first_layer) > 0
+        begun = has_begun(cache, tokens, first_layer)
         lengths: list[int] = []
         if begun:
             check_cache(cache, range(first_layer, self.config.num_hidden_layers))
@@ -190,8 +200,8 @@ class DecoderCalls(SkippingPreTrainedModel):
         cache = DynamicCache(config=self.config) if cache is None and (keeps or first_layer) else cache
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            seen = cache.get_seq_length(first_layer) if begun else 0
-            position_ids = torch.arange(seen, seen + states.shape[1], device=states.device)[None]
+            position_ids = torch.arange(states.shape[1], device=states.device)[None]
+            position_ids = position_ids + cache.get_seq_length(first_layer) if begun else position_ids
         options = {"use_cache": use_cache, **{name: value for name, value in kwargs.items() if name != "return_dict"}}
         run = states, attention_mask, position_ids, cache, first_layer, options
         return self._run(run, request if lengths else None, lengths, **kwargs)
@@ -234,7 +244,7 @@ class SkippingForCausalLM(GenerationCalls):
             whole = self.config.num_hidden_layers == len(self.model.layers)  # not where it exits early
             able = whole and self.config.spts is not None
             spts = one_prompt and able and not wants_every_layer(self.config, kwargs)
-        if spts is not False and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        if spts is not False and not has_begun(past_key_values, (input_ids, inputs_embeds)):
             spts = read_request(self.model, spts, last)
         return super().forward(
             input_ids=input_ids,

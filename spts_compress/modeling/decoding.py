@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch.profiler import record_function
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer
 from .calls import DecoderCalls, SkipRequest, check_depth
+from .static import StaticKeptLayer, is_static, to_dynamic, to_static
 from .stock_layer import FULL, MASKS, layer_kinds, position_tables
 
 
@@ -45,6 +46,9 @@ class StockRuns(DecoderCalls):
         """A prompt of `lengths` tokens a row, or where it has none tokens after one; tokens of the pass that come after
         the prompt's end follow as a later chunk."""
         run = Pass(*given)
+        dynamic = run.states.shape[1] > 1 or not is_static(run.cache)
+        if static := dynamic and isinstance(run.cache, StaticCache):
+            to_dynamic(run.cache, self.config)
         if request is None:
             states = self._later(run)
         elif not request.suffix_length:
@@ -55,6 +59,8 @@ class StockRuns(DecoderCalls):
             last = self._prompt(prompt, replace(request, last=1), lengths)
             self.end_pass(cache)
             states = torch.cat([last, self._later(suffix)], dim=1)
+        if static:
+            to_static(run.cache, run.mask)
         return self.output_class(last_hidden_state=self.norm(states), past_key_values=run.cache)
 
     def end_pass(self, cache: Any) -> None:
@@ -89,14 +95,18 @@ class StockRuns(DecoderCalls):
         """States (B, m, D) of tokens after the prompt: the stock layers, each with a mask for what its cache holds."""
         check_depth(self)
         states, total = run.states, run.cache.get_seq_length(run.first_layer) + run.states.shape[1]
-        if run.mask is not None and run.mask.shape != (states.shape[0], total):
-            raise ValueError(
-                f"after a skipped prefill the attention mask must have the shape {(states.shape[0], total)} (rows, all "
-                f"tokens so far), not {tuple(run.mask.shape)}; or prefill with spts=False"
-            )
-        if run.mask is not None and bool(run.mask.all()):
-            run = replace(run, mask=None)
-        kinds, rotary, masks = layer_kinds(self.config), self._rotary(run), dict[str, Any]()
+        static = is_static(run.cache)  # whose layers know what is padding: nothing here may wait for the device
+        if run.mask is not None:
+            expected = states.shape[0], run.mask.shape[-1] if static else total
+            if run.mask.shape != expected:
+                raise ValueError(
+                    f"after a skipped prefill the attention mask must have the shape {expected} (rows, all tokens so "
+                    f"far), not {tuple(run.mask.shape)}; or prefill with spts=False"
+                )
+            if not static and bool(run.mask.all()):
+                run = replace(run, mask=None)
+        kinds, rotary = layer_kinds(self.config), self._rotary(run)
+        masks: dict[Any, Any] = {}
         for index in range(run.first_layer, len(self.layers)):
             mask = self.later_mask(run, index, states, kinds[index], total, masks)
             states = self._stock(run, index, states, mask, rotary[kinds[index]])
@@ -105,6 +115,11 @@ class StockRuns(DecoderCalls):
     def later_mask(self, run: Pass, layer: int, states: torch.Tensor, kind: str, total: int, masks: dict) -> Any:
         """The mask of tokens after the prompt in a layer; layers whose caches hold as much share theirs in `masks`."""
         held = run.cache.layers[layer]
+        if isinstance(held, StaticKeptLayer):
+            if held.group not in masks:
+                slots = held.seen(run.mask)
+                masks[held.group] = create_causal_mask(self.config, states, slots, run.cache, layer_idx=layer)
+            return masks[held.group]
         if not isinstance(held, SkippedCacheLayer):
             if kind not in masks:
                 masks[kind] = MASKS[kind](self.config, states, run.mask, run.cache, layer_idx=layer)

@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import LogitsProcessorList, StaticCache, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.masking_utils import create_masks_for_generate
 
+from .static import is_static, to_dynamic
 from .stock_layer import SkippingPreTrainedModel
 
 
@@ -64,6 +66,26 @@ class GenerationCalls(SkippingPreTrainedModel):
                     processors[index] = guide = copy.copy(processor)
                     guide.model = partial(processor.model, spts=model_kwargs["spts"], logits_to_keep=1)
         return processors
+
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        """As stock; a static cache is told how many tokens come after the pass, and takes those of a later turn on
+        dynamic layers."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache):
+            vars(cache)["to_come"] = generation_config.max_length - input_ids.shape[1]
+            if is_static(cache):
+                to_dynamic(cache, self.config)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def create_masks_for_generate(self, **given: Any) -> Any:
+        """The masks of a pass on a static cache, as stock; none where its layers know what they hold. A prompt that may
+        be skipped in keeps its plain mask, which tells the rows' lengths."""
+        asked = ASKED.get()
+        if is_static(given["past_key_values"]):
+            return None
+        if given["inputs_embeds"].shape[1] > 1 and asked is not None and asked.spts is not False:
+            return given["attention_mask"]
+        return create_masks_for_generate(**given)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; an assistant is told not to skip, or nothing: changes of the schedule are this model's."""

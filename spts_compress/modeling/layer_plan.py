@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .cache import SkippedCacheLayer
 from .configuration_spts import Counts
 from .decoding import StockRuns
-from .selection import protect, ranked, select
+from .selection import ranked, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,18 +69,22 @@ class LayerPlan:
         changes: dict[str, Any] = {name: moved[id(count)] for name, count in self.counts().items()}
         return replace(self, **changes)
 
-    def order(self, score: torch.Tensor | None, tie: torch.Tensor | None) -> torch.Tensor | None:
-        """The candidates (B, T) from the highest score to the lowest, those with equal ones by `tie`, the always active
-        ones first; None if there is nothing to choose."""
-        if score is None or tie is None or not self.chooses:
+    @property
+    def weighs(self) -> bool:
+        """Whether the feed-forward network's tokens are chosen by a score of their own."""
+        return self.ffn_tokens is not self.candidates_in and self.schedule.ffn_selection != "attention"
+
+    def order(self, score: torch.Tensor | None, tie: torch.Tensor | None, *counts: Count) -> torch.Tensor | None:
+        """The candidates (B, T) from the lowest score to the highest, those with equal ones by `tie`, the always active
+        ones last; None if none of the `counts` is a choice."""
+        if score is None or tie is None or all(count is self.candidates_in for count in counts):
             return None
         with record_function("spts.selecting"):
-            rows, valid = self.candidates_in.rows, self.candidates_in.valid
-            score = protect(score, self.schedule.sink_tokens, self.schedule.always_last, rows)
-            return ranked(score, tie, valid)
+            always = self.schedule.sink_tokens, self.schedule.always_last
+            return ranked(score, tie, *always, self.candidates_in.rows, self.candidates_in.valid)
 
     def choose(self, count: Count, order: torch.Tensor | None) -> torch.Tensor | None:
-        """Indices (B, `count`) of the first candidates of an `order`; None: all of them."""
+        """Indices (B, `count`) of the last candidates of an `order`; None: all of them."""
         if count is self.candidates_in or order is None:
             return None
         with record_function("spts.selecting"):
@@ -117,7 +121,7 @@ class PlannedRuns(StockRuns):
             old = cache.layers[layer]
             if not isinstance(old, SkippedCacheLayer) and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
-                    f"skipping needs a dynamic cache, this one has {type(old).__name__}; "
+                    f"skipping needs a dynamic or a static cache, this one has {type(old).__name__}; "
                     "leave cache_implementation unset, or pass spts=False"
                 )
             widths = plan.candidates_in.width, plan.active.width, plan.cached.width

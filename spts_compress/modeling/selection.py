@@ -59,45 +59,45 @@ def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None
     return pooled if valid is None else pooled * valid
 
 
-def protect(score: torch.Tensor, first: int, last: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Scores (B, T) with those of each row's `first` and `last` tokens raised above all others; `rows` (B, 1): tokens
-    of each row, which has its padding on the left; None if there is no padding."""
-    score = score.clone()
-    score[:, -last:].fill_(float("inf"))
-    if rows is None:
-        score[:, :first].fill_(float("inf"))
-    else:
-        slots = torch.arange(score.shape[1], device=score.device)
-        score.masked_fill_(slots < score.shape[1] - rows + first, float("inf"))
-    return score
-
-
-def ranked(score: torch.Tensor, tie: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Indices (B, T) of the candidates of each row, the highest score first, padding last.
+def ranked(
+    score: torch.Tensor,
+    tie: torch.Tensor,
+    first: int = 0,
+    last: int = 0,
+    rows: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Indices (B, T) of the candidates of each row, the highest score last; before all others padding.
 
     Equal scores are decided by `tie`, then by the later position, so that the result is the same on every device.
 
     Args:
         score: what to rank by, (B, T) float32, not negative.
         tie: decides between equal scores, (B, T) float32, not negative.
+        first, last: how many tokens at a row's begin and end rank above all others.
+        rows: tokens of each row, (B, 1), which has its padding on the left; None if there is no padding.
         valid: which candidates are not padding, (B, T); None if all are.
     """
-    # The bits of a non-negative float32 sort like the number itself, so one 64-bit key ranks by score, then by tie.
-    high, low = (values.float().contiguous().view(torch.int32).long() for values in (score, tie))
-    key = (high << 32) | low
+    # The bits of a non-negative float32 sort like the number itself, so two are one 64-bit key, its lower half first.
+    key = torch.stack([tie.float(), score.float()], dim=-1).view(torch.int64).squeeze(-1)
+    above, width = torch.iinfo(key.dtype).max, key.shape[1]
+    key[:, width - last :].fill_(above)
+    if rows is None:
+        key[:, :first].fill_(above)
+    else:
+        key.masked_fill_(torch.arange(width, device=key.device) < width - rows + first, above)
     if valid is not None:
-        key = key.masked_fill(~valid, -1)
-    last_first = key.flip(1).sort(dim=1, descending=True, stable=True).indices
-    return score.shape[1] - 1 - last_first
+        key.masked_fill_(~valid, -1)
+    return key.sort(dim=1, stable=True).indices
 
 
 def select(order: torch.Tensor, width: int, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """Indices (B, `width`) of the first candidates of an `order` (B, T), in their original order. Where rows select
+    """Indices (B, `width`) of the last candidates of an `order` (B, T), in their original order. Where rows select
     unequally many, `counts` (B, 1), shorter rows are padded with 0 on the left. Nothing here waits for the device."""
-    chosen = order[:, :width]
+    chosen = order[:, order.shape[1] - width :]
     if counts is None:
         return chosen.sort(dim=1).values
-    unused = torch.arange(width, device=order.device) >= counts
+    unused = torch.arange(width, device=order.device) < width - counts
     return chosen.masked_fill(unused, -1).sort(dim=1).values.clamp_min(0)
 
 

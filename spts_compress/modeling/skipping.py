@@ -71,7 +71,8 @@ class SkippingDecoderLayer(StockLayer):
             if plan.ranks:
                 raw = self._scores(normed, key, cos_sin, slots, plan, carried)
                 score = pool_scores(raw, plan.schedule.probe.kernel_size, plan.candidates_in.valid)
-        order = plan.order(score, raw)
+        by_attention = [] if plan.weighs else [plan.ffn_tokens]
+        order = plan.order(score, raw, plan.active, plan.cached, plan.candidates_out, *by_attention)
         attention_index = plan.choose(plan.active, order)
         cached_index = attention_index if plan.cached is plan.active else plan.choose(plan.cached, order)
         with record_function("spts.gathers"):
@@ -79,6 +80,7 @@ class SkippingDecoderLayer(StockLayer):
             cached = active if cached_index is attention_index else gather_tokens(normed, cached_index)
             key = gather_tokens(key.transpose(1, 2), cached_index).transpose(1, 2)
             cos_sin = tuple(gather_tokens(table, attention_index) for table in cos_sin)
+            at = gather_tokens(slots, attention_index)
 
         # Attention among the active tokens, in their order and with their original positions.
         with record_function("spts.attention"):
@@ -88,7 +90,7 @@ class SkippingDecoderLayer(StockLayer):
             if cached_index is not attention_index:
                 held = gather_among(held, cached_index, attention_index)
             qkv = self.queries(active, *cos_sin), *self.keys_values(*held)
-            output = self.attend(*qkv, attention_mask, gather_tokens(slots, attention_index), plan)
+            output = self.attend(*qkv, attention_mask, at, plan)
             output = self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
             output = self.normed("after_attention", output)
         estimate = None
@@ -98,12 +100,12 @@ class SkippingDecoderLayer(StockLayer):
         states = self._add(states, attention_index, output, plan.active, estimate)
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
-        by_worth, selection = order, plan.schedule.ffn_selection
-        if plan.ffn_tokens is not plan.candidates_in and selection != "attention":
+        if plan.weighs:
             with record_function("spts.probing"):
-                worth = self.proxy(states, selection == "relative") * score
-            by_worth = plan.order(worth, raw)
-        ffn_index = plan.choose(plan.ffn_tokens, by_worth)
+                worth = self.proxy(states, plan.schedule.ffn_selection == "relative") * score
+            ffn_index = plan.choose(plan.ffn_tokens, plan.order(worth, raw, plan.ffn_tokens))
+        else:
+            ffn_index = plan.choose(plan.ffn_tokens, order)
         estimate, normed = None, states
         if plan.schedule.update and ffn_index is not None:
             with record_function("spts.updates"):
@@ -114,7 +116,8 @@ class SkippingDecoderLayer(StockLayer):
         with record_function("spts.feed-forward"):
             output = self.feed_forward(active) if estimate is None else self.transformed(active)
         states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
-        return states, gather_tokens(slots, cached_index), plan.choose(plan.candidates_out, order), raw
+        cached_at = at if cached_index is attention_index else gather_tokens(slots, cached_index)
+        return states, cached_at, plan.choose(plan.candidates_out, order), raw
 
     def _scores(
         self,

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import SkippedCacheLayer
 from .selection import FeedForwardProxy
+from .static import StaticKeptLayer
 from .update import LowRankUpdate
 
 if TYPE_CHECKING:
@@ -179,17 +181,20 @@ class StockLayer(Stock):
 def layers_held(cache: Any) -> list[dict[str, Any]]:
     """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens that attention ran on; the
     feed-forward network ran on as many), `cached` (those held now, of which a window sees no more, and the tokens
-    since), `bytes` of keys and values, and `positions` of the tokens that were cached if the call asked for them with
-    `spts={"positions": True}`. In a padded batch the counts are the longest row's."""
+    since), `bytes` of keys and values (of a static cache with its empty slots), and `positions` of the tokens that were
+    cached if the call asked for them with `spts={"positions": True}`. In a padded batch the counts are the longest
+    row's."""
     rows = []
     for held in cache.layers:
-        skipped = held if isinstance(held, SkippedCacheLayer) else None
+        source = held.source if isinstance(held, StaticKeptLayer) else held
+        skipped = source if isinstance(source, SkippedCacheLayer) else None
         tensors = (held.keys, held.values) if held.is_initialized else ()
+        slots = held.keys.shape[-2] if tensors else 0
         rows.append(
             {
-                "candidates": skipped.candidates if skipped else held.get_seq_length(),
-                "active": skipped.active if skipped else held.get_seq_length(),
-                "cached": held.keys.shape[-2] if held.is_initialized else 0,
+                "candidates": skipped.candidates if skipped else int(held.get_seq_length()),
+                "active": skipped.active if skipped else int(held.get_seq_length()),
+                "cached": int(held.cumulative_length) if isinstance(held, StaticLayer) else slots,
                 "bytes": sum(t.numel() * t.element_size() for t in tensors),
                 "positions": skipped.positions if skipped else None,
             }

@@ -84,16 +84,20 @@ class WindowCacheLayer(SkippedCacheLayer):
             )
         super().crop(tokens_to_remove)
 
-    def window_masks(
-        self, attention_mask: torch.Tensor | None, states: torch.Tensor
-    ) -> tuple[torch.Tensor, Callable[..., torch.Tensor] | None]:
-        """As `attention_mask`, of what the first of the new `states` (B, new, D) sees through the window; and for
-        `create_causal_mask`, if there are more, that the others see less."""
+    def places(self, states: torch.Tensor) -> torch.Tensor:
         new, held = states.shape[1], self.get_seq_length() - self.kept
         generated = torch.arange(self.generated - held, self.generated + new, device=states.device)
         places = (0 if self.ends is None else self.ends.to(states.device)) + generated.expand(states.shape[0], -1)
         if self.positions is not None and self.kept:  # none after a reset
             places = torch.cat([self.positions[:, -self.kept :].to(states.device), places], dim=1)
+        return places
+
+    def window_masks(
+        self, attention_mask: torch.Tensor | None, states: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[..., torch.Tensor] | None]:
+        """As `attention_mask`, of what the first of the new `states` (B, new, D) sees through the window; and for
+        `create_causal_mask`, if there are more, that the others see less."""
+        new, places = states.shape[1], self.places(states)
         inside = places > places[:, places.shape[1] - new, None] - self.window
         seen = self.attention_mask(attention_mask, states)
         return inside if seen is None else seen & inside, within(places, self.window) if new > 1 else None
