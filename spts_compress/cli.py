@@ -145,7 +145,7 @@ def init(model: str, length: int, **goals: float | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @DEVICE
 @click.option("--work", type=FilePath(path_type=Path), help="Folder for finished work [default: OUTPUT.work].")
-@click.option("--force", is_flag=True, help="Replace a checkpoint that was made here.")
+@click.option("--force", is_flag=True, help="Replace a checkpoint that was made here and left as it was.")
 def recipe(
     file: str, output: Path | None, edits: tuple[str, ...], dry_run: bool, device: str, work: Path | None, force: bool
 ) -> None:
@@ -215,6 +215,7 @@ def sweep(
     study, sources, recipe = load_study("proxy_sensitivity"), _named_files(texts), load(find(file), edits)
     for option, text in (
         ("calibration.path", recipe.calibration.path),
+        ("calibration.dataset", recipe.calibration.dataset),
         *(("--text", path) for path in sources.values()),
     ):
         refuse_in_text(output, text, option)

@@ -17,11 +17,11 @@ import yaml
 from . import __version__, plan
 from .calibrate.base_checks import tell_of_own_code
 from .calibrate.base_model import Base, resolve, resolve_config
-from .calibrate.data import Blocks, blocks, documents, from_files
+from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
 from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
-from .checkpoint.outputs import made_since, new_folder, refuse, refuse_among_inputs
+from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
 from .evaluate.report import check_prompts, measure_all
@@ -83,23 +83,26 @@ def run(
         ranks: the processes that share calibration, fitting and search; the leader exports and measures.
 
     Returns:
-        The report: proxy fidelity and measurements; None but for the leader.
+        The report: proxy fidelity and measurements, and the costs of the stages unless some of the work was finished
+        before; None but for the leader.
 
     Raises:
         UserError: for bad input or environment, before any long work where that is possible.
     """
+    calibration, search = recipe.calibration, recipe.search
+    named = (calibration.path, calibration.dataset, recipe.report.text, search and search.text)
+    texts, base = [Path(path) for path in named if path], Path(recipe.model.path) if recipe.model.path else None
+    inputs = [*texts, *([base] if base else [])]
+    refuse(output, force, inputs)
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
-    named = (recipe.model.path, recipe.calibration.path, recipe.report.text, recipe.search and recipe.search.text)
-    inputs = [Path(path) for path in named if path]
-    refuse_among_inputs(output, root, inputs[0] if recipe.model.path else None, inputs[bool(recipe.model.path) :])
-    check_first(recipe, output, root, inputs, device, force)
+    refuse_among_inputs(output, root, base, texts)
+    check_first(recipe, output, root, device)
     store, stage, searched = Store(root), StageTimer(device), None
+    begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
     with ExitStack() as stack:
         if ranks.is_main:
             again = f" with --work {root}, and no finished work is done again"
             staging = stack.enter_context(new_folder(output, force, inputs, again))
-            if since := made_since(output):
-                log(f"{output}: {', '.join(since)} changed since the export, and will be replaced with it in the end")
             stack.enter_context(store.lock())
             if recipe.search is not None:
                 stack.enter_context(claimed(search_folder, search_report.FILES))
@@ -123,14 +126,16 @@ def run(
         for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
-        report = {"proxies": fits, "search": searched, "stages": stage.costs, **measured}
+        report = {"proxies": fits, "search": searched, "stages": stage.costs if begins_anew else {}, **measured}
+        report["fitted_on"] = sorted(ready.sequences.fitted) if ready.parameters else []
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
-        (staging / CARD).write_text(card.render(ready.base, ready.schedule, report, *tables, found))
+        shown = card.render(ready.base, ready.schedule, report, *tables, found)
+        (staging / CARD).write_text(shown, encoding="utf-8")
         report["card"] = file_hash(staging / CARD)
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / RECIPE).write_text(verbatim)
-        (staging / RESOLVED_RECIPE).write_text(_resolved(ready))
+        (staging / RECIPE).write_text(verbatim, encoding="utf-8")
+        (staging / RESOLVED_RECIPE).write_text(_resolved(ready), encoding="utf-8")
         if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():
             shutil.copyfile(plot, staging / SEARCH_PLOT)
         write_manifest(staging, ready.carried.names)
@@ -174,14 +179,13 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
     return recipe, replace(schedule, proxy=tuple(sizes[layer] for layer in range(schedule.start, layers)))
 
 
-def check_first(recipe: Recipe, output: Path, root: Path, inputs: list[Path], device: str, force: bool) -> None:
+def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:
     """All that can be checked before the base's weights and the text are read.
 
     Raises:
         UserError: for folders that can't be written to, text that can't be read, what does not suit the model, or too
             little disk or memory.
     """
-    refuse(output, force, inputs)
     if root.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--work {root} is in the output {output}, which is made anew; give another --work")
     _read_haystacks(recipe)
@@ -260,14 +264,15 @@ def prepare(
         tell_of_own_code(base.config, base.name, log)
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
+        card.license_of(base)  # what is wrong with it shows now
         if any(name.startswith("custom_generate/") for name in carried.names):
             log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, log)
-        haystack = _text(recipe.report.text) or sequences.unseen
+        haystack = _unseen("report.text", recipe.report.text, sequences)
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
-            text = _text(recipe.search.text) or sequences.unseen
+            text = _unseen("search.text", recipe.search.text, sequences)
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
@@ -387,15 +392,29 @@ def _measure(ready: Prepared, folder: Path, device: str, store: Store) -> dict[s
     return measure_all(stock_twin(spts), spts, ready.tokenizer, ready.haystack, section, keep)
 
 
-def _text(path: str | None) -> str:
-    """The text of a file or folder, empty if there is none."""
-    return "\n\n".join(from_files(Path(path))) if path else ""
+def _unseen(name: str, path: str | None, sequences: Blocks) -> str:
+    """Text that nothing was fitted on: that of a file or folder, which the recipe calls `name`, or of the calibration
+    documents that are left.
+
+    Raises:
+        UserError: if something was fitted on a document of the file or folder.
+    """
+    if path is None:
+        return sequences.unseen
+    texts = list(from_files(Path(path)))
+    if seen := sum(document_key(text) in sequences.fitted for text in texts):
+        raise UserError(
+            f"{name}: the calibration fits on {seen} of the {len(texts)} documents in {path}: leave it out, and "
+            "documents held out there are taken, or give other text"
+        )
+    return "\n\n".join(texts)
 
 
 def _read_haystacks(recipe: Recipe) -> None:
     """Read the text of prompts once, so that what is wrong with it shows early."""
-    _text(recipe.report.text)
-    _text(recipe.search.text if recipe.search else None)
+    for path in (recipe.report.text, recipe.search and recipe.search.text):
+        if path:
+            list(from_files(Path(path)))
 
 
 def _try_forward(model: Any, sequences: Blocks, name: str) -> None:
@@ -420,6 +439,8 @@ def _resolved(ready: Prepared) -> str:
     used, as YAML that loads as a recipe."""
     lines = [f"# made with spts-compress {__version__}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)]
     lines += [f"# base {name}: sha256 {digest}" for name, digest in ready.base.weights.items()]
+    if ready.recipe.search and ready.schedule.proxy:
+        lines.append("# the proxies were fitted for all candidates; this schedule alone may choose other sizes of them")
     data = ready.recipe.model_dump()
     data["model"]["revision"] = ready.base.revision or ready.recipe.model.revision
     data["schedule"] = {k: v for k, v in ready.schedule.to_dict().items() if k not in ("proxy", "enabled")}

@@ -216,11 +216,12 @@ class SearchSection(Section):
     default the earliest start). With `update` every candidate has updates of these ranks, fitted on the dense states
     while it is searched, and for the schedule that is found anew, on the states that it leaves.
     `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
-    `kinds` (or of single tasks of theirs, so that the worst task counts) and `lengths`, and the winner on as many
-    others; their text is `text` (a file or folder, as `calibration.path`), by default the calibration documents that
-    nothing was fitted on. `choices` narrows what candidates are drawn from. `require_dense_correct`: whether prompts
-    with a known answer are replaced until the dense model answers them rightly, since fidelity to a wrong answer is of
-    no use. `on_failure`: whether the nearest schedule is exported if the quality is not reached."""
+    `kinds` (or of single tasks of theirs, which the kind then leaves out, so that the worst task counts) and
+    `lengths`, and the winner on as many others; their text is `text` (a file or folder, as `calibration.path`), by
+    default the calibration documents that nothing was fitted on. `choices` narrows what candidates are drawn from.
+    `require_dense_correct`: whether prompts with a known answer are replaced until the dense model answers them
+    rightly, since fidelity to a wrong answer is of no use. `on_failure`: whether the nearest schedule is exported if
+    the quality is not reached."""
 
     speedup: Annotated[float, Field(gt=1)] | None = None
     kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -336,18 +337,6 @@ class Recipe(Section):
     def one_way(self) -> "Recipe":
         if self.schedule is not None and self.search is not None:
             raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
-        return self
-
-    @model_validator(mode="after")
-    def unseen_text(self) -> "Recipe":
-        fitted = self.calibration.path
-        for name, text in (("report.text", self.report.text), ("search.text", self.search and self.search.text)):
-            places = [Path(path).resolve() for path in (fitted, text) if path]
-            if len(places) == 2 and (places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0])):
-                raise ValueError(
-                    f"has {name}: {text}, which calibration.path fits on: leave it out, and documents held out there "
-                    "are taken, or give other text"
-                )
         return self
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:

@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             elif found[2] in branches:
                 return self.answer(409, {"error": "exists"}, {"X-Error-Message": "exists"})
             else:
-                branches[found[2]] = branches["main"]
+                branches[found[2]] = json.loads(body).get("startingPoint") or branches["main"]
             return self.answer(200, {})
         if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/refs", path):
             rows = [
@@ -99,6 +99,9 @@ class Handler(BaseHTTPRequestHandler):
                 for name, commit in hub.branches[found[1]].items()
             ]
             return self.answer(200, {"branches": rows, "tags": [], "converts": []})
+        if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/commits/main", path):
+            about = {"authors": [], "date": "2026-01-01T00:00:00.000Z", "title": "", "message": ""}
+            return self.answer(200, [{"id": commit, **about} for commit in reversed(hub.repos[found[1]])])
         if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/preupload/(\w+)", path):
             files = [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}

@@ -160,6 +160,10 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     assert [(tmp_path / name).read_bytes() for name in benchmark.FILES] == whole
     stopped_after(1)
     assert [(tmp_path / name).exists() for name in benchmark.FILES] == [True, False, False]  # one run's alone
+    monkeypatch.setattr(benchmark.data, "python_docs", lambda: ["a short text "])
+    monkeypatch.setattr(benchmark, "compare", compare)
+    short = benchmark.run(checkpoint, [150, 400], [1, 2], 2, 1, "cpu", "float32", tmp_path, "")["rows"]
+    assert [(row["batch"], row["tokens"]) for row in short] == [(1, 150), (1, 400), (2, 150), (2, 400)]
     long = CliRunner().invoke(main, ["bench", str(checkpoint), "--lengths", "99999", "--output", str(tmp_path)])
     assert long.exit_code == 2 and "more than the context of 2048" in long.output
 

@@ -327,7 +327,11 @@ def test_a_tokenizers_code_in_another_repository_is_refused(tmp_path, monkeypatc
 def test_a_vocabulary_that_the_tokenizer_names_travels_whatever_its_name(tmp_path):
     folder = tiny_base(tmp_path / "base")
     own_code(folder, reads="words/vocab.bin")
-    assert write.carry(found(folder, trusted=True)).names["words/vocab.bin"] == "words/vocab.bin"
+    base = found(folder, trusted=True)
+    assert write.carry(base).names["words/vocab.bin"] == "words/vocab.bin"
+    before = base.key
+    (folder / "words/vocab.bin").write_text((folder / "words/vocab.bin").read_text() + " ")
+    assert base.key == before != base.key_now() == found(folder, trusted=True).key
 
 
 def test_code_that_the_recipe_does_not_trust_is_not_run_by_those_who_trust_the_export(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -16,12 +17,14 @@ from tiny import SCHEDULE, TEXT, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+from spts_compress.calibrate.data import blocks, document_key
 from spts_compress.checkpoint.keys import stale
 from spts_compress.evaluate import ablate, suites
 from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.recipe import CalibrationSection
 from spts_compress.search import dense_reference
 from spts_compress.tasks import agreement, longbench, recovery, ruler, runner, synthetic
-from spts_compress.tasks.example import Example, fit_example, sentences, token_count
+from spts_compress.tasks.example import Example, chat, fit_example, sentences, token_count
 from spts_compress.tasks.scorers import score
 from spts_compress.timing import pairs
 from spts_compress.timing.pairs import GREEDY
@@ -303,6 +306,17 @@ def test_a_passage_that_has_no_number_is_named(tmp_path):
         longbench.LongBench(str(tmp_path)).examples("passage_retrieval_en", TOKENIZER, 400, 1)
 
 
+def test_a_class_that_no_answer_could_name_is_refused_and_equal_lines_count_once(tmp_path):
+    path = bench_folder(tmp_path) / "trec.jsonl"
+    line = json.loads(path.read_text())
+    path.write_text("\n".join(map(json.dumps, [line, line, {**line, "input": "What?"}])))
+    assert [e.index for e in longbench.LongBench(str(tmp_path)).examples("trec", TOKENIZER, 400, 8)] == [0, 2]
+    for classes in (None, [], ["hen"]):
+        path.write_text(json.dumps({**line, "all_classes": classes}))
+        with pytest.raises(UserError, match=r"trec\.jsonl:1: no answer of trec is among all_classes"):
+            longbench.LongBench(str(tmp_path)).examples("trec", TOKENIZER, 400, 1)
+
+
 def test_recovery_and_its_interval():
     rows = [
         {"task": "t", "limit": 64, "index": i, "mode": mode, "score": value}
@@ -396,6 +410,16 @@ def test_what_is_measured_is_greedy_whatever_the_checkpoint_prefers(settings, tm
     for name, value in settings.items():
         setattr(model.generation_config, name, value)  # which the twin shares
     assert found("own") == plain
+
+
+def test_a_template_that_states_the_time_makes_the_same_prompt_every_day():
+    tokenizer, now = tiny_tokenizer(), "{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}"
+    tokenizer.chat_template = f"{now} {tokenizer.chat_template} {now}"
+    assert chat(tokenizer, "Q") == "26 July 2024, 00:00:00.000000 <s>Q 26 July 2024, 00:00:00.000000"
+    assert "26 July 2024" in synthetic.further_turn(tokenizer, "Q")
+    asked = CalibrationSection(tokens=400, length=64, chat_template=True)
+    made = blocks(asked, [[f"{n} {TEXT * 9}" for n in range(9)]], tokenizer)
+    assert tokenizer.decode(made.fit[0]).startswith("26 July 2024")
 
 
 def test_a_further_turn_begins_after_the_answer_whatever_the_template_says():
@@ -514,6 +538,19 @@ def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     assert all(row["tokens"] + row["answer_tokens"] <= 600 for row in setting["examples"]["free"])
 
 
+def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
+    folder, text = shutil.copytree(checkpoint, tmp_path / "model"), (checkpoint.parent / "prose.txt").read_text()
+    (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(f" {text}\n")]}))
+    (tmp_path / "texts").mkdir()
+    for name, part in (("copy", text), ("other", text[:9000])):
+        (tmp_path / f"texts/{name}.txt").write_text(part)
+    options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack"]
+    shown = run("evaluate", folder, *options, tmp_path / "texts", "--output", tmp_path / "out", "--certify")
+    note = "The checkpoint was fitted on 1 of the haystack's 2 documents."
+    assert note in shown and note in (folder / "README.md").read_text()
+    assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
+
+
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     options = ["--length", 1500, "--items", 1, "--pairs", 1, "--new-tokens", 2, "--task", "niah_single_2"]
     haystack = ["--haystack", checkpoint.parent / "prose.txt"]
@@ -525,6 +562,8 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     assert flops == sorted(flops) and flops[0] == 1
     kv = [rows[name]["kv_bytes"] for name in names]
     assert kv[0] > kv[1] == kv[2] == kv[3] and abs(kv[5] - kv[3]) <= 0.01 * kv[3]
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == len(names) and all(json.loads(line)["made"]["batch"] == 1 for line in lines)  # as evaluate's
     assert set(rows["+PAP"]["scores"]) == {"niah_single_2"} and len(rows["+PAP"]["seconds"]) == 2
 
 
@@ -551,7 +590,7 @@ def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path
     bench = bench_folder(tmp_path)
 
     def evaluated(reference):
-        contexts = ["One fox.", "One fox.", "Two foxes.", TEXT * 60]
+        contexts = ["One fox.", "Three foxes.", "Two foxes.", TEXT * 60]
         lines = [{"input": "Who?", "context": c, "answers": [reference], "all_classes": None} for c in contexts]
         (bench / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
         options = ["--suite", "longbench", "--longbench", bench, "--task", "qasper", "--lengths", "512,1024,512"]
@@ -563,7 +602,7 @@ def test_answers_are_scored_as_the_examples_of_this_request(checkpoint, tmp_path
     assert rows == [(512, 4, 4, 0.0), (1024, 4, 3, 0.0)]
     assert "| 4 (4 not skipped) |" in shown and "say nothing of skipping" in shown
     assert evaluated("fox")[0] == [(512, 4, 4, 1.0), (1024, 4, 3, 1.0)]
-    assert len((output / "answers.jsonl").read_text().splitlines()) == 2 * 4
+    assert len((output / "answers.jsonl").read_text().splitlines()) == 2 * 5
 
     other = run("evaluate", checkpoint, "--output", output, "--rescore", "--items", 3, "--dtype", "float32")
     assert "another checkpoint's than that in" in other
@@ -679,6 +718,27 @@ def test_what_has_no_prompt_is_refused_and_an_earlier_certificate_stays(checkpoi
     with pytest.raises(UserError, match="nothing was measured that could be certified"):
         suites.certify(folder, {"setting": setting, "missing": 0, "tasks": [], "fidelity": []})
     assert (folder / "spts_evaluation.json").read_text() == "{}"
+
+
+def test_a_kill_leaves_no_card_and_certificate_of_two_evaluations(checkpoint, tmp_path, monkeypatch):
+    folder, options = shutil.copytree(checkpoint, tmp_path / "model"), ["--suite", "fidelity", "--lengths", 400]
+    run("evaluate", folder, *options, "--items", 1, "--certify", "--output", tmp_path / "out")
+    result, replace = suites.summarise(tmp_path / "out"), os.replace
+    result["fidelity"][0]["items"] = 77
+    for last in ("README.md", "spts_evaluation.json"):
+
+        def killed(source, target, last=last):
+            if target.name == last:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            suites.certify(folder, result)
+        assert not (folder / "spts_evaluation.json").exists()
+        assert ("| 77 " in (folder / "README.md").read_text()) == (last != "README.md")
+    suites.certify(folder, result)
+    assert json.loads((folder / "spts_evaluation.json").read_text())["fidelity"][0]["items"] == 77
 
 
 def test_an_ablation_runs_the_longbench_tasks_that_are_there(checkpoint, tmp_path, monkeypatch):

@@ -50,7 +50,10 @@ def test_a_checkpoint_goes_to_the_hub_and_back(built, hub, tmp_path):
 
 def holding(hub, private=False, **files):
     """A repository that is there already, user/theirs."""
-    hub.repos["user/theirs"] = {"1" * 40: {name.replace("__", "."): content for name, content in files.items()}}
+    hub.repos["user/theirs"] = {
+        "0" * 40: {},
+        "1" * 40: {name.replace("__", "."): content for name, content in files.items()},
+    }
     hub.branches["user/theirs"], hub.private["user/theirs"] = {"main": "1" * 40}, private
     return hub.files("user/theirs")
 
@@ -80,13 +83,18 @@ def test_a_repository_of_a_model_or_card_of_others_is_not_written_to(built, hub,
     # on a branch of its own, where a plain model.safetensors would hide the index
     hub.fail, hub.status = "/commit/", 400
     assert push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts").returncode == 2
-    assert "spts" not in hub.branches["user/theirs"]
+    assert hub.files("user/theirs", "spts") == {}  # as a kill leaves it, too
     hub.fail = ""
     done = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts")
-    assert done.returncode == 0 and "removed there: model.safetensors" in done.stdout, done.stderr
+    assert done.returncode == 0 and "removed there" not in done.stdout, done.stderr
     made = {p.name: p.read_bytes() for p in (built[0] / "out").iterdir()}
-    assert hub.files("user/theirs", "spts") == {**made, ".gitattributes": b""}
+    assert hub.files("user/theirs", "spts") == made
     assert hub.files("user/theirs") == theirs
+
+    del hub.repos["user/theirs"]["0" * 40]  # of a history that was squashed, the first commit holds all
+    done = push(hub, tmp_path, built[0] / "out", "user/theirs", "--revision", "spts2")
+    assert done.returncode == 0 and "removed there: model.safetensors" in done.stdout, done.stderr
+    assert hub.files("user/theirs", "spts2") == {**made, ".gitattributes": b""}
 
 
 def test_a_checkpoint_made_here_is_replaced_whole_and_what_says_nothing_of_it_stays(built, hub, tmp_path):

@@ -93,6 +93,19 @@ def test_what_decides_changes_every_key(name, folder):
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
+def test_what_an_export_lists_in_a_subfolder_changes_its_keys(folder):
+    out = folder / "out"
+    (out / "words").mkdir()
+    (out / "words/of.it").touch()
+    listed = json.loads((out / "spts_files.json").read_text())
+    unlisted = folder_key(out)
+    edit(sha256={**listed["sha256"], "words/of.it": "0", "../base/config.json": "0"})(out / "spts_files.json")
+    before = folder_key(out), folder_key(out, dense=True)
+    more(out / "words/of.it")
+    more(folder / "base/config.json")
+    assert len({unlisted, before[0], folder_key(out)}) == 3 and folder_key(out, dense=True) != before[1]
+
+
 @pytest.mark.parametrize("name", NOTHING)
 def test_what_only_tells_changes_none(name, folder):
     base = resolve(ModelSection(path=str(folder / "base")), Store(folder / "work"))

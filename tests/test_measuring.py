@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,32 @@ def test_a_result_is_saved_in_every_form_and_an_earlier_picture_goes(tmp_path):
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     tables.save([1], "table", tmp_path, "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md"]
+
+
+def test_tables_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")
+    tables.save(["模"], "模", tmp_path, "x")
+    assert (tmp_path / "x.md").read_bytes() == "模\n".encode()
+
+
+def test_a_kill_leaves_no_files_of_two_results(tmp_path, monkeypatch):
+    """Here whenever a file has just taken, or is about to take, its name."""
+    replace, kills = os.replace, [(number, after) for number in range(2) for after in (False, True)]
+    for number, after in kills:
+        tables.save("old", "old", tmp_path, "x")
+        left = [number]
+
+        def killed(source, target, left=left, after=after):
+            left[0] -= 1
+            if left[0] >= 0 or after:
+                replace(source, target)
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            tables.save("new", "new", tmp_path, "x")
+        assert len({path.read_text().strip('"\n') for path in tmp_path.iterdir()}) == 1
 
 
 def test_intervals_are_drawn_along_the_numbers():
@@ -92,6 +119,17 @@ def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
     assert "H100" not in text and "runs it dense" in cited and "median of 2 pairs" in cited
     assert [text.count(name) for name in ("SPEED", "QUALITY", "PROXIES", "## Search")] == [1, 1, 1, 0]
     assert "## Search" in card.render(base, model.config.schedule(), report, "", "", "", "TABLES")
+
+
+def test_a_licence_is_read_whatever_else_the_bases_card_says(tmp_path):
+    base = SimpleNamespace(folder=tmp_path)
+    assert card.license_of(base) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nmodel-index: [{name: a}]\n---\n")
+    assert card.license_of(base) == {"license": "mit"}
+    for text in (b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", b"caf\xe9"):
+        (tmp_path / "README.md").write_bytes(text)
+        with pytest.raises(UserError, match=r"README\.md: its metadata can't be read: "):
+            card.license_of(base)
 
 
 def test_a_study_that_is_not_there_is_named():

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 from tiny_checkpoint import tiny_checkpoint
 
-from spts_compress.checkpoint.outputs import made_since, new_folder, refuse
+from spts_compress.checkpoint.outputs import new_folder, refuse
 from spts_compress.cli import main
 from spts_compress.tasks.runner import Answers
 from spts_compress.utils.errors import UserError
@@ -24,6 +24,7 @@ def made_here(folder: Path, text: str = "old") -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(text)
     (folder / "README.md").write_text("card")
+    (folder / "spts_report.json").write_text(json.dumps({"card": file_hash(folder / "README.md")}))
     (folder / "spts_files.json").write_text(json.dumps({"sha256": {"config.json": "0", "extra/x.jinja": "0"}}))
     return folder
 
@@ -51,13 +52,17 @@ def test_what_is_free_to_be_made(tmp_path):
     refuse(tmp_path / "dangling")
 
 
-def test_what_was_made_by_hand_in_a_checkpoint_is_named(tmp_path):
+def test_what_was_made_in_a_checkpoint_since_its_export_is_not_replaced(tmp_path):
     out = made_here(tmp_path / "out")
-    (out / "spts_report.json").write_text(json.dumps({"card": file_hash(out / "README.md")}))
-    assert made_since(out) == made_since(tmp_path / "new") == []
-    (out / "README.md").write_text("my card")
-    (out / "spts_evaluation.json").write_text("{}")
-    assert made_since(out) == ["README.md", "spts_evaluation.json"]
+    for name in ("README.md", "spts_evaluation.json"):
+        (out / name).write_text("mine")
+    for message in ("README.md and spts_evaluation.json changed", "spts_evaluation.json changed"):
+        with pytest.raises(UserError, match=rf"out: {message} since the export; move or delete"), new_folder(out, True):
+            raise RuntimeError("must not come here")
+        (out / message.split()[0]).unlink()
+    with new_folder(out, True) as new:
+        made_here(new / "x")
+    assert (out / "x").is_dir()
 
 
 def _case_foreign(place):
@@ -460,6 +465,14 @@ def test_a_recipe_says_at_its_start_what_is_in_the_way(output, options, message,
     assert sorted(p.name for p in folder.iterdir()) == names
 
 
+def test_the_working_folder_is_no_recipes_output(folder, tmp_path, monkeypatch):
+    recipe = recipe_for(folder, folder / "new", tmp_path / "recipe.yaml")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for options in (["--output", "."], ["--set", "export.path=."]):
+        assert "error: . is or holds the working folder" in invoke("recipe", recipe, *options, code=2)
+
+
 def test_a_recipe_inside_the_checkpoint_it_would_replace_stays(folder, tmp_path):
     recipe = recipe_for(folder, folder / "out", folder / "out/recipe.yaml")
     assert "an input of this run, " in invoke("recipe", recipe, "--force", code=2)
@@ -467,12 +480,12 @@ def test_a_recipe_inside_the_checkpoint_it_would_replace_stays(folder, tmp_path)
     recipe.unlink()
 
 
-@pytest.mark.parametrize("section", ["calibration", "report"])
+@pytest.mark.parametrize("section", ["calibration", "dataset", "report"])
 def test_what_a_run_makes_does_not_become_its_text(section, folder, tmp_path):
     (tmp_path / "text").mkdir()
-    recipe = recipe_for(folder, tmp_path / "text/out", tmp_path / "recipe.yaml")
-    key = {"calibration": "path", "report": "text"}[section]
-    edit = ("--set", f"{section}.{key}={tmp_path / 'text'}")
+    recipe, text = recipe_for(folder, tmp_path / "text/out", tmp_path / "recipe.yaml"), tmp_path / "text"
+    edits = {"calibration": f"calibration.path={text}", "report": f"report.text={text}"}
+    edit = ("--set", edits.get(section, f"calibration={{source: dataset, dataset: {text}}}"))
     for place in (
         (),
         ("--output", tmp_path / "text/deep/out"),

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from spts_compress import pipeline
 from spts_compress.recipe import load as load_recipe
 from spts_compress.utils import store as store_module
+from spts_compress.utils.errors import UserError
 from spts_compress.utils.store import Store, file_hash, writing
 
 
@@ -191,6 +192,9 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     fails("x.jsonl:2:", calibration__path=str(tmp_path / "bad"))
     fails("only", calibration__path=str(tmp_path / "short"))
     fails("does not exist", calibration__path=str(tmp_path / "nowhere"))
+    copied = shutil.copytree(corpus, tmp_path / "copied")
+    for text in (copied, corpus, corpus / "documents.jsonl"):
+        fails(f"report.text: the calibration fits on 6 of the 12 documents in {text}", report__text=str(text))
     fails("model.path", model__path=str(tmp_path / "nowhere"))
     fails("schedule.stages.0.end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
     fails("--device", "--device", "nonsense")
@@ -198,6 +202,9 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     fails("damaged or cut short", model__path=str(tmp_path / "cut"))
+    shutil.copyfile(base / "model.safetensors", weights)
+    (tmp_path / "cut" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    fails("README.md: its metadata can't be read: ", model__path=str(tmp_path / "cut"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     fails("family gpt2 is not supported; supported are ", model__path=str(tmp_path / "other"))
@@ -281,6 +288,20 @@ def test_a_damaged_unit_is_made_anew(tmp_path):
     assert store.tensors("unit", "key") is None
 
 
+def test_a_unit_that_can_not_be_read_now_stays(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.put_tensors("unit", "key", {"a": torch.ones(3)})
+
+    def too_many_open_files(path):
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "load_file", too_many_open_files)
+        with pytest.raises(UserError, match=r"unit-key\.safetensors: can't be read now: .*; it is kept, so run again"):
+            store.tensors("unit", "key")
+    assert store.tensors("unit", "key") is not None
+
+
 def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
     folder, _, _, _ = built
     model = AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True)
@@ -337,12 +358,14 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     with monkeypatch.context() as patch:  # what was evaluated is not evaluated again, and the choice is the same
         patch.setattr("spts_compress.search.evaluator.compare", lambda *_: 1 / 0)
         run("recipe", path, "--force")
+    assert json.loads((tmp_path / "out/spts_report.json").read_text())["stages"] == {}  # of that run they'd say nothing
     again = json.loads((tmp_path / "out.search/search.json").read_text())
     assert again["evaluations"] == found["evaluations"] and again["points"] == found["points"]
     assert {p.name: file_hash(p) for p in (tmp_path / "out").glob("*.safetensors")} == weights
 
     resolved = tmp_path / "again.yaml"  # the schedule that was found, without its search
     resolved.write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
+    assert "may choose other sizes" in resolved.read_text() or config["spts"]["proxy"] is None
     assert "skips from layer" in run("recipe", resolved, "--dry-run")
     run("recipe", resolved, "--output", tmp_path / "again")
     proxies = [json.loads((tmp_path / name / "spts_report.json").read_text())["proxies"] for name in ("out", "again")]
@@ -358,8 +381,9 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     assert "no schedule meets the target" in missed
     (tmp_path / "out/README.md").write_text("my card")
     edits = [f"--set=search.{edit}" for edit in ("quality=1.0", "speedup=1.4", "on_failure=export")]
+    assert "out: README.md changed since the export" in run("recipe", path, "--force", *edits, code=2)
+    (tmp_path / "out/README.md").unlink()
     nearest = run("recipe", path, "--force", *edits)
-    assert "out: README.md changed since the export, and will be replaced" in nearest
     for said in (nearest, run("inspect", tmp_path / "out"), (tmp_path / "out/README.md").read_text()):
         assert "no schedule meets the target of quality 1; by search.on_failure the nearest is exported: 0." in said
     for edit, message in (

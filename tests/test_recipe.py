@@ -138,16 +138,6 @@ def test_contradictions_with_the_model_are_all_named(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("name", "text"), [("report", "."), ("report", "texts/a.txt"), ("search", "texts")])
-def test_prompts_are_made_of_no_text_that_is_fitted_on(name, text, tmp_path):
-    recipe = GOOD[: GOOD.index("schedule:")] + GOOD[GOOD.index("export:") :]
-    edits = (f"calibration={{source: files, path: {tmp_path / 'texts'}}}",)
-    fine = load(write(tmp_path, recipe), (*edits, f"{name}.text={tmp_path / 'texts2'}"))
-    assert fine.calibration.path == str(tmp_path / "texts")
-    [line] = faults(tmp_path, recipe, (*edits, f"{name}.text={tmp_path / text}"))
-    assert f"has {name}.text: {tmp_path / text}, which calibration.path fits on" in line
-
-
 def test_faults_of_a_schedule_are_told_with_all_others_before_the_model_is_known(tmp_path):
     text = GOOD.replace("budget: 12,", "budget: 12, bugdet: 3,").replace("rank: 4", "rang: 4")
     told = "\n".join(faults(tmp_path, text))

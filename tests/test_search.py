@@ -22,6 +22,7 @@ from spts_compress.tasks.example import Example
 from spts_compress.tasks.runner import Answers, encode, ways_of
 from spts_compress.timing.latency_table import grid
 from spts_compress.utils.distributed import SINGLE_PROCESS
+from spts_compress.utils.errors import UserError
 from spts_compress.utils.store import Store, fingerprint
 
 TOKENIZER = tiny_tokenizer()
@@ -202,10 +203,22 @@ def test_single_tasks_are_kinds_of_their_own():
     known = {"free", *prompts.GROUPS, *prompts.RETRIEVAL, *prompts.MULTI_HOP, "niah_single_1"}
     assert set(get_args(Kind)) == known
     prose = " ".join(f"{TEXT} That was on day {number} of the long journey." for number in range(60))
-    kinds = ["niah_multiquery", "retrieval", "vt"]
-    made = made_prompts(kinds, prose, prompts=2, seed=3)
-    assert [item.task for item in made][::3] == ["niah_multiquery"] * 2
-    assert [prompts.kind_of(item, kinds) for item in made] == kinds * 2
+    kinds = ["niah_multiquery", "retrieval", "vt", "multi-hop"]
+    made = made_prompts(kinds, prose, prompts=7, seed=3)
+    assert [item.task for item in made][::4] == ["niah_multiquery"] * 7
+    assert [prompts.kind_of(item, kinds) for item in made] == kinds * 7  # no task is of two kinds
+    with pytest.raises(UserError, match="multi-hop is nothing but tasks that are kinds of their own; leave it out"):
+        made_prompts([*prompts.MULTI_HOP, "multi-hop"], prose, prompts=1)
+
+
+def test_what_confirms_a_search_was_not_searched_on():
+    """Though each prompt is about a stretch from a random place, of few sentences."""
+    section = SearchSection(kinds=["free"], lengths=[512], prompts=16)
+    prose = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(32))
+    items = PromptSet(section, TOKENIZER, prose).filled(SINGLE_PROCESS).items
+    assert len({item.text for item in items}) == len(items) == 32
+    with pytest.raises(UserError, match=r"search\.text: the text is too short, .* for 32 different prompts"):
+        PromptSet(section, TOKENIZER, TEXT * 9).filled(SINGLE_PROCESS)
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
@@ -327,13 +340,17 @@ def point(speedup, quality):
     }  # fmt: skip
 
 
+def drawn(search):
+    report.draw(search, 5, figure := pytest.importorskip("matplotlib.figure").Figure())
+    return figure.axes
+
+
 def test_a_front_is_drawn_if_it_has_more_than_one_point():
     both = [point(1.2, 0.9), point(1.5, 0.8)]
     rest = {"reliability": [0.5] * 5, "candidates": 2, "evaluations": 3, "seconds": {"all": 60, "dense": 6}}
     for points, chosen in ((both, 1), (both, None), (both[1:], 0)):
         search = {"points": points, "chosen": chosen, **rest}
-        text, axes = report.as_text(search), report.picture(search, 5).axes
-        titles = [panel.get_title() for panel in axes]
+        text, titles = report.as_text(search), [panel.get_title() for panel in drawn(search)]
         assert len(titles) == 3 + len(points) and ("Front, on held-out prompts" in titles) == (len(points) == 2)
         assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
         assert "speed-up, FLOPs" in text and "Target missed" not in text
@@ -348,7 +365,7 @@ def test_one_prompt_has_no_interval():
     points = [{**point(1.2, 0.75), "interval": None}, point(1.5, 0.7)]
     search = {"points": points, "chosen": 0, "reliability": [0.5] * 5, "candidates": 2, "evaluations": 3}
     search["seconds"] = {"all": 60, "dense": 6}
-    assert "| 0.750  " in report.as_text(search) and len(report.picture(search, 5).axes) == 5
+    assert "| 0.750  " in report.as_text(search) and len(drawn(search)) == 5
 
 
 def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):

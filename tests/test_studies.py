@@ -42,6 +42,7 @@ BEFORE_OUT = {
     "offline_costs": 1,
     "memory_curve": 2,
     "random_schedules": 3,
+    "peers": 1,
     "decoding": 0,
 }
 
@@ -69,10 +70,11 @@ def test_shards_of_updates_stay_and_only_they_are_merged(refused, tmp_path):
     for stranger in ("other.json", "missing.json", "."):
         line = refused("updates.py", "c", "o", *shards, tmp_path / stranger, out)
         assert f"{tmp_path / stranger}: no file that a shard" in line
+    assert "have a prompt in common" in refused("updates.py", "c", "o", *shards, out)
     assert json.loads(shards[1].read_text()) == [row] and not out.exists()
 
 
-def test_tiny_gpu_results_have_a_folder_of_their_own(monkeypatch, tmp_path):
+def test_tiny_gpu_results_have_a_folder_of_their_own_and_no_result_is_replaced(refused, monkeypatch, tmp_path):
     arguments = ["profile", "--out", "a", "--models", "llama-3.1-8b", "--tiny"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
@@ -89,6 +91,8 @@ def test_tiny_gpu_results_have_a_folder_of_their_own(monkeypatch, tmp_path):
         "python recipes/studies/gpu.py profile --out DIR --models llama-3.1-8b "
         "--lengths 8192,16384,32768,65536,131072 --pairs 5 --tiny"
     )
+    assert f"a/llama-3.1-8b-tiny/{path.name} exists" in refused("gpu.py", "batch", *arguments)
+    assert "unknown stage x; there are headline, ablation" in refused("gpu.py", "x", "--out", "a")
 
 
 def test_decoding_is_timed_to_all_numbers_of_tokens_with_dynamic_and_with_compiled_static_caches(monkeypatch, tmp_path):

@@ -47,7 +47,7 @@ base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.
 layers = base.config.num_hidden_layers
 winner = Schedule.from_dict(json.loads(args.search.read_text())["points"][-1]["winner"]["schedule"], layers)
 key = fingerprint(ready.key("cpu"), "budgets")
-lengths, kinds = [int(n) for n in args.lengths.split(",")], ["retrieval", "multi-hop", "free"]
+lengths, kinds = [*dict.fromkeys(map(int, args.lengths.split(",")))], ["retrieval", "multi-hop", "free"]
 asked = {"lengths": lengths, "kinds": kinds, "prompts": args.prompts, "answer_tokens": 40}
 section = recipe.search.model_copy(update={**asked, "seed": recipe.search.seed + 200})
 prompts = PromptSet(section, tokenizer, ready.sequences.unseen)

@@ -37,7 +37,7 @@ args = parser.parse_args()
 recipe, store = load(args.recipe), Store(args.work)
 ready = pipeline.prepare(recipe, store, args.device)
 key = fingerprint(ready.key(args.device), "front")
-lengths = tuple(int(n) for n in args.lengths.split(","))
+lengths = tuple(dict.fromkeys(map(int, args.lengths.split(","))))
 config = EvalConfig(lengths=lengths, items=args.items, longbench=args.longbench)
 items = [item for item in free_examples(config, ready.tokenizer, ready.sequences.unseen) if item.task != "free_answer"]
 points = [point for path in args.searches for point in json.loads(path.read_text())["points"]]
@@ -58,7 +58,8 @@ with tqdm(total=len(dense) * len(winners), desc="evaluating") as bar:
         cost, tuned = point["cost"], point["quality"]
         rows.append({"cost": cost, "schedule": winner.to_dict(), "searched": tuned, "kl": kl, "same": same,
                      "top1": quality(found), "lengths": by_length, "prompts": len(found)})  # fmt: skip
-        shown = (f"{mean:.1%} ({low:.3f}-{high:.3f})" for mean, (low, high) in by_length.values())
+        ends = {n: " ({:.3f}-{:.3f})".format(*interval) if interval else "" for n, (_, interval) in by_length.items()}
+        shown = (f"{by_length[n][0]:.1%}{ends[n]}" for n in lengths)
         lines.append([f"{cost['speedup']:.2f}x", f"{cost['kv_share']:.0%}", str(winner.start), f"{tuned:.1%}", *shown,
                       f"{kl:.3f}", f"{same:.0%}"])  # fmt: skip
 command = f"python recipes/studies/front.py RECIPE WORK $LONGBENCH OUT SEARCH ... --lengths {args.lengths} " + (

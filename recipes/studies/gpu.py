@@ -47,6 +47,7 @@ SHAPES = {
         ),
     ),
 }  # fmt: skip
+STAGES = ["headline", "ablation", "batch", "profile"]
 TINY = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
@@ -167,7 +168,7 @@ def command(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", default=["headline", "ablation", "batch", "profile"])
+    parser.add_argument("stages", nargs="*", default=STAGES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=list(SHAPES))
     parser.add_argument(
@@ -176,6 +177,16 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    made = {
+        (m, s): args.out / f"{m}-{'tiny' if args.tiny else 'shape'}" / f"{s}.json"
+        for m in args.models
+        for s in args.stages
+    }
+    for (_, stage), path in made.items():
+        if stage not in STAGES:
+            parser.error(f"unknown stage {stage}; there are {', '.join(STAGES)}")
+        if path.exists():
+            parser.error(f"{path} exists, and would be overwritten; give another --out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -206,17 +217,14 @@ def main():
                     rows[part] = compare(stock, model, prompts(model, 32768 // scale), args.pairs)
                     print(name, part, rows[part]["spts"]["speedup"], rows[part]["flops"], flush=True)
                 model.config.spts = full
-            elif stage == "profile":
+            else:
                 rows = profile(model, prompts(model, 32768 // scale))
                 print(name, "profile", rows["wall_ms"], rows["busy_ms"], rows["host_waits"], flush=True)
                 for row in rows["kernels"][:25]:
                     print("  ", f"{row['ms']:9.2f} ms {row['calls']:6d}", row["name"][:90], flush=True)
-            else:
-                parser.error(f"unknown stage {stage}")
             result = {**machine, "model": name, "stage": stage, "rows": rows, "took_s": time.perf_counter() - begin}
-            folder = args.out / f"{name}-{'tiny' if args.tiny else 'shape'}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{stage}.json").write_text(json.dumps(result, indent=1) + "\n")
+            made[name, stage].parent.mkdir(parents=True, exist_ok=True)
+            made[name, stage].write_text(json.dumps(result, indent=1) + "\n")
         del model, stock
         gc.collect()
         if device == "cuda":

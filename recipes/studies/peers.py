@@ -36,6 +36,7 @@ from spts_compress.tasks.runner import encode
 from spts_compress.tasks.scorers import score
 from spts_compress.timing.pairs import kv_bytes, stock_twin, synchronize
 from spts_compress.utils.devices import hardware
+from spts_compress.utils.paths import new_result
 from spts_compress.utils.tables import table
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
@@ -158,7 +159,7 @@ def timed(prefill: Prefill, ids: torch.Tensor) -> float:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("checkpoint", type=Path)
-parser.add_argument("out", type=Path)
+parser.add_argument("out", type=new_result)
 parser.add_argument("--lengths", default="4096,8192", help="retrieval at the first, times at all")
 parser.add_argument("--items", type=int, default=6)
 parser.add_argument("--pairs", type=int, default=3)

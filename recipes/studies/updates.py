@@ -61,7 +61,7 @@ def measure() -> list[dict]:
     bench, rows = LongBench(args.longbench[0]), []
     prompts = [
         example
-        for length in map(int, args.lengths.split(","))
+        for length in dict.fromkeys(map(int, args.lengths.split(",")))
         for task in bench.tasks()
         for example in bench.examples(task, tokenizer, length, last + 1)[first:]
     ]
@@ -78,6 +78,8 @@ def measure() -> list[dict]:
 
 merging = len(args.longbench) > 1 or Path(args.longbench[0]).is_file()
 rows = [row for path in args.longbench for row in of_shard(Path(path))] if merging else measure()
+if merging and len({(row["task"], row["index"], row["length"]) for row in rows}) < len(rows):
+    parser.error("these shards have a prompt in common, which would count twice; give each shard once")
 args.out.write_text(json.dumps(rows, indent=1) + "\n")
 lines = []
 for length in sorted({row["length"] for row in rows}):

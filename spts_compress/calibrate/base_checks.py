@@ -80,6 +80,11 @@ def read_tokenizer(folder: Path, config: Any, name: str, trusted: bool, chat: bo
     return tokenizer
 
 
+def files_named(tokenizer: Any, folder: Path) -> list[str]:
+    """Names of the files in `folder`, or anywhere below, that the tokenizer's class says it reads."""
+    return [name for name in map(str, type(tokenizer).vocab_files_names.values()) if (folder / name).is_file()]
+
+
 def _without_embedding(tokenizer: Any, embeddings: int) -> list[str]:
     """Tokens that the model has no embedding for; but for added ones that neither text nor template brings in, such as
     Gemma 3's placeholder of an image."""

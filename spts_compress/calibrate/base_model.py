@@ -31,7 +31,7 @@ from ..checkpoint.layout import CONFIG, INDEX, LEFT, WEIGHTS, read_json, weight_
 from ..recipe import ModelSection
 from ..utils.errors import UserError, reason, some
 from ..utils.store import Store, file_hash, fingerprint, writing
-from .base_checks import check_family, judge, read_tokenizer
+from .base_checks import check_family, files_named, judge, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Base:
 
     `folder`: config, tokenizer and safetensors files. `name`: what the recipe calls it. `repository`: its id on the
     Hub, None if it is not known to be there. `revision`: the commit, if the recipe names the repository. `weights`:
-    safetensors file names with their SHA-256. `trusted`: whether its tokenizer's own code may run.
+    safetensors file names with their SHA-256. `trusted`: whether its tokenizer's own code may run, which may read the
+    files `read` in any subfolder.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Base:
     weights: dict[str, str]
     config: Any
     trusted: bool = False
+    read: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -63,7 +65,8 @@ class Base:
     @cached_property
     def key(self) -> str:
         """Fingerprint of all that decides what the model answers, as it was when it was resolved."""
-        return fingerprint(folder_key(self.folder, self.weights), self.trusted)
+        read = [file_hash(self.folder / name) for name in self.read]
+        return fingerprint(folder_key(self.folder, self.weights), self.trusted, read)
 
     def key_now(self) -> str:
         """The key that the files have now."""
@@ -131,9 +134,11 @@ def resolve(section: ModelSection, store: Store) -> Base:
     config = _read_config(folder, name)
     judge(folder, config, name)
     files = weight_files(folder, getattr(config, "transformers_weights", None))
-    store.check = watch(folder, files)
+    trusted = section.trust_remote_code
+    read = files_named(read_tokenizer(folder, config, name, trusted, False), folder) if trusted else []
+    store.check = watch(folder, [*files, *read])
     weights = {file: file_hash(folder / file) for file in files}
-    base = Base(folder, name, repository, revision, weights, config, section.trust_remote_code)
+    base = Base(folder, name, repository, revision, weights, config, trusted, tuple(read))
     _ = base.key  # of the files as they are before anything is loaded
     return base
 

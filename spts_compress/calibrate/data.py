@@ -5,13 +5,14 @@ import random
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..recipe import CalibrationSection
+from ..tasks.example import rendered
 from ..utils.errors import UserError, reason
 from . import corpus
 from .corpus import COLUMNS, Conversation, Skipped, cut, dataset_records, from_files
@@ -78,12 +79,14 @@ def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
 class Blocks:
     """Token sequences, each 1-dimensional, to fit on and to check on; the documents of the two don't overlap.
 
-    `unseen`: the text of all documents of the first source that nothing was fitted on.
+    `unseen`: the text of all documents of the first source that nothing was fitted on. `fitted`: the keys of those that
+    something was fitted on, see `document_key`.
     """
 
     fit: list[torch.Tensor]
     held_out: list[torch.Tensor]
     unseen: str
+    fitted: frozenset[str]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -103,12 +106,12 @@ def blocks(
     book, is cut into pieces that don't overlap. Conversations go through the tokenizer's chat template.
 
     Args:
-        log: told how many documents were left out.
+        log: told how many documents were left out, and if there are fewer tokens.
 
     Raises:
         UserError: if there are too few tokens for both parts, or no chat template that can render what needs one.
     """
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     unique = [_distinct(texts, seen) for texts in sources]
     if repeated := sum(map(len, sources)) - sum(map(len, unique)):
         equal = "document that equals another" if repeated == 1 else "documents that equal others"
@@ -119,29 +122,35 @@ def blocks(
         raise UserError(f"{asks}, but the base's tokenizer has no chat template: give plain text, or a base with one")
     parts = [_of_one_source(section, texts, tokenizer, section.tokens // len(unique), seen) for texts in unique]
     fit, held_out = ([block for part in parts for block in getattr(part, name)] for name in ("fit", "held_out"))
-    joined = Blocks(fit, held_out, parts[0].unseen)
+    joined = Blocks(fit, held_out, parts[0].unseen, frozenset().union(*(part.fitted for part in parts)))
     to_fit, to_check = joined.sizes
     if to_fit < 256 or to_check < 64:
         raise UserError(
             f"calibration: only {to_fit} tokens to fit on and {to_check} to check on; at least 256 and 64 are needed: "
             "give more or longer documents (equal ones count once), or raise calibration.tokens"
         )
+    if to_fit + to_check < 0.9 * section.tokens:
+        log(f"calibration: the text gives {to_fit + to_check} tokens, fewer than calibration.tokens: {section.tokens}")
     return joined
 
 
-def _distinct(texts: Iterable[str], seen: set[bytes]) -> list[str]:
-    """Those that are not in `seen` by their words, which then holds them."""
+def document_key(text: str) -> str:
+    """Equal for texts of the same words."""
+    return hashlib.blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _distinct(texts: Iterable[str], seen: set[str]) -> list[str]:
+    """Those whose keys are not in `seen`, which then holds them."""
     new = []
     for text in texts:
-        key = hashlib.blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).digest()
-        if key not in seen:
+        if (key := document_key(text)) not in seen:
             seen.add(key)
             new.append(text)
     return new
 
 
 def _of_one_source(
-    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, seen: set[bytes]
+    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, seen: set[str]
 ) -> Blocks:
     """Blocks of whole documents; of pieces, where whole ones leave less than half of what is wanted to fit on."""
     whole = _shared_out(section, texts, tokenizer, tokens)
@@ -152,10 +161,16 @@ def _of_one_source(
     for text in texts:
         short = len(text) <= size or isinstance(text, Conversation)
         pieces += [text] if short else _distinct(filter(str.strip, cut(text, size)), seen)
-    return max(whole, _shared_out(section, pieces, tokenizer, tokens), key=lambda blocks: blocks.sizes[0])
+    in_pieces = _shared_out(section, pieces, tokenizer, tokens)
+    if 2 * whole.sizes[0] >= in_pieces.sizes[0]:
+        return whole
+    return replace(in_pieces, fitted=frozenset(map(document_key, texts)))
 
 
-def _shared_out(section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int) -> Blocks:
+def _shared_out(
+    section: CalibrationSection, texts: list[str], tokenizer: Any, tokens: int, again: bool = True
+) -> Blocks:
+    """Blocks of so many `tokens`; where the texts have fewer, shared out `again` by what they have."""
     shuffled = list(texts)
     random.Random(section.seed).shuffle(shuffled)
     waiting = deque(shuffled)
@@ -163,7 +178,11 @@ def _shared_out(section: CalibrationSection, texts: list[str], tokenizer: Any, t
     held_out = list(_filled(section, waiting, tokenizer, for_check))
     checked = shuffled[: len(shuffled) - len(waiting)]
     fit = list(_filled(section, waiting, tokenizer, tokens - for_check))
-    return Blocks(fit, held_out, "\n\n".join([*checked, *waiting]))
+    fitted = frozenset(map(document_key, shuffled[len(checked) : len(shuffled) - len(waiting)]))
+    made = Blocks(fit, held_out, "\n\n".join([*checked, *waiting]), fitted)
+    if waiting or not again:
+        return made
+    return max(made, _shared_out(section, texts, tokenizer, sum(made.sizes), False), key=lambda blocks: blocks.sizes[0])
 
 
 def _filled(section: CalibrationSection, waiting: deque[str], tokenizer: Any, room: int) -> Iterator[torch.Tensor]:
@@ -188,11 +207,9 @@ def _tokens(text: str, tokenizer: Any, chat: bool) -> list[int]:
         return tokenizer(text, verbose=False)["input_ids"]
     turns = text.turns if isinstance(text, Conversation) else [{"role": "user", "content": text}]
     try:
-        rendered = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not isinstance(text, Conversation)
-        )
+        shown = rendered(tokenizer, turns, ask=not isinstance(text, Conversation))
     except Exception as error:  # a template is a program, and fails as it likes
         start = f"{text[:40]}..." if len(text) > 40 else text
         fault = f"{type(error).__name__}: {reason(error)}"
         raise UserError(f"calibration: the base's chat template can't render {start!r}: {fault}") from None
-    return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]

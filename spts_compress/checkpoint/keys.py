@@ -14,7 +14,20 @@ import torch
 from .. import __version__
 from ..utils.errors import UserError
 from ..utils.store import file_hash, fingerprint
-from .layout import ABOUT, CERTIFICATE, CONFIG, INDEX, LEFT, MANIFEST, NOTES, PROXIES, matches, model_files, read_json
+from .layout import (
+    ABOUT,
+    CERTIFICATE,
+    CONFIG,
+    INDEX,
+    LEFT,
+    MANIFEST,
+    NOTES,
+    PROXIES,
+    inside,
+    matches,
+    model_files,
+    read_json,
+)  # fmt: skip
 
 VOCABULARIES = ("*.bin", "*.jsonl", "*.csv")  # seldom, but a tokenizer's class may name them
 # About the model, or another form of its weights; any other file of a folder may decide what is answered, since
@@ -67,7 +80,8 @@ def _others(folder: Path) -> list[str]:
         is_note = isinstance(listed, dict) and name not in listed and matches(name, NOTES)
         return not is_note and not matches(name, BESIDE_THE_POINT)
 
-    return [n for n in model_files(folder) if (folder / n).is_file() and decides(n)]
+    names = {*model_files(folder), *filter(inside, listed if isinstance(listed, dict) else ())}
+    return sorted(name for name in names if (folder / name).is_file() and decides(name))
 
 
 def watch(folder: Path, weights: Iterable[str]) -> Callable[[], None]:

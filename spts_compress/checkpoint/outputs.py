@@ -77,7 +77,7 @@ def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iter
 
 def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ()) -> None:
     """Raises UserError, saying what is in the way, unless `output` is free to be made: there is nothing, or an empty
-    folder, or with `force` a checkpoint made here that holds nothing else.
+    folder, or with `force` a checkpoint made here that holds nothing else, and in which nothing was made since.
 
     Args:
         force: None where there is no such option.
@@ -105,6 +105,8 @@ def refuse(output: Path, force: bool | None = None, inputs: Iterable[Path] = ())
         raise UserError(f"{output} exists and holds files of others: {some(foreign)}; {other}")
     if not force:
         raise UserError(f"{output} exists; {other}, or --force to replace it")
+    if since := _made_since(place):
+        raise UserError(f"{output}: {' and '.join(since)} changed since the export; move or delete them, or {other}")
 
 
 def refuse_to_hold(output: Path, what: str, path: Path) -> None:
@@ -135,13 +137,13 @@ def _listed(folder: Path) -> set[str] | None:
         return None
 
 
-def made_since(output: Path) -> list[str]:
+def _made_since(folder: Path) -> list[str]:
     """What is in a checkpoint made here since its export: an evaluation, and a card that was edited or added to."""
-    card, stated = output / CARD, None
+    card, stated = folder / CARD, None
     with suppress(UserError):  # no report, or none that can be read
-        stated = read_json(output / REPORT).get("card")
+        stated = read_json(folder / REPORT).get("card")
     edited = [CARD] if card.is_file() and file_hash(card) != stated else []
-    return edited + [CERTIFICATE] * (output / CERTIFICATE).is_file()
+    return edited + [CERTIFICATE] * (folder / CERTIFICATE).is_file()
 
 
 def _is_whole(folder: Path) -> bool:

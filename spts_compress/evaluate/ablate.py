@@ -83,7 +83,8 @@ def ablate(
     for name, schedule in tried.items():
         ways[name] = model, {"spts": argument(schedule)}
         keys[name] = fingerprint(own["spts"], argument(schedule))
-    done = Answers(output / "answers.jsonl")
+    machine = hardware(str(model.device))
+    done = Answers(output / "answers.jsonl", made={"hardware": machine, "batch": config.batch})
     done.check = folder_keys.unchanged
     scored = score_rows(list(run(ways, tokenizer, examples, keys, done, config.batch)))
     with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
@@ -96,7 +97,7 @@ def ablate(
         rows.append({"variant": name, **times[name], "flop_speedup": flops, "scores": scores})
     counts = {name: sum(not schedule.skips(e.tokens) for e in examples) for name, schedule in tried.items()}
     unskipped = {name: count for name, count in counts.items() if count}
-    setting = {"hardware": hardware(str(model.device)), "how": how, "tokens": ids.shape[1], "pairs": pairs}
+    setting = {"hardware": machine, "how": how, "tokens": ids.shape[1], "pairs": pairs}
     setting |= {"items": config.items, "length": config.lengths[0], "new_tokens": [*new_tokens], "unskipped": unskipped}
     return {"setting": setting, "rows": rows}
 

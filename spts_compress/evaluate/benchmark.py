@@ -1,7 +1,6 @@
 """Benchmarking a checkpoint: dense and SPTS on the same weights, in turn, at several prompt lengths and batches."""
 
 import gc
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from ..timing.pairs import Way, compare, stock_twin
 from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.errors import UserError
-from ..utils.store import writing
 from ..utils.tables import COLOURS, LABELS, PALETTE, plot_interval
 from .columns import bench_tables
 from .suites import load
@@ -55,6 +53,7 @@ def run(
     spts, tokenizer, _ = load(folder, device, dtype, longest, "--lengths and --new-tokens")
     dense, schedule = stock_twin(spts), spts.config.schedule()
     text = tokenizer("\n\n".join(data.python_docs()), verbose=False)["input_ids"]
+    text *= 1 + max(lengths) // len(text)
     result: dict[str, Any] = {
         "command": command,
         "hardware": hardware(device),
@@ -65,8 +64,8 @@ def run(
     with tqdm(total=len(lengths) * len(batches) * (pairs + 1), desc="timing", unit="round") as progress:
         for batch in batches:
             for length in lengths:
-                starts = [i * 997 % max(1, len(text) - length) for i in range(batch)]
-                ids = torch.tensor([(text[s:] + text)[:length] for s in starts], device=spts.device)
+                starts = [i * 997 % (len(text) - length) for i in range(batch)]
+                ids = torch.tensor([text[s : s + length] for s in starts], device=spts.device)
                 ways: dict[str, Way] = {"dense": (dense, {}), "spts": (spts, {})}
                 row = compare(ways, ids, pairs, (1, new_tokens), progress.update)
                 row["skips"] = schedule.skips(length)
@@ -75,10 +74,7 @@ def run(
                 row["breakdown"] = parts(spts, ids) if row["skips"] else {}
                 result["rows"].append(row)
                 result |= {"break_even": crossing(result["rows"]), "growth": growth(result["rows"])}
-                for name in FILES[1:]:  # an earlier run's, which are not of these rows
-                    (output / name).unlink(missing_ok=True)
-                with writing(output / "bench.json") as partial:
-                    partial.write_text(json.dumps(result, indent=1) + "\n")
+                tables.save_data(result, output, "bench")
                 gc.collect()
     return result
 

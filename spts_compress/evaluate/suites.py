@@ -16,7 +16,7 @@ from ..calibrate import data
 from ..calibrate.base_checks import setting_faults
 from ..checkpoint.families import context_of
 from ..checkpoint.keys import environment, folder_key, watch
-from ..checkpoint.layout import CARD, CERTIFICATE
+from ..checkpoint.layout import CARD, CERTIFICATE, REPORT, read_json
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
 from ..tasks.example import Example, sentences
@@ -74,9 +74,13 @@ class EvalConfig:
             raise UserError("--lengths must be at least 256, --items and --batch at least 1")
         return self
 
+    def documents(self) -> list[str]:
+        """Those of the haystack."""
+        return list(data.from_files(Path(self.haystack))) if self.haystack else data.python_docs()
+
     def text(self) -> str:
         """The haystack."""
-        return "\n\n".join(data.from_files(Path(self.haystack)) if self.haystack else data.python_docs())
+        return "\n\n".join(self.documents())
 
 
 def files(processes: int) -> tuple[str, ...]:
@@ -124,13 +128,15 @@ def require_context(config: Any, tokens: int, what: str) -> None:
 
 class FolderKeys(dict[str, str]):
     """For dense and skipping answers, what of the checkpoint in `folder` they depend on; all of its weights are read.
-    `unchanged`: see `watch`."""
+    `unchanged`: see `watch`. `fitted_on`: keys of documents, as far as the checkpoint tells."""
 
     def __init__(self, folder: Path):
         paths = list(folder.glob("*.safetensors"))
         self.unchanged = watch(folder, [path.name for path in paths])
         weights = {path.name: file_hash(path) for path in paths}
         super().__init__({mode: folder_key(folder, weights, dense=mode == "dense") for mode in MODES})
+        report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+        self.fitted_on = frozenset(report.get("fitted_on", ()))
 
 
 def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "") -> tuple[Any, Any, FolderKeys]:
@@ -212,7 +218,10 @@ def collect(
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
     }
+    documents = config.documents() if {*config.suites} != {"longbench"} else []
+    seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
     setting = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
+    setting["fitted_on"] = {"documents": sum(seen), "of": len(seen)}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -275,8 +284,11 @@ def summarise(output: Path) -> dict[str, Any]:
 
 def as_tables(result: dict[str, Any]) -> str:
     """The result as Markdown tables."""
-    unfinished = f"Not finished: {result['missing']} answers are missing.\n\n" if result["missing"] else ""
-    return unfinished + score_tables(result)
+    notes = [f"Not finished: {result['missing']} answers are missing."] if result["missing"] else []
+    seen = result["setting"].get("fitted_on")
+    if seen and seen["documents"]:
+        notes.append("The checkpoint was fitted on {documents} of the haystack's {of} documents.".format(**seen))
+    return "\n\n".join([*notes, score_tables(result)])
 
 
 def save(result: dict[str, Any], output: Path) -> str:
@@ -392,8 +404,6 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     public = {**setting, "request": {**request, **paths}}  # where a user's files lie is nobody's business
     text = card_text(folder)
     certificate = {"checkpoint": key, "setting": public, "tasks": result["tasks"], "fidelity": result["fidelity"]}
-    with writing(folder / CERTIFICATE) as partial:
-        partial.write_text(json.dumps(certificate, indent=1) + "\n")
     begin, end = MARKS
     if begin in text:
         text = text[: text.index(begin)].rstrip() + "\n" + text[text.index(end) + len(end) :]
@@ -415,3 +425,6 @@ Not measured: {", ".join(missing) or "nothing of RULER, LongBench and this toolk
     text = with_results(f"{text.rstrip()}\n\n{section}\n", folder.resolve().name, result["tasks"])
     with writing(folder / CARD) as partial:
         partial.write_text(text, encoding="utf-8")
+        (folder / CERTIFICATE).unlink(missing_ok=True)  # or a kill would leave an earlier one beside this card
+    with writing(folder / CERTIFICATE) as partial:
+        partial.write_text(json.dumps(certificate, indent=1) + "\n")

@@ -4,10 +4,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from yaml import YAMLError
 
 from ..calibrate.base_model import Base
 from ..modeling.configuration_spts import Schedule
 from ..plan import probe_words, schedule_table, skips_from
+from ..utils.errors import UserError, reason
 
 CITATION = """@misc{wu2026probe,
   title = {Probe and Skip: Self-Predictive Token Skipping for Efficient Long-Context LLM Inference},
@@ -32,11 +34,18 @@ METRICS = {"dense": "score with spts=False", "spts": "score with skipping"}
 
 
 def license_of(base: Base) -> dict[str, Any]:
-    """Licence fields of the base's own card, if it has one."""
+    """Licence fields of the base's own card, if it has one.
+
+    Raises:
+        UserError: if its metadata can't be read.
+    """
     card = base.folder / "README.md"
     if not card.is_file():
         return {}
-    data = ModelCard.load(card).data.to_dict()
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, YAMLError) as error:
+        raise UserError(f"{card}: its metadata can't be read: {reason(error)}; mend them, or remove the file") from None
     return {name: data[name] for name in ("license", "license_name", "license_link", "language") if data.get(name)}
 
 

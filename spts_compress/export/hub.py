@@ -1,7 +1,7 @@
 """Publishing an exported checkpoint on the Hub."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def push(
     what was removed and the commit's address.
 
     Args:
-        revision: branch to upload to, made if it is not there.
+        revision: branch to upload to; if it is not there, made of the first commit, which on the Hub holds nothing, so
+            that a push that was stopped leaves no copies of others' files, and can be done again.
         create_pr: propose the commit as a pull request instead of making it.
 
     Raises:
@@ -69,9 +70,12 @@ def push(
     require(folder)
     need_token()
     api, names = HfApi(), _uploaded(folder)
-    with _faults_named(repo_id), ExitStack() as stack:
+    with _faults_named(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        is_new = stack.enter_context(_branch(api, repo_id, revision))
+        is_new = revision is not None and revision not in {ref.name for ref in api.list_repo_refs(repo_id).branches}
+        if revision is not None and is_new:
+            first = api.list_repo_commits(repo_id)[-1].commit_id
+            api.create_branch(repo_id, branch=revision, revision=first)
         target = api.model_info(repo_id, revision=revision)
         _refuse(target, repo_id, private, any_files=create_pr or is_new)
         there = [file.rfilename for file in target.siblings or ()]
@@ -88,24 +92,6 @@ def push(
             parent_commit=target.sha,  # what was looked at
         )
     return "\n".join([*(f"removed there: {name}" for name in gone), done.pr_url or done.commit_url])
-
-
-@contextmanager
-def _branch(api: HfApi, repo_id: str, revision: str | None) -> Iterator[bool]:
-    """Makes the branch unless it is there, and yields whether it did. If the block fails, the branch goes again, so
-    that the next push is not refused for the copies of main's files in it."""
-    if revision is None or revision in {branch.name for branch in api.list_repo_refs(repo_id).branches}:
-        yield False
-        return
-    api.create_branch(repo_id, branch=revision)
-    made = api.model_info(repo_id, revision=revision).sha
-    try:
-        yield True
-    except BaseException:
-        with suppress(Exception):
-            if api.model_info(repo_id, revision=revision).sha == made:  # nothing came into it
-                api.delete_branch(repo_id, branch=revision)
-        raise
 
 
 def _refuse(target: Any, repo_id: str, private: bool, any_files: bool = False) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+from ..calibrate.base_checks import files_named
 from ..calibrate.base_model import Base
 from ..checkpoint.families import code_files, exported_config, model_class
 from ..checkpoint.layout import CONFIG, INDEX, PROXIES, TOKENIZER, exported, read_json, travelling
@@ -58,13 +59,11 @@ def carry(base: Base) -> Carried:
         UserError: naming what can't travel.
     """
     tokenizer = base.tokenizer()
-    vocabularies = type(tokenizer).vocab_files_names
-    reads = [name for name in map(str, vocabularies.values()) if (base.folder / name).is_file()]
-    names = travelling(base.folder, [*base.weights, *reads])
+    names = travelling(base.folder, [*base.weights, *files_named(tokenizer, base.folder)])
     stated = read_json(base.folder / TOKENIZER) if TOKENIZER in names else {}
     own_code = base.trusted and "auto_map" in stated
     if own_code:
-        _check_own_code(base, stated, (*REPLACED, *vocabularies))
+        _check_own_code(base, stated, (*REPLACED, *type(tokenizer).vocab_files_names))
     trust, facts = ((True,) if own_code else (True, False)), tokenizer_facts(tokenizer)
     safe = {key: value for key, value in stated.items() if base.trusted or key != "auto_map"}
     # transformers chooses a tokenizer's class by the model's type, too, and the export has another type

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..recipe import SearchSection
 from ..tasks import agreement, ruler, synthetic
-from ..tasks.example import Example, ask_about, sentences
+from ..tasks.example import Example, ask_about, different, sentences
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 
@@ -30,21 +30,27 @@ FREE = (
 )
 
 
+def tasks_of(kind: str, kinds: Sequence[str]) -> list[str]:
+    """The tasks that prompts of one of `kinds` take in turn: of a group, those that are no kind of their own."""
+    return [task for task in GROUPS[kind] if task not in kinds] if kind in GROUPS else [kind]
+
+
 def kind_of(item: Example, kinds: Sequence[str]) -> str:
     """Which of `kinds` an item was made for."""
     if item.task == agreement.TASK:
         return "free"
-    return next((kind for kind in kinds if kind == item.task or item.task in GROUPS.get(kind, ())), item.task)
+    return next((kind for kind in kinds if item.task in tasks_of(kind, kinds)), item.task)
 
 
-def _free(tokenizer: Any, prose: str, length: int, index: int, tokens: int, seed: int) -> Example:
-    """A question about a stretch of `prose` from a random place."""
-    rng, parts = random.Random(f"{seed} {index} {length}"), sentences(prose)
-    start = rng.randrange(len(parts))
+def _free(tokenizer: Any, prose: str, length: int, number: int, count: int, tokens: int, seed: int) -> Example:
+    """The question `number` of `count` about a stretch of `prose`, each from another place, as far as there are any."""
+    rng, parts = random.Random(f"{seed} {number} {length}"), sentences(prose)
+    places = random.Random(f"{seed} {length}").sample(range(len(parts)), min(count, len(parts)))
+    start = places[number % len(places)]
     words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
     term = rng.choice([word for word in words if len(word) > 6] or words)
-    question = FREE[index % len(FREE)].replace("{term}", term)
-    return ask_about(agreement.TASK, index, tokenizer, parts, start, question, length, tokens)
+    question = FREE[number % len(FREE)].replace("{term}", term)
+    return ask_about(agreement.TASK, number, tokenizer, parts, start, question, length, tokens)
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,14 @@ class PromptSet:
             UserError: if its task does not fit into its length.
         """
         section, text = self.section, (self.tokenizer, self.prose)
-        slots = product((section.seed, section.seed + 1), range(section.prompts), section.kinds, section.lengths)
-        seed, index, kind, length = list(slots)[number]
+        slots = product((0, 1), range(section.prompts), section.kinds, section.lengths)
+        half, index, kind, length = list(slots)[number]
         if kind == "free":
-            return _free(*text, length, index, section.answer_tokens, seed)
-        tasks = GROUPS.get(kind, (kind,))
+            index, count = half * section.prompts + index, 2 * section.prompts
+            return _free(*text, length, index, count, section.answer_tokens, section.seed)
+        if not (tasks := tasks_of(kind, section.kinds)):
+            raise UserError(f"search.kinds: {kind} is nothing but tasks that are kinds of their own; leave it out")
+        seed = section.seed + half
         task, seed = tasks[(index + seed) % len(tasks)], seed * 1000 + index + attempt * 1_000_000
         if task in ruler.TASKS:
             return ruler.examples(task, *text, length, 1, seed, section.answer_tokens)[0]
@@ -82,6 +91,11 @@ class PromptSet:
         return self.items[number]
 
     def filled(self, ranks: Ranks) -> "PromptSet":
-        """With the `items` that are tried first, which all of `ranks` make together."""
+        """With the `items` that are tried first, which all of `ranks` make together.
+
+        Raises:
+            UserError: if one does not fit into its length, or two are the same, so that what confirms was searched on.
+        """
         shard = tqdm(ranks.shard(range(2 * self.section.num_prompts)), desc="prompts", unit="prompt")
-        return replace(self, items=tuple(ranks.all_gather([self.make(number) for number in shard])))
+        items = ranks.all_gather([self.make(number) for number in shard])
+        return replace(self, items=tuple(different("search.text", items)))

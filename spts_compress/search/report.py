@@ -6,7 +6,6 @@ from typing import Any
 
 from ..modeling.configuration_spts import Schedule
 from ..utils import tables
-from ..utils.store import writing
 from ..utils.tables import table
 
 FILES = tables.files("search")
@@ -68,22 +67,17 @@ def as_text(search: dict[str, Any]) -> str:
 
 def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`."""
-    tables.save(search, as_text(search), folder, "search")
-    if search["points"] and tables.has_matplotlib():
-        with writing(folder / "search.png") as partial:
-            picture(search, num_layers).savefig(partial, format="png", dpi=110)
+    drawing = partial(draw, search, num_layers) if search["points"] else None
+    tables.save(search, as_text(search), folder, "search", drawing, 14)
 
 
-def picture(search: dict[str, Any], num_layers: int) -> Any:
-    """A figure of the front if it has more than one point, loss by start layer, active tokens over the layers, what
-    each stage's budget is worth, and which layers rank tokens well."""
-    from matplotlib.figure import Figure
-
+def draw(search: dict[str, Any], num_layers: int, figure: Any) -> None:
+    """The front if it has more than one point, loss by start layer, active tokens over the layers, what each stage's
+    budget is worth, and which layers rank tokens well."""
     panels: list[Any] = [_front, _starts, partial(_active, num_layers), _budgets, _rankings]
-    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure.set_figheight(8)
     for number, panel in enumerate(panels if len(search["points"]) > 1 else panels[1:], 1):
         panel(figure.add_subplot(2, 3, number), search)
-    return figure
 
 
 def _front(axes: Any, search: dict[str, Any]) -> None:

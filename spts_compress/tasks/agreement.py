@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ..timing.pairs import GREEDY, Way
-from ..utils.errors import UserError
-from .example import Example, ask_about, sentences
+from .example import Example, ask_about, different, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
@@ -35,11 +34,7 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
         ask_about(TASK, index, tokenizer, parts, start, QUESTION, length, answer_tokens)
         for index, start in enumerate(starts)
     ]
-    if len({example.text for example in made}) < count:  # the same again would only narrow intervals
-        raise UserError(
-            f"{TASK}: the text is too short, or too much alike, for {count} different prompts; name another"
-        )
-    return made
+    return different(TASK, made)
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 from unicodedata import category
 
 from ..utils.errors import UserError
 
+TIME, DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""), datetime(2024, 7, 26)
 # Of scripts that have marks of their own, some of which put no space after a sentence.
 ENDS, COMMAS, CLOSING = "。！？।؟۔።။។", "，、،", "”’」』）"  # noqa: RUF001
 
@@ -40,11 +42,19 @@ class Example:
         return {name: value for name, value in asdict(self).items() if name not in ("text", "follow_up")}
 
 
+def rendered(tokenizer: Any, turns: list[dict[str, Any]], ask: bool = True) -> str:
+    """What the chat template makes of `turns`, and with `ask` the start of an answer. A template that states the time
+    is given the same day always: else no prompt would be the same again, and nothing that was made of one be found."""
+    template = tokenizer.get_chat_template()
+    dated = TIME.sub(lambda call: repr(DAY.strftime(call[2])), template)
+    options = {} if dated == template else {"chat_template": dated}
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options)
+
+
 def chat(tokenizer: Any, user: str, answer_prefix: str = "") -> str:
     """The user's turn in the model's chat template (plain where it has none), and the start of the answer."""
     if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": user}]
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + answer_prefix
+        return rendered(tokenizer, [{"role": "user", "content": user}]) + answer_prefix
     return user + answer_prefix
 
 
@@ -140,6 +150,19 @@ def ask_about(
         return chat(tokenizer, question.replace("{context}", context))
 
     return fit_example(task, index, tokenizer, build, limit, answer_tokens, unit, outputs=[])
+
+
+def different(task: str, examples: list[Example]) -> list[Example]:
+    """The examples.
+
+    Raises:
+        UserError: if two are the same prompt, which would count twice and narrow intervals.
+    """
+    if len({example.text for example in examples}) < len(examples):
+        raise UserError(
+            f"{task}: the text is too short, or too much alike, for {len(examples)} different prompts; name another"
+        )
+    return examples
 
 
 def _is_plain(letter: str) -> bool:

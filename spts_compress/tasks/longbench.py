@@ -60,7 +60,8 @@ class LongBench:
         has `answer_tokens` (by default as many as the task says)."""
         if task not in self.tasks():
             raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
-        result, how, template, room = [], SCORER[task], self.prompts.get(task), self.lengths.get(task)
+        how, template, room = SCORER[task], self.prompts.get(task), self.lengths.get(task)
+        made: dict[str, Example] = {}
         if not isinstance(template, str):
             raise UserError(f"{self.beside / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
         if not isinstance(room, int) or room < 1:
@@ -73,8 +74,9 @@ class LongBench:
                 raise UserError(f"{self.beside / PROMPTS}: {task} can't be filled in: {reason(error)}") from None
             text = _cut(prompt, tokenizer, length - room, task not in WITHOUT_CHAT)
             tokens, names = token_count(tokenizer, text), row["all_classes"] or []
-            result.append(Example(task, index, text, row["answers"], tokens, length, room, scorer=how, classes=names))
-        return result
+            example = Example(task, index, text, row["answers"], tokens, length, room, scorer=how, classes=names)
+            made.setdefault(text, example)  # equal lines count once
+        return list(made.values())
 
     def _rows(self, task: str) -> Iterator[dict]:
         if self.folder is None:
@@ -106,6 +108,8 @@ def _checked(row: Any, task: str, where: str) -> dict:
     whole["all_classes"] = classes is None or _are_texts(classes)
     if bad := [name for name, good in whole.items() if not good]:
         raise UserError(f"{where}: no usable {', '.join(bad)}; a LongBench line has {LINE}")
+    if SCORER[task] == "classification" and not set(row["answers"]) & set(classes or ()):
+        raise UserError(f"{where}: no answer of {task} is among all_classes, so none could be right")
     if SCORER[task] == "paragraph" and not all(re.search(r"\d", answer) for answer in row["answers"]):
         raise UserError(f"{where}: an answer without a number; those of {task} are such as Paragraph 3")
     return row

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
-from ..utils.store import fingerprint
+from ..utils.store import fingerprint, full_disk_named
 from .example import Example
 
 MODES = ("dense", "spts")
@@ -65,7 +65,7 @@ class Answers:
     def add(self, row: dict) -> None:
         self.check()
         row = {**row, **self.made}
-        with self.path.open("a", encoding="utf-8") as stream:
+        with full_disk_named(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

@@ -10,7 +10,7 @@
 import random
 from typing import Any, NamedTuple
 
-from .example import Example, chat, fit_example, hide, sentences, token_count
+from .example import Example, chat, fit_example, hide, rendered, sentences, token_count
 from .ruler import vocabulary
 
 COLOURS = ("red", "blue", "green", "white", "black", "yellow")
@@ -156,4 +156,4 @@ def further_turn(tokenizer: Any, question: str) -> str:
     mark = "ANSWER-6d1f0c"  # which no template and no question says itself
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": mark}]
     more = [*turns, {"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(more, tokenize=False, add_generation_prompt=True).split(mark, 1)[1]
+    return rendered(tokenizer, more).split(mark, 1)[1]

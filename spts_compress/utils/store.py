@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .errors import UserError
+from .errors import UserError, reason
 
 
 def fingerprint(*parts: Any) -> str:
@@ -175,15 +175,21 @@ class Store:
         return data
 
     def tensors(self, name: str, key: str) -> dict[str, torch.Tensor] | None:
-        """The unit's tensors; None if it is not there yet or can't be read."""
+        """The unit's tensors; None if it is not there yet or is damaged.
+
+        Raises:
+            UserError: if it can't be read for another reason.
+        """
         path = self.path(name, key, ".safetensors")
         if not path.exists():
             return None
         try:
             return load_file(path)
-        except (SafetensorError, OSError):
+        except SafetensorError:  # damaged
             path.unlink()
             return None
+        except OSError as error:  # such as too many open files, which tells nothing of this one
+            raise UserError(f"{path}: can't be read now: {reason(error)}; it is kept, so run again") from None
 
     def put_tensors(self, name: str, key: str, tensors: dict[str, torch.Tensor]) -> None:
         self.check()

@@ -59,11 +59,18 @@ def files(name: str) -> tuple[str, ...]:
     return f"{name}.json", f"{name}.md", f"{name}.png"
 
 
+def save_data(result: Any, output: Path, name: str) -> None:
+    """Write `name`.json; an earlier result's other files go just before, so that a kill never leaves two results'."""
+    with writing(output / f"{name}.json") as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        for other in files(name)[1:]:
+            (output / other).unlink(missing_ok=True)
+
+
 def save(
     result: Any, tables: str, output: Path, name: str, draw: Callable[[Any], None] | None = None, width: float = 9
 ) -> str:
-    """Write `name`.json, `name`.md and, where matplotlib is there, `name`.png into the folder `output`; an earlier
-    picture goes in any case.
+    """Write `name`.json, `name`.md and, where matplotlib is there, `name`.png into the folder `output`.
 
     Args:
         draw: draws the picture onto a matplotlib figure `width` inches wide; None for none.
@@ -71,11 +78,9 @@ def save(
     Returns:
         The `tables`.
     """
-    for suffix, text in (("json", json.dumps(result, indent=1)), ("md", tables)):
-        with writing(output / f"{name}.{suffix}") as partial:
-            partial.write_text(text + "\n")
-    picture = output / f"{name}.png"
-    picture.unlink(missing_ok=True)
+    save_data(result, output, name)
+    with writing(output / f"{name}.md") as partial:
+        partial.write_text(tables + "\n", encoding="utf-8")
     if draw is not None and has_matplotlib():
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -83,7 +88,7 @@ def save(
         with rc_context(STYLE):
             figure = Figure(figsize=(width, 4), layout="constrained")
             draw(figure)
-            with writing(picture) as partial:
+            with writing(output / f"{name}.png") as partial:
                 figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     return tables
 
