@@ -169,6 +169,18 @@ def test_a_loop_that_compiles_forward_makes_one_graph():
     assert (compiled.graphs, compiled.steps) == (1, 7)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_model_that_is_compiled_whole_answers_alike(family):
+    model = made(family)
+    torch._dynamo.reset()
+    compiled, logits = torch.compile(model, backend="eager"), []
+    with torch.no_grad():
+        for run in (compiled, model):
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            logits.append([run(prompt(n), past_key_values=cache, logits_to_keep=1).logits for n in (40, 1, 1, 3, 1)])
+    torch.testing.assert_close(*logits)
+
+
 @pytest.mark.parametrize(("length", "options"), [(40, {"spts": False}), (6, {})], ids=["dense", "short"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_where_nothing_is_skipped_the_cache_is_the_stock_one_and_steps_are_compiled(family, length, options):

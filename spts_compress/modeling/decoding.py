@@ -46,8 +46,9 @@ class StockRuns(DecoderCalls):
         """A prompt of `lengths` tokens a row, or where it has none tokens after one; tokens of the pass that come after
         the prompt's end follow as a later chunk."""
         run = Pass(*given)
-        dynamic = run.states.shape[1] > 1 or not is_static(run.cache)
-        if static := dynamic and isinstance(run.cache, StaticCache):
+        single = run.states.shape[1] == 1 and is_static(run.cache)  # a step, which may be compiled
+        static = isinstance(run.cache, StaticCache) and not single
+        if static:
             to_dynamic(run.cache, self.config)
         if request is None:
             states = self._later(run)

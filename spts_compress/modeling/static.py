@@ -95,6 +95,7 @@ def is_static(cache: Any) -> bool:
     return any(isinstance(held, StaticKeptLayer) for held in getattr(cache, "layers", ()))
 
 
+@torch.compiler.disable  # where someone compiles the prefill, too
 def to_dynamic(cache: Any, config: Any) -> None:
     """Give dynamic layers to a static cache that is empty, or that skipped.
 
@@ -113,6 +114,7 @@ def to_dynamic(cache: Any, config: Any) -> None:
         cache.layers = DynamicCache(config=config).layers
 
 
+@torch.compiler.disable
 def to_static(cache: Any, mask: torch.Tensor | None) -> None:
     """Put what the dynamic layers of a static cache hold into static ones, with room for as many tokens as `generate`
     said are to come, or else as the cache was made for. `mask` as in `StaticKeptLayer`.
