@@ -364,7 +364,7 @@ def test_openpangu_is_read_as_the_llama_it_is(tmp_path):
 
 # What the models' own config.json files say.
 PUBLISHED = {
-    "llama.yaml": {
+    "llama-paper.yaml": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
@@ -392,12 +392,13 @@ PUBLISHED = {
     ("recipe", "size", "kept"),
     [
         ("llama.yaml", "8.03B", "41.5%"),
+        ("llama-paper.yaml", "8.03B", "41.5%"),
         ("qwen2.5-7b.yaml", "7.62B", "48.3%"),
         ("openpangu-1b.yaml", "B parameters", "%"),
     ],
 )
 def test_the_papers_models_plan_from_their_published_configs(recipe, size, kept, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[recipe]))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[recipe.replace("llama.yaml", "llama-paper.yaml")]))
     plan = run("recipe", recipe, "--set", f"model.path={tmp_path}", "--set", "report.lengths=[32768]", "--dry-run")
     assert size in plan and kept in plan
     assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]

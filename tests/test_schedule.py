@@ -24,7 +24,7 @@ LLAMA_8B = SimpleNamespace(
 
 
 def test_the_papers_llama_recipe_gives_the_papers_figures():
-    schedule = replace(load(find("llama.yaml")).read_schedule(32), proxy=(Proxy(512, 192),))
+    schedule = replace(load(find("llama-paper.yaml")).read_schedule(32), proxy=(Proxy(512, 192),))
     figures = predicted(LLAMA_8B, schedule, 32768)
     assert figures["kv_share"] == pytest.approx(0.4145, abs=5e-5)  # the paper: KV memory -58.6%, 16 GB -> 6.63 GB
     assert figures["speedup"] == pytest.approx(2.59, abs=0.005)
@@ -32,7 +32,7 @@ def test_the_papers_llama_recipe_gives_the_papers_figures():
 
 
 def test_counts_follow_stages_and_pruning():
-    schedule = load(find("llama.yaml")).read_schedule(32)
+    schedule = load(find("llama-paper.yaml")).read_schedule(32)
     n = 32768
     assert schedule.counts(9, n) == (n, n, n, n, n)
     assert schedule.counts(10, n) == (n, 9000, 9000, n, 9000)

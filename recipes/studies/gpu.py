@@ -27,7 +27,7 @@ from spts_compress.timing import pairs  # noqa: E402
 
 SHAPES = {
     "llama-3.1-8b": (
-        "llama.yaml", modeling_spts_llama.SptsLlamaConfig, modeling_spts_llama.SptsLlamaForCausalLM,
+        "llama-paper.yaml", modeling_spts_llama.SptsLlamaConfig, modeling_spts_llama.SptsLlamaForCausalLM,
         dict(
             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
             num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
@@ -48,6 +48,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 STAGES = ["headline", "ablation", "batch", "profile"]
+SHAPES["llama-3.1-8b-updates"] = "llama.yaml", *SHAPES["llama-3.1-8b"][1:]
 TINY = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )

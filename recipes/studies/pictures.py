@@ -2,7 +2,7 @@
 
     python recipes/studies/pictures.py [FOLDER]
 
-`method.png`: which tokens each layer works on. The counts are those of `llama.yaml` for a prompt of 16K tokens; which
+`method.png`: which tokens each layer works on. The counts are those of `llama-paper.yaml` at 16K tokens; which
 tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: quality against measured
 speed-up, with 95% intervals and the range of the timed pairs. `qwen2.5-coder-0.5b/updates.png`: free answers against
 FLOPs, with updates and without. FOLDER is `recipes/results` by default.
@@ -40,7 +40,7 @@ STATES = {
 def states() -> tuple[np.ndarray, list[int]]:
     """What each layer does to each block of tokens, as an index into STATES: (layers, blocks); and the tokens that
     attention runs on, layer by layer."""
-    schedule = load(find("llama.yaml")).read_schedule(LAYERS)
+    schedule = load(find("llama-paper.yaml")).read_schedule(LAYERS)
     assert schedule is not None
     blocks, rng = TOKENS // BLOCK, np.random.default_rng(3)
     worth = np.convolve(rng.gumbel(size=blocks + 4), np.ones(5) / 5, "valid")  # what matters is found in runs
