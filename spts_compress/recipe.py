@@ -128,9 +128,9 @@ class ProxySection(Section):
     """The proxies: `channels` and `rank` are the largest size (D_low and r of the paper; by default what suits the
     model; rank 0: the regression alone), which may cost at most `max_flop_fraction` of the dense feed-forward network's
     FLOPs; a layer gets a smaller one if its recall of the tokens that count is at most `tolerance` worse.
-    `saliency_quantile`: the share of most salient tokens that rates a channel. `init`: plain or activation-weighted
-    SVD; `regression`: whether a regression mends it; `steps` of refinement (0: none) lessen `objective`. The paper's
-    own proxies: `regression: false`, `steps: 0`."""
+    `saliency_quantile`: the share of most salient tokens that rates a channel (rho in the paper). `init`: plain or
+    activation-weighted SVD; `regression`: whether a regression mends it; `steps` of refinement (0: none) lessen
+    `objective`. The paper's own proxies: `regression: false`, `steps: 0`."""
 
     channels: Positive | None = None
     rank: Natural | None = None

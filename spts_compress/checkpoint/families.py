@@ -7,8 +7,8 @@ from typing import Any
 from .. import modeling
 from ..modeling.stock_layer import Norms
 
-# Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. A new family is
-# such a file, a line here, one in the tests' tiny.py and one in the README's table.
+# Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. The README there
+# says what a new family needs.
 FAMILIES = {
     "deepseek_v2": ("modeling_spts_deepseek", "SptsDeepseekV2"),
     "deepseek_v3": ("modeling_spts_deepseek", "SptsDeepseekV3"),

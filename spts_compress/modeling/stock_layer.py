@@ -179,11 +179,10 @@ class StockLayer(Stock):
 
 
 def layers_held(cache: Any) -> list[dict[str, Any]]:
-    """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens that attention ran on; the
-    feed-forward network ran on as many), `cached` (those held now, of which a window sees no more, and the tokens
-    since), `bytes` of keys and values (of a static cache with its empty slots), and `positions` of the tokens that were
-    cached if the call asked for them with `spts={"positions": True}`. In a padded batch the counts are the longest
-    row's."""
+    """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens that attention ran on),
+    `cached` (those held now, of which a window sees no more, and the tokens since), `bytes` of keys and values (of a
+    static cache with its empty slots), and `positions` of the tokens that were cached if the call asked for them with
+    `spts={"positions": True}`. In a padded batch the counts are the longest row's."""
     rows = []
     for held in cache.layers:
         source = held.source if isinstance(held, StaticKeptLayer) else held
