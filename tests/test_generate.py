@@ -483,6 +483,13 @@ def test_a_call_can_change_the_schedule(model):
         ({"start": 2}, "can't be changed"),
         ({"update": {"attention_rank": 1, "ffn_rank": 1}}, "can't be changed"),
         ({"stagse": []}, "stagse"),
+        ({"stages": []}, "the stages' ends"),
+        ({"stages": [{"end": 3, "budget": 20, "prune_to": 15}]}, "prune_to of the last stage"),
+        ({"stages": [{"end": 4, "budget": 20, "prune_to": 30}]}, "prune_to of the last stage"),
+        ({"probe": {"heads": {"1": [99]}}}, r"probe.heads, \(\(1, 99\),\)"),
+        ({"probe": {"heads": {"1": [-1]}}}, "probe.heads"),
+        ({"probe": {"heads": {"1": [True]}}}, "probe.heads"),
+        ({"probe": {"heads": {"1": [0], "5": [0]}}}, "probe.heads"),
     ):
         with pytest.raises(ValueError, match=error):
             new_tokens(model, tokens, spts=bad)

@@ -25,6 +25,7 @@ class SptsConfigMixin:
 
     spts: dict | None = None
     num_hidden_layers: int
+    num_attention_heads: int
 
     def schedule(self, **changes: Any) -> Schedule:
         """The skipping schedule, with top-level keys of the block replaced by `changes` for one use.
@@ -32,7 +33,8 @@ class SptsConfigMixin:
         Raises:
             ValueError: if the block or a change is not valid.
         """
-        return Schedule.from_dict({**(self.spts or {}), **changes}, self.num_hidden_layers)
+        block = {**(self.spts or {}), **changes}
+        return Schedule.from_dict(block, self.num_hidden_layers, self.num_attention_heads)
 
 
 def skipping_classes(

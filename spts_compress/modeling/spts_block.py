@@ -55,8 +55,9 @@ class SptsBlock:
         return block
 
     @classmethod
-    def from_dict(cls, block: dict[str, Any], num_layers: int | None) -> Any:
-        """Read the `spts` block of a model with `num_layers` layers (None: as it is, unchecked).
+    def from_dict(cls, block: dict[str, Any], num_layers: int | None, num_heads: int | None = None) -> Any:
+        """Read the `spts` block of a model with `num_layers` layers (None: as it is, unchecked) of `num_heads` heads
+        (None: not known).
 
         Raises:
             ValueError: naming a fault of `block`.
@@ -68,22 +69,28 @@ class SptsBlock:
                 probe["heads"] = tuple(sorted(pairs))
             schedule = read(cls, {**block, "probe": probe})
             if num_layers is not None:
-                schedule.check(num_layers)
+                schedule.check(num_layers, num_heads)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"this model's spts block can't be used: {error}") from error
         return schedule
 
-    def check(self: Any, num_layers: int) -> None:
+    def check(self: Any, num_layers: int, num_heads: int | None = None) -> None:
         """Raises ValueError if a value is out of range: what would otherwise be a wrong answer or an odd error."""
         ends = [self.start - 1, *(stage.end for stage in self.stages)]
         amounts = [amount for stage in self.stages for amount in stage.amounts().values()]
         numbers = [*ends, self.sink_tokens, self.recent_tokens, self.probe.window_size, self.probe.kernel_size]
         heads = self.probe.heads
-        fine_heads = heads in HEAD_REDUCTIONS if isinstance(heads, str) else heads[:1] and heads[0][0] == self.start
+        if isinstance(heads, str):
+            fine_heads = heads in HEAD_REDUCTIONS
+        else:
+            first, most = [layer for layer, _ in heads[:1]], float("inf") if num_heads is None else num_heads
+            there = (layer < num_layers and type(head) is int and 0 <= head < most for layer, head in heads)
+            fine_heads = first == [self.start] and all(there)
         for fine, what in (
             (all(type(number) is int for number in numbers + [a.floor for a in amounts]), "a number of tokens"),
             (0 <= ends[0] < num_layers - 1, "start"),
             (len(ends) > 1 and ends == sorted(set(ends)) and ends[-1] < num_layers, "the stages' ends"),
+            (all(s.prune_to is None for s in self.stages[-1:]), "prune_to of the last stage"),
             (all(0 <= a.fraction <= 1 and a.floor >= 0 and (a.fraction or a.floor) for a in amounts), "a budget"),
             (all(a.cap is None or a.cap >= max(1, a.floor) for a in amounts), "a cap"),
             (self.sink_tokens >= 0 and self.recent_tokens >= 1, "sink_tokens or recent_tokens"),
@@ -91,7 +98,7 @@ class SptsBlock:
             (self.probe.kernel_size >= 1 and self.probe.kernel_size % 2 == 1, "probe.kernel_size"),
             (0 <= self.probe.score_carry <= 1, "probe.score_carry"),
             (self.ffn_selection in FFN_SELECTIONS, "ffn_selection"),
-            (fine_heads, "probe.heads"),
+            (fine_heads, f"probe.heads, {heads!r},"),
             (len(self.proxy) in (0, 1, num_layers - self.start), "the number of proxies"),
             (self.proxy or self.ffn_selection in ("attention", "all"), "ffn_selection, which needs a proxy,"),
             (len(self.update) in (0, 1, num_layers - self.start), "the number of updates"),
