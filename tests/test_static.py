@@ -236,6 +236,29 @@ def test_what_a_static_cache_can_not_do_gets_a_clear_error():
     out = answers(model, tokens, return_dict_in_generate=True, **STATIC)
     with pytest.raises(ValueError, match="make a new one"):
         out.past_key_values.reset()
-    small = StaticCache(config=model.config, max_cache_len=30)
+    small, ran = StaticCache(config=model.config, max_cache_len=30), []
+    model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match="made for 30 tokens and 40 have come"):
         model(tokens, past_key_values=small, logits_to_keep=1)
+    assert not ran and type(small.layers[0]) is StaticLayer  # told before the work, and the cache is as it was
+
+
+def test_where_all_layers_have_windows_a_static_cache_does_not_tell_its_length():
+    model, tokens = tiny_model("mistral", sliding_window=10), prompt()
+    expected = answers(model, tokens)
+    for length, error in ((64, "does not tell how many tokens"), (8, "made for 8 tokens and 40 have come")):
+        with pytest.raises(ValueError, match=error):
+            model(tokens, past_key_values=StaticCache(config=model.config, max_cache_len=length), logits_to_keep=1)
+    own = StaticCache(config=model.config, max_cache_len=64)
+    assert torch.equal(answers(model, tokens, past_key_values=own), expected)
+    assert torch.equal(answers(model, tokens, **STATIC), expected)
+
+
+def test_a_dense_answer_leaves_no_say_in_the_room_of_a_later_prompt():
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=400)
+    answers(model, prompt(6), 2, past_key_values=cache, spts=False)
+    cache.reset()
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache, logits_to_keep=1)
+    assert cache.layers[0].max_cache_len == 512  # in steps of 256, for 400 tokens

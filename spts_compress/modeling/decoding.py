@@ -49,7 +49,7 @@ class StockRuns(DecoderCalls):
         single = run.states.shape[1] == 1 and is_static(run.cache)  # a step, which may be compiled
         static = isinstance(run.cache, StaticCache) and not single
         if static:
-            to_dynamic(run.cache, self.config)
+            to_dynamic(run.cache, self.config, run.states.shape[1])
         if request is None:
             states = self._later(run)
         elif not request.suffix_length:

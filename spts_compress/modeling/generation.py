@@ -71,11 +71,15 @@ class GenerationCalls(SkippingPreTrainedModel):
         """As stock; a static cache is told how many tokens come after the pass, and takes those of a later turn on
         dynamic layers."""
         cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, StaticCache):
-            vars(cache)["to_come"] = generation_config.max_length - input_ids.shape[1]
+        if not isinstance(cache, StaticCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        vars(cache)["to_come"] = generation_config.max_length - input_ids.shape[1]
+        try:
             if is_static(cache):
                 to_dynamic(cache, self.config)
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            vars(cache).pop("to_come", None)  # or a later pass of the caller's own goes by it
 
     def create_masks_for_generate(self, **given: Any) -> Any:
         """The masks of a pass on a static cache, as stock; none where its layers know what they hold. A prompt that may

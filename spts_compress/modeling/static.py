@@ -5,7 +5,7 @@ them. A pass of several tokens runs on dynamic layers, the single tokens after i
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .cache import SkippedCacheLayer
 
@@ -96,40 +96,53 @@ def is_static(cache: Any) -> bool:
 
 
 @torch.compiler.disable  # where someone compiles the prefill, too
-def to_dynamic(cache: Any, config: Any) -> None:
-    """Give dynamic layers to a static cache that is empty, or that skipped.
+def to_dynamic(cache: Any, config: Any, new: int = 0) -> None:
+    """Give dynamic layers to a static cache that is empty, or that skipped. It will have room for as many tokens as
+    `generate` says are to come after the `new` ones, or else as it was made for.
 
     Raises:
-        ValueError: if it is offloaded.
+        ValueError: if it is offloaded, or made for too few tokens, or does not tell for how many.
     """
-    if is_static(cache):
-        cache.layers = [held.released() for held in cache.layers]
-    elif isinstance(cache.layers[0], StaticLayer):
-        if cache.offloading:
-            raise ValueError(
-                "an offloaded static cache can't hold what skipping leaves; use cache_implementation='static' or "
-                "'offloaded', or pass spts=False"
-            )
-        cache.capacity = cache.get_max_length()
-        cache.layers = DynamicCache(config=config).layers
-
-
-@torch.compiler.disable
-def to_static(cache: Any, mask: torch.Tensor | None) -> None:
-    """Put what the dynamic layers of a static cache hold into static ones, with room for as many tokens as `generate`
-    said are to come, or else as the cache was made for. `mask` as in `StaticKeptLayer`.
-
-    Raises:
-        ValueError: if more tokens have come than the cache was made for.
-    """
-    seen = cache.get_seq_length()
-    if (to_come := vars(cache).pop("to_come", None)) is not None:
+    seen, kept = int(cache.get_seq_length()) + new, is_static(cache)
+    empty = isinstance(cache.layers[0], StaticLayer) and not kept
+    if empty and cache.offloading:
+        raise ValueError(
+            "an offloaded static cache can't hold what skipping leaves; use cache_implementation='static' or "
+            "'offloaded', or pass spts=False"
+        )
+    if (to_come := vars(cache).get("to_come")) is not None:
         cache.capacity = seen + to_come
+    elif empty:
+        cache.capacity = capacity_of(cache, config)
+    if cache.capacity is None:
+        raise ValueError(
+            "all layers have windows, so the static cache does not tell how many tokens it was made for; make it with "
+            "a max_cache_len below the window, or leave the loop to generate(past_key_values=...)"
+        )
     if cache.capacity < seen:
         raise ValueError(
             f"the static cache was made for {cache.capacity} tokens and {seen} have come: make it with a larger "
             "max_cache_len, or leave it to generate(cache_implementation='static')"
         )
+    if kept:
+        cache.layers = [held.released() for held in cache.layers]
+    elif empty:
+        cache.layers = DynamicCache(config=config).layers
+
+
+def capacity_of(cache: Any, config: Any) -> int | None:
+    """How many tokens an empty static cache was made for; None where all its layers are as short as their window,
+    which does not tell."""
+    longest = cache.get_max_length()
+    windowed = all(isinstance(held, StaticSlidingWindowLayer) for held in cache.layers)
+    return None if windowed and longest >= config.sliding_window else longest
+
+
+@torch.compiler.disable
+def to_static(cache: Any, mask: torch.Tensor | None) -> None:
+    """Put what the dynamic layers of a static cache hold into static ones, with room for as many tokens as it is to
+    have. `mask` as in `StaticKeptLayer`."""
+    seen = cache.get_seq_length()
     groups: dict[Any, int] = {}
     for index, held in enumerate(cache.layers):
         tokens = (getattr(held, "stage", None), held.keys.shape[-2]) if window_of(held) is None else index
