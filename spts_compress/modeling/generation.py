@@ -32,7 +32,11 @@ class GenerationCalls(SkippingPreTrainedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As stock. `spts` goes for every prompt that the call runs. Where it is not given, all of them run dense if
         there is guidance (whose negative prompt is no part of the cache), an early exit (which runs without some of
-        the layers) or a prompt in chunks (which don't show where it ends)."""
+        the layers) or a prompt in chunks (which don't show where it ends).
+
+        Raises:
+            ValueError: if `spts` asks to skip in a prompt in chunks.
+        """
         outer, depth = ASKED.get(), self.config.num_hidden_layers
         if outer is not None and outer.model is self:  # token healing asks for a token within a call
             kwargs.setdefault("spts", outer.spts)
@@ -47,7 +51,10 @@ class GenerationCalls(SkippingPreTrainedModel):
         """As stock; decides whether the call's prompts all run dense."""
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         several = config.guidance_scale not in (None, 1) or config.assistant_early_exit is not None
-        if config.prefill_chunk_size is not None or (several and model_kwargs.get("spts") is None):
+        spts, chunks = model_kwargs.get("spts"), config.prefill_chunk_size is not None
+        if chunks and spts not in (None, False):
+            raise ValueError("a prompt in chunks can't be skipped in: leave prefill_chunk_size unset, or spts")
+        if spts is None and (chunks or several):
             model_kwargs["spts"] = False
         if (asked := ASKED.get()) is not None and asked.model is self:
             asked.spts = model_kwargs.get("spts")
