@@ -179,20 +179,23 @@ class StockLayer(Stock):
 
 
 def layers_held(cache: Any) -> list[dict[str, Any]]:
-    """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens that attention ran on),
-    `cached` (those held now, of which a window sees no more, and the tokens since), `bytes` of keys and values (of a
-    static cache with its empty slots), and `positions` of the tokens that were cached if the call asked for them with
-    `spts={"positions": True}`. In a padded batch the counts are the longest row's."""
+    """What a prefill did, read from its cache, by layer: `candidates`, `active` (tokens of the prompt that attention
+    ran on; of all the text where no layer skipped), `cached` (those held now, of which a window sees no more, and the
+    tokens since), `bytes` of keys and values (of a static cache with its empty slots), and `positions` of the tokens
+    that were cached if the call asked for them with `spts={"positions": True}`. In a padded batch the counts are the
+    longest row's."""
     rows = []
-    for held in cache.layers:
-        source = held.source if isinstance(held, StaticKeptLayer) else held
+    sources = [held.source if isinstance(held, StaticKeptLayer) else held for held in cache.layers]
+    prompts = [source.prompt_length for source in sources if isinstance(source, SkippedCacheLayer)]
+    for held, source in zip(cache.layers, sources, strict=True):
         skipped = source if isinstance(source, SkippedCacheLayer) else None
+        dense = min([int(held.get_seq_length()), *prompts])
         tensors = (held.keys, held.values) if held.is_initialized else ()
         slots = held.keys.shape[-2] if tensors else 0
         rows.append(
             {
-                "candidates": skipped.candidates if skipped else int(held.get_seq_length()),
-                "active": skipped.active if skipped else int(held.get_seq_length()),
+                "candidates": skipped.candidates if skipped else dense,
+                "active": skipped.active if skipped else dense,
                 "cached": int(held.cumulative_length) if isinstance(held, StaticLayer) else slots,
                 "bytes": sum(t.numel() * t.element_size() for t in tensors),
                 "positions": skipped.positions if skipped else None,
