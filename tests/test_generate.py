@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from tiny import BARE, SCHEDULE, TEXT, UPDATING, stock_twin, tiny_model, tiny_tokenizer
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
@@ -241,6 +241,9 @@ def test_chunked_prefill_is_dense(model):
     dense = new_tokens(model, tokens, spts=False)
     assert torch.equal(new_tokens(model, tokens, prefill_chunk_size=16), dense)
     assert torch.equal(dense, new_tokens(stock_twin(model), tokens))
+    for spts in (True, {"sink_tokens": 2}):
+        with pytest.raises(ValueError, match="leave prefill_chunk_size unset"):
+            new_tokens(model, tokens, prefill_chunk_size=16, spts=spts)
 
 
 def test_continuous_batching_is_dense(model):
@@ -373,6 +376,14 @@ def test_cache_operations(model):
         cropped.activate_past_recording()
         model(tokens, past_key_values=cropped, logits_to_keep=1, spts={"kv": None})  # what attention ran on, no more
         cropped.crop(-1)  # every layer holds the prompt's last token
+        for layer, seen in zip(cropped.layers[1:], [40, 40, 16, 16], strict=True):
+            assert (layer.prompt_length, layer.candidates, layer.active) == (
+                39,
+                seen - 1,
+                (12 if seen == 40 else 8) - 1,
+            )
+            if layer.ends is not None:
+                assert layer.ends.tolist() == [[39]] * 3 and layer.positions.shape == (3, layer.cached)
         again = model(tokens[:, -1:], past_key_values=cropped).logits
         torch.testing.assert_close(again, out.logits, rtol=1e-5, atol=1e-4)
         order = torch.tensor([2, 0, 0])
@@ -402,6 +413,24 @@ def test_an_empty_cache_without_layers_works(model):
     with torch.no_grad():
         bare = model(tokens, past_key_values=DynamicCache(), logits_to_keep=1).logits
         assert torch.equal(bare, model(tokens, logits_to_keep=1).logits)
+
+
+def test_the_upper_layers_alone_run_dense_on_a_cache_of_the_callers(model):
+    tokens, lower = prompt(), []
+    handle = model.model.layers[3].register_forward_pre_hook(
+        lambda _, args, kwargs: lower.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected = model(tokens, logits_to_keep=1, spts=False).logits
+        handle.remove()
+        given = dict(inputs_embeds=lower[0], first_layer=3, logits_to_keep=1)
+        bare = DynamicCache()
+        for cache in (bare, DynamicCache(config=model.config)):
+            found = model(**given, past_key_values=cache, spts=False).logits
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert [held.get_seq_length() for held in bare.layers] == [0, 0, 0, 40, 40]
+        with pytest.raises(ValueError, match="first_layer needs a dynamic cache"):
+            model(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64), spts=False)
 
 
 def test_short_empty_and_overlong_prompts_are_as_stock(model):
@@ -505,8 +534,8 @@ def test_the_cache_says_what_was_skipped(model):
         tokens, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, spts={"positions": True}, **GREEDY
     )
     seen = model.skipped(out.past_key_values)
-    assert [layer["candidates"] for layer in seen] == [42, 40, 40, 16, 16]
-    assert [layer["active"] for layer in seen] == [42, 12, 12, 8, 8]
+    assert [layer["candidates"] for layer in seen] == [40, 40, 40, 16, 16]
+    assert [layer["active"] for layer in seen] == [40, 12, 12, 8, 8]
     assert [layer["cached"] for layer in seen] == cached(model, later=2)
     for number, row in enumerate(rows):
         alone = model(row[None], logits_to_keep=1, spts={"positions": True})

@@ -203,6 +203,8 @@ def test_a_static_cache_says_what_was_skipped(model):
     dynamic, static = (
         model.skipped(answers(model, prompt(rows=2), 1, **options, **kind).past_key_values) for kind in ({}, STATIC)
     )
+    later = answers(model, prompt(rows=2), 5, return_dict_in_generate=True, **PADDED, **STATIC).past_key_values
+    assert [row["active"] for row in model.skipped(later)] == [row["active"] for row in dynamic]
     for ours, theirs in zip(static, dynamic, strict=True):
         for name in ("candidates", "active", "cached"):
             assert ours[name] == theirs[name]

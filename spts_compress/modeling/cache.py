@@ -8,6 +8,12 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 
+def fill_layers(cache: Any, count: int) -> None:
+    """Give a cache that makes its layers when they are first used as many as `count`."""
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < count:
+        cache.layers.append(cache.layer_class_to_replicate())
+
+
 class SkippedCacheLayer(DynamicLayer):
     """KV cache of a layer that skipped prompt tokens: shorter than the prompt, and its rows may start with padding.
 
@@ -106,14 +112,16 @@ class SkippedCacheLayer(DynamicLayer):
         if of_prompt > self.protected:
             raise ValueError(
                 f"cannot crop {count} tokens: {self.generated} came after the prompt, and every layer holds "
-                f"only the last {self.protected} of the prompt (recent_tokens). Run the prompt again instead."
+                f"only the last {self.protected} of the prompt (recent_tokens, or probe.window_size if that is more). "
+                "Run the prompt again instead."
             )
         super().crop(tokens_to_remove)
         self.generated -= count - of_prompt
         if of_prompt:
             self.prompt_length, self.protected = self.prompt_length - of_prompt, self.protected - of_prompt
-            for name in ("active", "cached", "kept"):
+            for name in ("candidates", "active", "cached", "kept"):
                 setattr(self, name, getattr(self, name) - of_prompt)
-            ends = None if self.ends is None else self.ends - of_prompt
-            self._move_rows(lambda rows: rows[:, : rows.shape[1] - of_prompt])
-            self.ends = ends
+            for name in ("valid", "positions"):
+                if (rows := getattr(self, name)) is not None:
+                    setattr(self, name, rows[:, : rows.shape[1] - of_prompt])
+            self.ends = None if self.ends is None else self.ends - of_prompt

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache import SkippedCacheLayer
+from .cache import SkippedCacheLayer, fill_layers
 from .generation import GenerationCalls
 from .static import StaticKeptLayer
 from .stock_layer import SkippingPreTrainedModel
@@ -182,6 +182,8 @@ class DecoderCalls(SkippingPreTrainedModel):
             ValueError: for inputs that skipping can't handle, with the way round it.
         """
         cache, tokens = past_key_values, (input_ids, inputs_embeds)
+        if first_layer and isinstance(cache, StaticCache):
+            raise ValueError("first_layer needs a dynamic cache: a static one's first layer counts the text's tokens")
         begun = has_begun(cache, tokens, first_layer)
         lengths: list[int] = []
         if begun:
@@ -198,6 +200,8 @@ class DecoderCalls(SkippingPreTrainedModel):
             return super().forward(**given, **kwargs)
         keeps = self.config.use_cache if use_cache is None else use_cache
         cache = DynamicCache(config=self.config) if cache is None and (keeps or first_layer) else cache
+        if first_layer and cache is not None:
+            fill_layers(cache, len(self.layers))
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(states.shape[1], device=states.device)[None]

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import record_function
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache import SkippedCacheLayer
+from .cache import SkippedCacheLayer, fill_layers
 from .configuration_spts import Counts
 from .decoding import StockRuns
 from .selection import ranked, select
@@ -115,8 +115,7 @@ class PlannedRuns(StockRuns):
         Raises:
             ValueError: if the cache is of a kind that can't hold layers of unequal length.
         """
-        while cache.layer_class_to_replicate is not None and len(cache.layers) < len(self.layers):
-            cache.layers.append(cache.layer_class_to_replicate())
+        fill_layers(cache, len(self.layers))
         for layer, plan in enumerate(plans, len(self.layers) - len(plans)):
             old = cache.layers[layer]
             if not isinstance(old, SkippedCacheLayer) and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
