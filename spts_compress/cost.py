@@ -84,7 +84,7 @@ class LayerShape:
 
     def proxy(self, size: Proxy) -> float:
         """FLOPs of a proxy for one token."""
-        return 4.0 * size.rank * (self.hidden + size.channels) + 5.0 * self.hidden
+        return 4.0 * size.rank * (self.hidden + size.channels) + 7.0 * self.hidden
 
     def update(self, rank: int) -> float:
         """FLOPs of an update for one token."""

@@ -100,7 +100,7 @@ def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
             continue
         expected += cost.total + shape.attention(cost.active)
         if cost.ffn_tokens < cost.candidates_in and plan.ffn_selection == "proxy":
-            expected -= 5.0 * config.hidden_size * cost.candidates_in
+            expected -= config.hidden_size * cost.candidates_in  # the squares, which are no product of matrices
         if (
             plan.probe.heads_of(layer) and cost.probing
         ):  # the window's queries are projected for the probe, and again among the active
@@ -108,7 +108,7 @@ def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
             if family.startswith("deepseek"):  # and by the matrix that makes keys of latents
                 heads, size = config.num_attention_heads, config.qk_nope_head_dim
                 expected += 2.0 * plan.probe.window_size * heads * size * config.kv_lora_rank
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-4)
     assert predicted(config, plan, LENGTH)["speedup"] > 1.2  # so that the two cases differ
 
 

@@ -143,7 +143,7 @@ class FeedForwardProxy(nn.Module):
     With `x' = x / rms(x)` the prediction is `exp(x' a + (x' * x') b + c) ||f(x)||^p`, where
     `f(x) = act(x' U_g V_g) * (x' U_u V_u)` has the width D_low, as in the paper, and the rest is a regression's.
     `U_g`, `U_u` of rank r and `a` (D) are one matrix, `down`; `square` (D) is `b`, `constants` are c and p. They hold
-    the norm's weight too, so that candidates need not be normalised one by one. 4 r (D + D_low) + 5 D FLOPs a
+    the norm's weight too, so that candidates need not be normalised one by one. 4 r (D + D_low) + 7 D FLOPs a
     token; with rank 0 only the regression is left.
     """
 
@@ -163,7 +163,7 @@ class FeedForwardProxy(nn.Module):
         `relative`: divided by the root mean square of the state itself."""
         squares = states.float().square() if states.dtype == torch.float16 else states.square()
         sums = nn.functional.linear(squares, torch.stack([torch.ones_like(self.square), self.square]).to(squares))
-        mean, squared = (sums.double() if sums.dtype == torch.float64 else sums.float()).unbind(-1)
+        mean, squared = (sums if sums.dtype == torch.float64 else sums.float()).unbind(-1)
         mean = mean / states.shape[-1] + self.eps
         scale = torch.rsqrt(mean)
         if states.dtype == torch.float16:  # whose range a large residual state would leave
