@@ -13,7 +13,7 @@ def probe_scores(
     key: torch.Tensor,
     scaling: float,
     valid: torch.Tensor | None = None,
-    hidden: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that each head's last queries pay to every candidate, their mean (PAP).
 
@@ -22,7 +22,7 @@ def probe_scores(
         key: rotated keys of all candidates, (B, G, T, d).
         scaling: factor of the attention logits.
         valid: which candidates are not padding, (B, T); None if all are.
-        hidden: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
+        unseen: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
 
     Returns:
         Scores (B, H, T) in float32, zero on padding and outside all windows.
@@ -35,8 +35,8 @@ def probe_scores(
     if window > 1:  # each query sees the tokens up to itself
         future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
         logits[..., -window:].masked_fill_(future, float("-inf"))
-    if hidden is not None:
-        logits.masked_fill_(hidden[:, None], float("-inf"))
+    if unseen is not None:
+        logits.masked_fill_(unseen[:, None], float("-inf"))
     if valid is None:
         return torch.softmax(logits, dim=-1).mean(dim=2)
     logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)

@@ -136,11 +136,11 @@ class SkippingDecoderLayer(StockLayer):
             return carried
         window = min(probe.window_size, plan.candidates_in.width)
         query = self.probes(normed[:, -window:], *(table[:, -window:] for table in cos_sin))
-        heads = probe_scores(query, key, self.self_attn.scaling, valid, self.hidden(slots, window, plan))
+        heads = probe_scores(query, key, self.self_attn.scaling, valid, self.unseen(slots, window, plan))
         raw = reduce_heads(self.all_heads(heads), plan.heads)
         return raw + probe.score_carry * carried if probe.score_carry and carried is not None else raw
 
-    def hidden(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
+    def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
         """Which candidates the last `count` queries do not see, (B or 1, count, T): here none but later ones."""
         return None
 

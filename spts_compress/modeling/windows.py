@@ -42,10 +42,10 @@ def windowed(
     for first in range(0, places.shape[1], size):
         seen = slice(max(0, first - window + 1), first + size)  # tokens are no nearer to each other than their numbers
         distance = places[:, first : first + size, None] - places[:, None, seen]
-        hidden = (distance < 0) | (distance >= window)
+        unseen = (distance < 0) | (distance >= window)
         if valid is not None:
-            hidden |= ~valid[:, None, seen]
-        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, torch.finfo(query.dtype).min)
+            unseen |= ~valid[:, None, seen]
+        mask = torch.zeros_like(unseen, dtype=query.dtype).masked_fill_(unseen, torch.finfo(query.dtype).min)
         part = query[:, :, first : first + size], key[:, :, seen], value[:, :, seen], mask[:, None]
         made.append(attend(*part)[0])
     return torch.cat(made, dim=1)
@@ -106,7 +106,7 @@ class WindowCacheLayer(SkippedCacheLayer):
 class WindowedDecoderLayer(SkippingDecoderLayer):
     """A skipping layer of a family with windows."""
 
-    def hidden(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
+    def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
         return outside(slots, count, plan.window)
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:

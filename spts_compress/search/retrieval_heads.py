@@ -35,8 +35,8 @@ def each_layer(model: Any, ids: torch.Tensor, note: Callable[[int, Attention], N
 
         def scores(first: int, last: int) -> torch.Tensor:
             query = layer.probes(normed[:, first:last], *(table[:, first:last] for table in cos_sin))
-            hidden = outside(torch.arange(last, device=key.device)[None], last - first, windows[number])
-            return probe_scores(query, key[:, :, :last], attention.scaling, hidden=hidden)[0]
+            unseen = outside(torch.arange(last, device=key.device)[None], last - first, windows[number])
+            return probe_scores(query, key[:, :, :last], attention.scaling, unseen=unseen)[0]
 
         note(number, scores)
 
