@@ -72,7 +72,7 @@ class LayerPlan:
     @property
     def weighs(self) -> bool:
         """Whether the feed-forward network's tokens are chosen by a score of their own."""
-        return self.ffn_tokens is not self.candidates_in and self.schedule.ffn_selection != "attention"
+        return self.schedule.uses_proxies and self.ffn_tokens is not self.candidates_in
 
     def order(self, score: torch.Tensor | None, tie: torch.Tensor | None, *counts: Count) -> torch.Tensor | None:
         """The candidates (B, T) from the lowest score to the highest, those with equal ones by `tie`, the always active

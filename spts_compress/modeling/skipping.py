@@ -13,8 +13,8 @@ later layer:
 
 Decoding runs densely on the shortened caches: a layer's holds the tokens that were cached there, and what came after
 the prompt. The method is this file, `configuration_spts.py` (which layers skip how much), `selection.py` (scores,
-proxies, the choice) and `update.py` (the estimates). The other files are bookkeeping, and where families differ;
-README.md says which is what.
+proxies, the choice) and `update.py` (the estimates); `LayerPlan` in `layer_plan.py` is what one layer is told. The other
+files are bookkeeping, and where families differ; README.md says which is what.
 
 Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, K cached ones, D hidden size. Rows have
 their padding on the left.
@@ -63,6 +63,7 @@ class SkippingDecoderLayer(StockLayer):
         past_key_values: Any,
         carried: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        # A count that `is plan.candidates_in` means all candidates: nothing to choose, and None in place of indices.
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
         cos_sin, raw, score = position_embeddings, None, None
         with record_function("spts.probing"):
@@ -77,14 +78,14 @@ class SkippingDecoderLayer(StockLayer):
         cached_index = attention_index if plan.cached is plan.active else plan.choose(plan.cached, order)
         with record_function("spts.gathers"):
             active = gather_tokens(normed, attention_index)
-            cached = active if cached_index is attention_index else gather_tokens(normed, cached_index)
+            to_cache = active if cached_index is attention_index else gather_tokens(normed, cached_index)
             key = gather_tokens(key.transpose(1, 2), cached_index).transpose(1, 2)
             cos_sin = tuple(gather_tokens(table, attention_index) for table in cos_sin)
             at = gather_tokens(slots, attention_index)
 
         # Attention among the active tokens, in their order and with their original positions.
         with record_function("spts.attention"):
-            held: tuple[torch.Tensor, ...] = self.cached(cached, key)
+            held: tuple[torch.Tensor, ...] = self.cached(to_cache, key)
             if past_key_values is not None:
                 past_key_values.update(*held, self.self_attn.layer_idx)
             if cached_index is not attention_index:
@@ -98,6 +99,7 @@ class SkippingDecoderLayer(StockLayer):
             with record_function("spts.updates"):
                 estimate = self.attention_update(normed)
         states = self._add(states, attention_index, output, plan.active, estimate)
+        del normed, active, to_cache  # as large as the states, and done with
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
         if plan.weighs:
@@ -106,15 +108,15 @@ class SkippingDecoderLayer(StockLayer):
             ffn_index = plan.choose(plan.ffn_tokens, plan.order(worth, raw, plan.ffn_tokens))
         else:
             ffn_index = plan.choose(plan.ffn_tokens, order)
-        estimate, normed = None, states
+        inputs, run, estimate = states, self.feed_forward, None
         if plan.schedule.update and ffn_index is not None:
             with record_function("spts.updates"):
-                normed = self.normed("before_feed_forward", states)
-                estimate = self.ffn_update(normed)
+                inputs, run = self.normed("before_feed_forward", states), self.transformed
+                estimate = self.ffn_update(inputs)
         with record_function("spts.gathers"):
-            active = gather_tokens(normed, ffn_index)
+            inputs = gather_tokens(inputs, ffn_index)
         with record_function("spts.feed-forward"):
-            output = self.feed_forward(active) if estimate is None else self.transformed(active)
+            output = run(inputs)
         states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
         cached_at = at if cached_index is attention_index else gather_tokens(slots, cached_index)
         return states, cached_at, plan.choose(plan.candidates_out, order), raw
@@ -203,23 +205,23 @@ class SkippingModel(PlannedRuns):
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
         states = states[:, -width:].clone()
         rotary = {kind: tuple(table[:, -width:] for table in cos_sin_of(tables)) for kind, tables in rotary.items()}
-        masks: dict[int, Any] = {}
-        carried = None
+        masked, mask, carried = None, None, None
         for index, plan in enumerate(plans, schedule.start):
-            active = plan.active
-            if plan.window is None and id(active) not in masks:  # not by width: rows may be filled differently
-                shape = states.new_empty(states.shape[0], active.width, 0)
-                masks = {id(active): create_causal_mask(self.config, shape, active.valid, None)}
+            if plan.window is None and plan.active is not masked:  # not by width: rows may be filled differently
+                masked = plan.active
+                shape = states.new_empty(states.shape[0], masked.width, 0)
+                mask = create_causal_mask(self.config, shape, masked.valid, None)
             states, cached_slots, next_index, scores = self.layers[index](
                 states,
                 plan=plan,
-                attention_mask=masks.get(id(active)),
+                attention_mask=mask if plan.window is None else None,
                 position_embeddings=rotary[kinds[index]],
                 slots=slots,
                 past_key_values=cache,
                 carried=carried,
             )
-            carried = carried if scores is None else scores
+            if schedule.probe.carries and scores is not None:
+                carried = scores
             if cache is not None:
                 cache.layers[index].note_positions(cached_slots, plan.cached.valid)
             if next_index is None:
