@@ -18,15 +18,18 @@ from .update import UPDATES
 class SkipRequest:
     """A request to skip.
 
-    `last`: how many last positions to return; None: all, with the dense shape. `suffix_length`: how many of the
-    tokens given come after the prompt's end. `positions`: whether the caches note the positions of the tokens they
-    keep.
+    `last`: how many last positions to return, of which the first is the prompt's end; None: all, with the dense shape.
+    `positions`: whether the caches note the positions of the tokens they keep.
     """
 
     schedule: Any
     last: int | None = None
-    suffix_length: int = 0
     positions: bool = False
+
+    @property
+    def suffix_length(self) -> int:
+        """How many of the tokens given come after the prompt's end."""
+        return 0 if self.last is None else self.last - 1
 
     @classmethod
     def of(cls, config: Any, spts: Any, last: int | None) -> "SkipRequest":
@@ -41,7 +44,7 @@ class SkipRequest:
         fixed = [key for key in ("start", "proxy", "update") if changes.get(key) not in (None, config.spts.get(key))]
         if fixed:
             raise ValueError(f"{', '.join(fixed)} can't be changed for one call: what was fitted is fixed")
-        return cls(config.schedule(**changes), last, 0 if last is None else last - 1, positions)
+        return cls(config.schedule(**changes), last, positions)
 
     def prompt_lengths(self, attention_mask: torch.Tensor | None, batch: int, slots: int) -> list[int]:
         """Prompt tokens of each row, without padding; empty if there is nothing to skip.

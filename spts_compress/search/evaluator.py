@@ -32,7 +32,7 @@ def compare(model: Any, schedule: Schedule, reference: DenseReference) -> dict[s
         whether they agree on all, so that the greedy answer is the dense one.
     """
     device, count = model.lm_head.weight.device, len(reference.answer)
-    request = SkipRequest(schedule, last=count, suffix_length=count - 1)
+    request = SkipRequest(schedule, last=count)
     layer, states = reference.states_before(schedule.start)
     options = {"use_cache": True, "logits_to_keep": count}
     logits = model(inputs_embeds=states.to(device), first_layer=layer, spts=request, **options).logits[0]
