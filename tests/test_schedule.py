@@ -45,6 +45,24 @@ def test_counts_follow_stages_and_pruning():
     assert schedule.skips(2001)
 
 
+@pytest.mark.parametrize(
+    ("stages", "selection", "skips"),
+    [
+        ([{"end": 2, "budget": 40, "prune_to": 30}, {"end": 4, "budget": 40}], "attention", True),
+        ([{"end": 2, "budget": 40, "prune_to": 40}, {"end": 4, "budget": 40}], "attention", False),
+        ([{"end": 4, "budget": 40, "ffn_budget": 10}], "attention", True),
+        ([{"end": 4, "budget": 40, "ffn_budget": 10}], "all", False),
+        ([{"end": 4, "budget": 39, "ffn_budget": 40}], "all", True),
+    ],
+)
+def test_a_prompt_is_skipped_in_where_some_layer_has_less_to_do(stages, selection, skips):
+    schedule = Schedule.from_dict({"start": 1, "stages": stages, "ffn_selection": selection}, 5)
+    assert schedule.skips(40) == skips == any(min(schedule.counts(layer, 40)) < 40 for layer in range(5))
+    assert (
+        predicted(SimpleNamespace(**{**vars(LLAMA_8B), "num_hidden_layers": 5}), schedule, 40)["speedup"] > 1
+    ) == skips
+
+
 amounts = st.builds(
     lambda fraction, floor, room: Amount(fraction, floor, None if room is None else max(1, floor + room)),
     st.floats(0, 1),

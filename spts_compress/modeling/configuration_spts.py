@@ -106,14 +106,14 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule(SptsBlock):
-    """Which layers skip which tokens. `start` is the first skipping layer, or scores without skipping in a first stage
-    that keeps all; layers are numbered from 0.
+    """Which layers skip which tokens. `start` is the first skipping layer (in a first stage that keeps all, it only
+    scores); layers are numbered from 0, whose cache tells transformers the text's length, so `start` is at least 1.
 
     The first `sink_tokens` and the last `recent_tokens` are always active, inside the budgets, as are the probe's
     queries. `proxy` holds one size for every skipping layer, or one for each; none if no layer has a proxy.
     `ffn_selection` says which candidates the feed-forward network runs on: those with the highest attention score times
-    predicted norm ("proxy", the paper's LTP) or predicted norm over the state's own ("relative"), those that the
-    "attention" score alone ranks highest, or "all". Prompts shorter than `min_length` run dense, and all do if
+    predicted norm ("proxy", the paper's LTP), or times predicted norm over the state's own ("relative"); those that the
+    "attention" score alone ranks highest; or "all". Prompts shorter than `min_length` run dense, and all do if
     `enabled` is false.
 
     Beyond the paper, `update` holds one pair of ranks for every skipping layer, or one for each: skipped candidates get
@@ -178,5 +178,6 @@ class Schedule(SptsBlock):
         """Whether a prompt of `length` tokens has any token to skip."""
         if not self.enabled or length < self.min_length:
             return False
-        kept = (min(self.tokens(a, length) for a in (stage.budget, stage.ffn_tokens)) for stage in self.stages)
-        return min(kept) < length
+        unused = "ffn_budget" if self.ffn_selection == "all" else None
+        amounts = (a for stage in self.stages for name, a in stage.amounts().items() if name != unused)
+        return any(self.tokens(amount, length) < length for amount in amounts)
