@@ -19,8 +19,8 @@ from .stock_layer import FULL, MASKS, layer_kinds, position_tables
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward pass runs on: `states` (B, n, D) before `first_layer`, whether they are padding (B, tokens so
-    far; None: none is), their positions, the cache, and what the caller gave beside."""
+    """What a forward pass runs on: `states` (B, n, D) before `first_layer`; `mask`, which of the tokens so far are not
+    padding (B, tokens so far; None: all are); their positions, the cache, and what the caller gave beside."""
 
     states: torch.Tensor
     mask: Any
@@ -43,8 +43,8 @@ class StockRuns(DecoderCalls):
 
     @capture_outputs
     def _run(self, given: tuple, request: SkipRequest | None, lengths: list[int], **_: Any) -> BaseModelOutputWithPast:
-        """A prompt of `lengths` tokens a row, or where it has none tokens after one; tokens of the pass that come after
-        the prompt's end follow as a later chunk."""
+        """Run a prompt of `lengths` tokens a row as its `request` says, and tokens of the pass that come after its end
+        as a later chunk. Without a request, all tokens come after a prompt."""
         run = Pass(*given)
         single = run.states.shape[1] == 1 and is_static(run.cache)  # a step, which may be compiled
         static = isinstance(run.cache, StaticCache) and not single
@@ -118,7 +118,7 @@ class StockRuns(DecoderCalls):
         held = run.cache.layers[layer]
         if isinstance(held, StaticKeptLayer):
             if held.group not in masks:
-                slots = held.seen(run.mask)
+                slots = held.take_step(run.mask)
                 masks[held.group] = create_causal_mask(self.config, states, slots, run.cache, layer_idx=layer)
             return masks[held.group]
         if not isinstance(held, SkippedCacheLayer):

@@ -13,8 +13,8 @@ later layer:
 
 Decoding runs densely on the shortened caches: a layer's holds the tokens that were cached there, and what came after
 the prompt. The method is this file, `configuration_spts.py` (which layers skip how much), `selection.py` (scores,
-proxies, the choice) and `update.py` (the estimates); `LayerPlan` in `layer_plan.py` is what one layer is told. The other
-files are bookkeeping, and where families differ; README.md says which is what.
+proxies, the choice) and `update.py` (the estimates); what one layer is told is a `LayerPlan`, see `layer_plan.py`. The
+other files are bookkeeping, and where families differ; README.md says which is what.
 
 Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, K cached ones, D hidden size. Rows have
 their padding on the left.

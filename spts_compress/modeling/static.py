@@ -17,8 +17,8 @@ class StaticKeptLayer(StaticLayer):
 
     What differs between prompts is in tensors, which a compiled step reads; a plain number would become a part of it.
     `valid`: which slots are not padding, (B, slots). `missing`: how many tokens of the text are not held. `group`:
-    layers of a group hold the same tokens. `window`, and `places`, where in the text the tokens of all slots are or
-    will be, (B or 1, slots): None where attention reaches over the whole text.
+    layers of a group hold equally many tokens of each row, so they share a mask. `window`, and `places`, where in the
+    text the tokens of all slots are or will be, (B or 1, slots): None where attention reaches over the whole text.
     """
 
     keys: Any
@@ -51,8 +51,9 @@ class StaticKeptLayer(StaticLayer):
         """Tokens of the text so far, a tensor."""
         return self.cumulative_length + self.missing
 
-    def seen(self, mask: torch.Tensor | None) -> torch.Tensor:
-        """Which slots the next token sees, (B, slots). `mask` (B, tokens so far) may say that it is padding itself."""
+    def take_step(self, mask: torch.Tensor | None) -> torch.Tensor:
+        """Note in `valid` whether the next token is padding, as `mask` (B, tokens so far) may say, and tell which slots
+        it sees, (B, slots)."""
         slot = self.cumulative_length[None]
         if mask is not None:
             self.valid.index_copy_(1, slot, mask[:, -1:].to(self.valid.device, torch.bool))
