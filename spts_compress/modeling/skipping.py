@@ -108,7 +108,8 @@ class SkippingDecoderLayer(StockLayer):
             ffn_index = plan.choose(plan.ffn_tokens, plan.order(worth, raw, plan.ffn_tokens))
         else:
             ffn_index = plan.choose(plan.ffn_tokens, order)
-        inputs, run, estimate = states, self.feed_forward, None
+        run: Any = self.feed_forward
+        inputs, estimate = states, None
         if plan.schedule.update and ffn_index is not None:
             with record_function("spts.updates"):
                 inputs, run = self.normed("before_feed_forward", states), self.transformed
