@@ -1,0 +1,143 @@
+"""The classes that vLLM runs the exported families by: its own, which skip where a pass holds a whole prompt."""
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from ..modeling.skipping import add_fitted
+from .prefill import PagedDecoder
+from .setup import NewPrompts, schedule_of
+
+if TYPE_CHECKING:
+    Stock = Any
+else:
+    Stock = object
+
+logger = init_logger("vllm.spts")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one request in a pass: `count` of them from the batch's token `first` on. `row`: the request's place in
+    the batch, `seen`: tokens of its text up to the last of them."""
+
+    row: int
+    first: int
+    count: int
+    seen: int
+
+
+class SkippingForCausalLM(Stock):
+    """Mixed into one of vLLM's causal language models."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        schedule = schedule_of(config)
+        add_fitted(self.model.layers, config, schedule)
+        self.vllm_config, self.new_prompts = vllm_config, NewPrompts.of_engine()
+        self.skipped = {"prompts": 0, "tokens": 0, "active": 0}  # active: of a skipping layer, on average
+        self.builder: Any = None
+        if self.new_prompts is not None:
+            self.paged = PagedDecoder(self.model, config, schedule)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """As stock, but for prompts that skip; of those only the last token gets its state (n, D), which is all that
+        vLLM samples from."""
+        context = get_forward_context()
+        prompts, others = self._parts(context) if inputs_embeds is None else ([], [])
+        if not prompts:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        states = positions.new_zeros(len(positions), self.config.hidden_size, dtype=self.vllm_config.model_config.dtype)
+        for part in prompts:
+            tokens = slice(part.first, part.first + part.count)
+            alone, slots = self._restricted(context, [part])
+            with override_forward_context(alone):
+                states[tokens.stop - 1] = self.paged.prefill(input_ids[tokens], positions[tokens], slots)
+            self._count(part.count)
+        if others:  # after the prompts, since they may go on after one
+            tokens = torch.cat([torch.arange(part.first, part.first + part.count) for part in others])
+            rest, _ = self._restricted(context, others)
+            with override_forward_context(rest):
+                states[tokens] = super().forward(input_ids[tokens], positions[tokens])
+        return states
+
+    def _parts(self, context: ForwardContext) -> tuple[list[Part], list[Part]]:
+        """The prompts of a pass that skip, and all other tokens; none and none if no prompt does."""
+        new = self.new_prompts.take() if self.new_prompts is not None else {}
+        if not new or not isinstance(context.attn_metadata, dict):
+            return [], []
+        metadata = next(iter(context.attn_metadata.values()))
+        prompts, others, starts = [], [], metadata.query_start_loc.tolist()
+        for row, (first, end, seen) in enumerate(zip(starts, starts[1:], metadata.seq_lens.tolist())):
+            length = new.get(row, 0)
+            # From its first token on, and to its end: one that was preempted goes on with what was generated.
+            if seen == end - first >= length > 0 and self.paged.schedule.skips(length):
+                prompts.append(Part(row, first, length, length))
+                first += length
+            if first < end:
+                others.append(Part(row, first, end - first, seen))
+        return prompts, others
+
+    def _restricted(self, context: ForwardContext, parts: list[Part]) -> tuple[ForwardContext, torch.Tensor]:
+        """A pass's context with these `parts` alone, and where the cache has the slots of their tokens."""
+        names, attention = list(context.attn_metadata), self.model.layers[0].self_attn.attn
+        metadata = context.attn_metadata[names[0]]
+        device, counts = metadata.seq_lens.device, [part.count for part in parts]
+        tokens = torch.cat([torch.arange(part.first, part.first + part.count) for part in parts]).to(device)
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        seen = torch.tensor([part.seen for part in parts], dtype=torch.int32)
+        slots = context.slot_mapping[names[0]][tokens]
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=seen.to(device),
+            seq_lens_cpu_upper_bound=seen,
+            num_reqs=len(parts),
+            num_actual_tokens=sum(counts),
+            max_query_len=max(counts),
+            max_seq_len=int(seen.max()),
+            block_table_tensor=metadata.block_table[[part.row for part in parts]],
+            slot_mapping=slots,
+        )
+        if self.builder is None:
+            spec = attention.get_kv_cache_spec(self.vllm_config)
+            self.builder = attention.attn_backend.get_builder_cls()(spec, names, self.vllm_config, device)
+        alone = replace(
+            context,
+            attn_metadata=dict.fromkeys(names, self.builder.build(0, common)),
+            slot_mapping=dict.fromkeys(names, slots),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=None,
+        )
+        return alone, slots
+
+    def _count(self, length: int) -> None:
+        schedule, layers = self.paged.schedule, range(self.paged.schedule.start, len(self.model.layers))
+        active = sum(schedule.counts(layer, length).active for layer in layers) // len(layers)
+        if not self.skipped["prompts"]:
+            logger.info("SPTS: the first prompt that skips has %d tokens, %d in a skipping layer", length, active)
+        for name, count in (("prompts", 1), ("tokens", length), ("active", active)):
+            self.skipped[name] += count
+
+
+class SptsLlamaForCausalLM(SkippingForCausalLM, LlamaForCausalLM):
+    """Llama."""
+
+
+class SptsQwen2ForCausalLM(SkippingForCausalLM, Qwen2ForCausalLM):
+    """Qwen2."""
