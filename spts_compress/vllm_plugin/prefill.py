@@ -93,4 +93,4 @@ class PagedDecoder(SkippingModel):
         states, residual = run.states[0], None
         for index in layers:
             states, residual = self.decoder.layers[index](run.position_ids[0], states, residual)
-        return (states if residual is None else states + residual)[None]
+        return (states + residual)[None]
