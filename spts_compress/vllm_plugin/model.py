@@ -1,7 +1,7 @@
 """The classes that vLLM runs the exported families by: its own, which skip where a pass holds a whole prompt."""
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,13 +41,16 @@ class SkippingForCausalLM(Stock):
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        schedule = schedule_of(config)
-        add_fitted(self.model.layers, config, schedule)
+        add_fitted(self.model.layers, config, schedule_of(config))
         self.vllm_config, self.new_prompts = vllm_config, NewPrompts.of_engine()
         self.skipped = {"prompts": 0, "tokens": 0, "active": 0}  # active: of a skipping layer, on average
         self.builder: Any = None
+
+    def load_weights(self, weights: Any) -> set[str]:
+        loaded = super().load_weights(weights)
         if self.new_prompts is not None:
-            self.paged = PagedDecoder(self.model, config, schedule)
+            self.paged = PagedDecoder(self.model, self.config, schedule_of(self.config))
+        return loaded
 
     def forward(
         self,
@@ -59,15 +62,15 @@ class SkippingForCausalLM(Stock):
         """As stock, but for prompts that skip; of those only the last token gets its state (n, D), which is all that
         vLLM samples from."""
         context = get_forward_context()
-        prompts, others = self._parts(context) if inputs_embeds is None else ([], [])
-        if not prompts:
+        prompts, others = self._parts(context)
+        if not prompts or input_ids is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         states = positions.new_zeros(len(positions), self.config.hidden_size, dtype=self.vllm_config.model_config.dtype)
         for part in prompts:
-            tokens = slice(part.first, part.first + part.count)
-            alone, slots = self._restricted(context, [part])
+            end = part.first + part.count
+            own, (alone, slots) = slice(part.first, end), self._restricted(context, [part])
             with override_forward_context(alone):
-                states[tokens.stop - 1] = self.paged.prefill(input_ids[tokens], positions[tokens], slots)
+                states[end - 1] = self.paged.prefill(input_ids[own], positions[own], slots)
             self._count(part.count)
         if others:  # after the prompts, since they may go on after one
             tokens = torch.cat([torch.arange(part.first, part.first + part.count) for part in others])
@@ -83,7 +86,8 @@ class SkippingForCausalLM(Stock):
             return [], []
         metadata = next(iter(context.attn_metadata.values()))
         prompts, others, starts = [], [], metadata.query_start_loc.tolist()
-        for row, (first, end, seen) in enumerate(zip(starts, starts[1:], metadata.seq_lens.tolist())):
+        spans = zip(pairwise(starts), metadata.seq_lens.tolist(), strict=True)
+        for row, ((first, end), seen) in enumerate(spans):
             length = new.get(row, 0)
             # From its first token on, and to its end: one that was preempted goes on with what was generated.
             if seen == end - first >= length > 0 and self.paged.schedule.skips(length):

@@ -1,10 +1,13 @@
-"""The method's prefill over vLLM's layers: its code is the modelling code's own, which sees vLLM's modules as stock ones."""
+"""The method's prefill over vLLM's layers: the modelling code's own, which sees vLLM's modules as stock ones."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from transformers.models.llama.modeling_llama import rotate_half
+from vllm._custom_ops import rms_norm
+from vllm.distributed import tensor_model_parallel_all_gather
 
 from ..modeling.calls import SkipRequest
 from ..modeling.configuration_spts import Schedule
@@ -32,14 +35,17 @@ class BlockCache:
 
 
 class PagedLayer(SkippingDecoderLayer):
-    """One of vLLM's decoder layers, as a stock layer of which some tokens run; one prompt at a time (B = 1)."""
+    """One of vLLM's decoder layers, as a stock layer of which some tokens run; one prompt at a time (B = 1). It is made
+    once the weights are loaded and before vLLM packs them, which on a CPU leaves nothing to take rows of."""
 
     rotate_half = staticmethod(rotate_half)
     eager_attention = None
 
     def __init__(self, layer: Any, index: int):
         self.layer, attention = layer, layer.self_attn
-        self.sizes = [layer.hidden_size, attention.q_size, attention.kv_size, attention.kv_size]
+        sizes, made = [attention.q_size, attention.kv_size, attention.kv_size], attention.qkv_proj
+        biases = (None,) * 3 if made.bias is None else made.bias.split(sizes)
+        self.rows = dict(zip("qkv", zip(made.weight.split(sizes), biases, strict=True), strict=True))
         self.self_attn = SimpleNamespace(
             attn=attention.attn,
             config=SimpleNamespace(_attn_implementation="sdpa"),
@@ -57,15 +63,19 @@ class PagedLayer(SkippingDecoderLayer):
         return self._skip(states, **given)
 
     def normed(self, place: str, states: torch.Tensor) -> torch.Tensor:
-        """As stock. vLLM makes queries, keys and values by one matrix: before attention they follow the normed states."""
-        normed = super().normed(place, states)
-        return torch.cat([normed, self.layer.self_attn.qkv_proj(normed)[0]], -1) if place == "before_attention" else normed
+        """As stock; vLLM's kernel, since its norm's own call is made for compiled graphs."""
+        if (name := getattr(self.norms, place)) is None:
+            return states
+        norm, made = getattr(self.layer, name), torch.empty_like(states)
+        rms_norm(made, states, norm.weight, norm.variance_epsilon)
+        return made
 
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        return split_heads(states.split(self.sizes, dim=-1)["qkv".index(name) + 1], self.layer.self_attn.head_dim)
+        """vLLM makes queries, keys and values by one matrix, of which only the rows asked for are used."""
+        return split_heads(linear(states, *self.rows[name]), self.layer.self_attn.head_dim)
 
-    def attention_update(self, normed: torch.Tensor) -> torch.Tensor:
-        return self.layer.attention_update(normed[..., : self.sizes[0]])
+    def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
+        return tensor_model_parallel_all_gather(scores, dim=1)
 
 
 class PagedDecoder(SkippingModel):
@@ -90,7 +100,7 @@ class PagedDecoder(SkippingModel):
         return dict.fromkeys(layer_kinds(self.config), cos_sin)
 
     def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
-        states, residual = run.states[0], None
+        states, residual = run.states[0], None  # type: Any, Any  # vLLM's layers take them apart
         for index in layers:
             states, residual = self.decoder.layers[index](run.position_ids[0], states, residual)
         return (states + residual)[None]
