@@ -22,6 +22,8 @@ else:
     Stock = object
 
 logger = init_logger("vllm.spts")
+# Those that write keys and values apart from attention, and whose metadata is of one shape.
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ class SkippingForCausalLM(Stock):
         add_fitted(self.model.layers, config, schedule_of(config))
         self.vllm_config, self.new_prompts = vllm_config, NewPrompts.of_engine()
         self.skipped = {"prompts": 0, "tokens": 0, "active": 0}  # active: of a skipping layer, on average
+        self.paged: Any = None
         self.builder: Any = None
 
     def load_weights(self, weights: Any) -> set[str]:
         loaded = super().load_weights(weights)
+        backend = self.model.layers[0].self_attn.attn.attn_backend.get_name()
+        if self.new_prompts is not None and backend not in BACKENDS:
+            logger.warning("SPTS: prompts run dense: attention is %s's, not %s's", backend, " or ".join(BACKENDS))
+            self.new_prompts = None
         if self.new_prompts is not None:
             self.paged = PagedDecoder(self.model, self.config, schedule_of(self.config))
         return loaded

@@ -47,7 +47,10 @@ def why_dense(vllm_config: Any) -> str | None:
         (model.quantization, "quantised weights are not supported"),
         (vllm_config.lora_config, "LoRA is not supported"),
         (vllm_config.speculative_config, "speculative decoding is not supported"),
-        (vllm_config.kv_transfer_config, "keys and values of skipped prompts must not be shared by a KV connector"),
+        (
+            vllm_config.kv_transfer_config or vllm_config.cache_config.kv_offloading_size,
+            "keys and values of skipped prompts must not be shared by a KV connector",
+        ),
         (vllm_config.use_v2_model_runner, "model runner V2 is not supported; set VLLM_USE_V2_MODEL_RUNNER=0"),
     ):
         if hinders:

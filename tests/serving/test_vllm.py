@@ -268,20 +268,21 @@ def logged(caplog, monkeypatch):
         ({"lora_config": object()}, "LoRA"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"kv_transfer_config": object()}, "KV connector"),
+        ({"kv_offloading_size": 1.0}, "KV connector"),
+        ({"quantization": "fp8"}, "quantised weights"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
 def test_what_hinders_skipping_is_named(change, reason):
-    config = dict(spts=BLOCK, num_hidden_layers=5, sliding_window=None, layer_types=None)
-    model = dict(architecture="SptsQwen2ForCausalLM", runner_type="generate")
-    parallel = dict(world_size=1, tensor_parallel_size=1)
-    names = "lora_config", "speculative_config", "kv_transfer_config", "use_v2_model_runner"
-    parts = config, model, parallel, dict.fromkeys(names)
-    for part in parts:
-        part.update({name: value for name, value in change.items() if name in part})
-    config, model, parallel, rest = (SimpleNamespace(**part) for part in parts)
-    model.hf_config, rest.model_config, rest.parallel_config = config, model, parallel
-    found = setup.why_dense(rest)
+    plain = dict(spts=BLOCK, num_hidden_layers=5, architecture="SptsQwen2ForCausalLM", runner_type="generate")
+    plain |= dict(world_size=1, tensor_parallel_size=1)
+    names = "sliding_window", "layer_types", "quantization", "lora_config", "speculative_config", "kv_transfer_config"
+    every = SimpleNamespace(
+        **{**dict.fromkeys((*names, "kv_offloading_size", "use_v2_model_runner")), **plain, **change}
+    )
+    for part in ("hf_config", "model_config", "parallel_config", "cache_config"):
+        setattr(every, part, every)  # no two parts have a name in common
+    found = setup.why_dense(every)
     assert found is None if reason is None else reason in found
 
 
