@@ -3,9 +3,26 @@
 README.md says what it does and what runs dense.
 """
 
+from typing import Any
+
 TESTED = ("0.32", "0.33")  # tested from the first on and below the second
 FAMILIES = ("Llama", "Qwen2")
 BACKENDS = ("TransformersForCausalLM", "TransformersMoEForCausalLM")  # what vLLM runs the other families by
+
+
+class ConfigHook:
+    """What vLLM asks of an architecture before it fixes an engine's settings."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        if getattr(vllm_config.model_config.hf_config, "spts", None) is not None:
+            from .setup import prepare  # here, since vLLM loads the plugin for every model
+
+            prepare(vllm_config)
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing is changed so early."""
 
 
 def register() -> None:
@@ -23,8 +40,6 @@ def register() -> None:
         return
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    from .setup import ConfigHook
 
     for family in FAMILIES:
         ModelRegistry.register_model(f"Spts{family}ForCausalLM", f"{__name__}.model:Spts{family}ForCausalLM")

@@ -73,16 +73,14 @@ class SkippingForCausalLM(Stock):
         if not prompts or input_ids is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         states = positions.new_zeros(len(positions), self.config.hidden_size, dtype=self.vllm_config.model_config.dtype)
+        slots = next(iter(context.slot_mapping.values()))
         for part in prompts:
-            end = part.first + part.count
-            own, (alone, slots) = slice(part.first, end), self._restricted(context, [part])
-            with override_forward_context(alone):
-                states[end - 1] = self.paged.prefill(input_ids[own], positions[own], slots)
+            own = slice(part.first, part.first + part.count)
+            states[own.stop - 1] = self.paged.prefill(input_ids[own], positions[own], slots[own])
             self._count(part.count)
         if others:  # after the prompts, since they may go on after one
             tokens = torch.cat([torch.arange(part.first, part.first + part.count) for part in others])
-            rest, _ = self._restricted(context, others)
-            with override_forward_context(rest):
+            with override_forward_context(self._restricted(context, others, tokens)):
                 states[tokens] = super().forward(input_ids[tokens], positions[tokens])
         return states
 
@@ -104,15 +102,14 @@ class SkippingForCausalLM(Stock):
                 others.append(Part(row, first, end - first, seen))
         return prompts, others
 
-    def _restricted(self, context: ForwardContext, parts: list[Part]) -> tuple[ForwardContext, torch.Tensor]:
-        """A pass's context with these `parts` alone, and where the cache has the slots of their tokens."""
+    def _restricted(self, context: ForwardContext, parts: list[Part], tokens: torch.Tensor) -> ForwardContext:
+        """A pass's context with these `parts` alone, which are these `tokens` of it."""
         names, attention = list(context.attn_metadata), self.model.layers[0].self_attn.attn
         metadata = context.attn_metadata[names[0]]
         device, counts = metadata.seq_lens.device, [part.count for part in parts]
-        tokens = torch.cat([torch.arange(part.first, part.first + part.count) for part in parts]).to(device)
         starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
         seen = torch.tensor([part.seen for part in parts], dtype=torch.int32)
-        slots = context.slot_mapping[names[0]][tokens]
+        slots = context.slot_mapping[names[0]][tokens.to(device)]
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(device),
             query_start_loc_cpu=starts,
@@ -128,14 +125,13 @@ class SkippingForCausalLM(Stock):
         if self.builder is None:
             spec = attention.get_kv_cache_spec(self.vllm_config)
             self.builder = attention.attn_backend.get_builder_cls()(spec, names, self.vllm_config, device)
-        alone = replace(
+        return replace(
             context,
             attn_metadata=dict.fromkeys(names, self.builder.build(0, common)),
             slot_mapping=dict.fromkeys(names, slots),
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             batch_descriptor=None,
         )
-        return alone, slots
 
     def _count(self, length: int) -> None:
         schedule, layers = self.paged.schedule, range(self.paged.schedule.start, len(self.model.layers))

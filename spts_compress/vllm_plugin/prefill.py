@@ -1,5 +1,6 @@
 """The method's prefill over vLLM's layers: the modelling code's own, which sees vLLM's modules as stock ones."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ from vllm._custom_ops import rms_norm
 from vllm.distributed import tensor_model_parallel_all_gather
 
 from ..modeling.calls import SkipRequest
-from ..modeling.configuration_spts import Schedule
+from ..modeling.configuration_spts import Counts, Probe, Schedule
 from ..modeling.decoding import Pass
+from ..modeling.layer_plan import Count, LayerPlan
 from ..modeling.skipping import SkippingDecoderLayer, SkippingModel
 from ..modeling.stock_layer import layer_kinds, split_heads
 
@@ -100,7 +102,11 @@ class PagedDecoder(SkippingModel):
         return dict.fromkeys(layer_kinds(self.config), cos_sin)
 
     def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
-        states, residual = run.states[0], None  # type: Any, Any  # vLLM's layers take them apart
+        counts: dict[str, Any] = dict.fromkeys(Counts._fields, Count(run.states.shape[1]))
+        plan = LayerPlan(**counts, schedule=replace(self.schedule, probe=Probe()), heads="mean", window=None)
+        given = {"plan": plan, "attention_mask": None, "slots": run.position_ids, "carried": None}
+        states, kinds = run.states, layer_kinds(self.config)
         for index in layers:
-            states, residual = self.decoder.layers[index](run.position_ids[0], states, residual)
-        return (states + residual)[None]
+            tables = rotary[kinds[index]]
+            states, *_ = self.layers[index](states, position_embeddings=tables, past_key_values=run.cache, **given)
+        return states

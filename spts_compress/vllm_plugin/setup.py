@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from vllm import SamplingParams
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
 from ..modeling.configuration_spts import Schedule
@@ -58,40 +57,28 @@ def why_dense(vllm_config: Any) -> str | None:
     return None
 
 
-class ConfigHook(VerifyAndUpdateConfig):
-    """Called by vLLM before it fixes an engine's settings."""
-
-    @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
-        """Settings under which prompts skip; one line in the log if none can."""
-        config, cache, scheduler = (
-            vllm_config.model_config.hf_config,
-            vllm_config.cache_config,
-            vllm_config.scheduler_config,
+def prepare(vllm_config: Any) -> None:
+    """Settings under which an engine's prompts skip; one line in the log if none can."""
+    model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
+    if (reason := why_dense(vllm_config)) is not None:
+        logger.warning("SPTS: prompts run dense: %s", reason)
+        return
+    notes = []
+    if (kv := model.hf_config.spts.get("kv")) != 1:
+        notes.append(f"kv is 1.0 here, {'not set' if kv is None else kv} in the checkpoint")
+    if cache.enable_prefix_caching:
+        # What a prompt leaves depends on its last tokens, so no other prompt may begin with it.
+        cache.enable_prefix_caching = False
+        notes.append("prefix caching is off")
+    if (budget := scheduler.max_num_batched_tokens) >= model.max_model_len:
+        scheduler.enable_chunked_prefill = False  # a prompt waits for a step that holds it whole
+    else:
+        notes.append(
+            f"prompts that don't fit into what is left of a step's {budget} tokens run dense: pass "
+            f"--max-num-batched-tokens {model.max_model_len}, or a lower --max-model-len, to let all skip"
         )
-        if getattr(config, "spts", None) is None:
-            return
-        if (reason := why_dense(vllm_config)) is not None:
-            logger.warning("SPTS: prompts run dense: %s", reason)
-            return
-        notes = []
-        if (kv := config.spts.get("kv")) != 1:
-            notes.append(f"kv is 1.0 here, {'not set' if kv is None else kv} in the checkpoint")
-        if cache.enable_prefix_caching:
-            # What a prompt leaves depends on its last tokens, so no other prompt may begin with it.
-            cache.enable_prefix_caching = False
-            notes.append("prefix caching is off")
-        budget, longest = scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
-        if budget < longest:
-            notes.append(
-                f"prompts that don't fit into what is left of a step's {budget} tokens run dense: pass "
-                f"--max-num-batched-tokens {longest}, or a lower --max-model-len, to let all skip"
-            )
-        else:
-            scheduler.enable_chunked_prefill = False  # a prompt waits for a step that holds it whole
-        logger.info("SPTS: prompts skip%s", "".join(f"; {note}" for note in notes))
-        model = vllm_config.model_config
-        model.logits_processors = [*(model.logits_processors or ()), f"{__name__}:NewPrompts"]
+    logger.info("SPTS: prompts skip%s", "".join(f"; {note}" for note in notes))
+    model.logits_processors = [*(model.logits_processors or ()), f"{__name__}:NewPrompts"]
 
 
 def prompt_length(params: SamplingParams, prompt: list[int] | None, _: list[int]) -> int | None:

@@ -308,8 +308,8 @@ def server(checkpoint, tmp_path):
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
-            time.sleep(0.5)
+        for _ in range(600):
+            time.sleep(1)
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
             with suppress(OSError):
                 urllib.request.urlopen(address + "/health")
@@ -317,7 +317,7 @@ def server(checkpoint, tmp_path):
         yield address, tmp_path / "log"
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 def test_the_server_answers_a_client(checkpoint, server):
