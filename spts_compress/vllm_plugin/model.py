@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
@@ -13,13 +13,9 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..modeling.skipping import add_fitted
+from ..modeling.stock_layer import Stock
 from .prefill import PagedDecoder
 from .setup import NewPrompts, schedule_of
-
-if TYPE_CHECKING:
-    Stock = Any
-else:
-    Stock = object
 
 logger = init_logger("vllm.spts")
 # Those that write keys and values apart from attention, and whose metadata is of one shape.
@@ -44,7 +40,8 @@ class SkippingForCausalLM(Stock):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
         add_fitted(self.model.layers, config, schedule_of(config))
-        self.vllm_config, self.new_prompts = vllm_config, NewPrompts.of_engine()
+        self.vllm_config = vllm_config
+        self.new_prompts: Any = NewPrompts.of_engine()
         self.skipped = {"prompts": 0, "tokens": 0, "active": 0}  # active: of a skipping layer, on average
         self.paged: Any = None
         self.builder: Any = None
@@ -52,11 +49,10 @@ class SkippingForCausalLM(Stock):
     def load_weights(self, weights: Any) -> set[str]:
         loaded = super().load_weights(weights)
         backend = self.model.layers[0].self_attn.attn.attn_backend.get_name()
-        if self.new_prompts is not None and backend not in BACKENDS:
-            logger.warning("SPTS: prompts run dense: attention is %s's, not %s's", backend, " or ".join(BACKENDS))
-            self.new_prompts = None
-        if self.new_prompts is not None:
+        if self.new_prompts is not None and backend in BACKENDS:
             self.paged = PagedDecoder(self.model, self.config, schedule_of(self.config))
+        elif self.new_prompts is not None:
+            logger.warning("SPTS: prompts run dense: attention is %s's, not %s's", backend, " or ".join(BACKENDS))
         return loaded
 
     def forward(
@@ -86,7 +82,7 @@ class SkippingForCausalLM(Stock):
 
     def _parts(self, context: ForwardContext) -> tuple[list[Part], list[Part]]:
         """The prompts of a pass that skip, and all other tokens; none and none if no prompt does."""
-        new = self.new_prompts.take() if self.new_prompts is not None else {}
+        new = self.new_prompts.take() if self.paged is not None else {}
         if not new or not isinstance(context.attn_metadata, dict):
             return [], []
         metadata = next(iter(context.attn_metadata.values()))
