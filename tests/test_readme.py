@@ -25,6 +25,7 @@ def pages() -> list[Path]:
 
 
 MODELING = ROOT / "spts_compress/modeling/README.md"
+PLUGIN = ROOT / "spts_compress/vllm_plugin/README.md"
 
 every_page = pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -127,13 +128,12 @@ def test_families_are_the_supported_ones():
         assert {*FAMILIES, *ALIASES} <= {*rows}
 
 
-def test_every_way_of_use_names_existing_tests():
-    if not MODELING.exists():
-        pytest.skip("spts_compress/modeling/README.md is not written yet")
-    there = set(re.findall(r"def test_(\w+)\(", "".join(p.read_text() for p in ROOT.glob("tests/test_*.py"))))
-    rows = re.findall(r"^\| .* \| .* \| (`.*`) \|$", MODELING.read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize(("page", "tests", "least"), [(MODELING, "test_*.py", 25), (PLUGIN, "serving/test_*.py", 15)])
+def test_every_way_of_use_names_existing_tests(page, tests, least):
+    there = set(re.findall(r"def test_(\w+)\(", "".join(p.read_text() for p in ROOT.glob(f"tests/{tests}"))))
+    rows = re.findall(r"^\| .* \| .* \| (`.*`) \|$", page.read_text(), flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert len(rows) >= 25
+    assert len(rows) >= least
     assert named <= there, named - there
 
 

@@ -112,6 +112,13 @@ def _fitted(schedule: Schedule) -> str:
     return words + (f" {UPDATES}" if schedule.update else "")
 
 
+def _in_vllm(base: Base, schedule: Schedule) -> str:
+    """When vLLM skips after all, in words."""
+    pruned = any(stage.prune_to for stage in schedule.stages[:-1])
+    able = schedule.update and not pruned and base.family in ("llama", "qwen2")
+    return "; with `spts-compress[vllm]` installed beside it, it skips" if able else ""
+
+
 def render(
     base: Base, schedule: Schedule, report: dict, speed: str, quality: str, fits: str, search: str | None
 ) -> str:
@@ -186,8 +193,8 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 ## Limits
 
 Skipping is lossy, prefill only, and tuned on the recipe's text. It needs a dynamic cache and left padding. Prompts
-below the budgets{f" or {schedule.min_length} tokens" if schedule.min_length else ""} run dense. vLLM loads it through
-its Transformers backend (`trust_remote_code=True`) and runs it dense. SGLang and llama.cpp were not tried;
+below the budgets{f" or {schedule.min_length} tokens" if schedule.min_length else ""} run dense. vLLM loads it
+(`trust_remote_code=True`) and runs it dense{_in_vllm(base, schedule)}. SGLang and llama.cpp were not tried;
 `spts-compress strip` gives the stock checkpoint back for them, byte for byte.
 
 ## Citation

@@ -169,6 +169,19 @@ class SkippingDecoderLayer(StockLayer):
             return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
 
 
+def add_fitted(layers: Any, config: Any, schedule: Any) -> None:
+    """Gives the skipping ones of a decoder's `layers` what a schedule says was fitted for them, without its values."""
+    for index, layer in enumerate(layers):
+        if index >= schedule.start and schedule.proxy:
+            size = schedule.proxy_of(index)
+            shape = config.hidden_size, size.channels, size.rank
+            layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
+        if index >= schedule.start and schedule.update:
+            ranks = schedule.update_of(index)
+            layer.attention_update = LowRankUpdate(config.hidden_size, ranks.attention_rank)
+            layer.ffn_update = LowRankUpdate(config.hidden_size, ranks.ffn_rank)
+
+
 class SkippingModel(PlannedRuns):
     """Mixed into a family's decoder: runs the prefill stage by stage."""
 
@@ -178,17 +191,9 @@ class SkippingModel(PlannedRuns):
         super().__init__(config)
         if config.spts is None:
             return
-        schedule = config.schedule()
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             layer.__class__ = self.layer_class  # the stock layer with the methods of a skipping one
-            if index >= schedule.start and schedule.proxy:
-                size = schedule.proxy_of(index)
-                shape = config.hidden_size, size.channels, size.rank
-                layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
-            if index >= schedule.start and schedule.update:
-                ranks = schedule.update_of(index)
-                layer.attention_update = LowRankUpdate(config.hidden_size, ranks.attention_rank)
-                layer.ffn_update = LowRankUpdate(config.hidden_size, ranks.ffn_rank)
+        add_fitted(self.layers, config, config.schedule())
         self.post_init()
 
     def _prompt(self, run: Pass, request: SkipRequest, lengths: list[int]) -> torch.Tensor:
