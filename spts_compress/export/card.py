@@ -192,9 +192,10 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 
 ## Limits
 
-Skipping is lossy, prefill only, and tuned on the recipe's text. It needs left padding, and a cache
-that is neither quantised nor offloaded and static. Prompts below the budgets{f" or {schedule.min_length} tokens" if schedule.min_length else ""} run
-dense. vLLM loads it (`trust_remote_code=True`) and runs it dense{_in_vllm(base, schedule)}. SGLang and llama.cpp were not tried;
+Skipping is lossy, prefill only, and tuned on the recipe's text. It needs left padding, and a cache that is neither
+quantised nor offloaded and static. Prompts below the
+budgets{f" or {schedule.min_length} tokens" if schedule.min_length else ""} run dense. vLLM loads it
+(`trust_remote_code=True`) and runs it dense{_in_vllm(base, schedule)}. SGLang and llama.cpp were not tried;
 `spts-compress strip` gives the stock checkpoint back for them, byte for byte.
 
 ## Citation
