@@ -10,6 +10,7 @@ from ..calibrate.base_model import Base
 from ..modeling.configuration_spts import Schedule
 from ..plan import probe_words, schedule_table, skips_from
 from ..utils.errors import UserError, reason
+from ..vllm_plugin import FAMILIES, holes
 
 CITATION = """@misc{wu2026probe,
   title = {Probe and Skip: Self-Predictive Token Skipping for Efficient Long-Context LLM Inference},
@@ -114,8 +115,7 @@ def _fitted(schedule: Schedule) -> str:
 
 def _in_vllm(base: Base, schedule: Schedule) -> str:
     """When vLLM skips after all, in words."""
-    pruned = any(stage.prune_to for stage in schedule.stages[:-1])
-    able = schedule.update and not pruned and base.family in ("llama", "qwen2")
+    able = base.family in map(str.lower, FAMILIES) and holes(schedule) is None
     return "; with `spts-compress[vllm]` installed beside it, it skips" if able else ""
 
 

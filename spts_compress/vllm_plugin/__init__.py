@@ -5,6 +5,8 @@ README.md says what it does and what runs dense.
 
 from typing import Any
 
+from ..modeling.configuration_spts import Schedule
+
 TESTED = ("0.32", "0.33")  # tested from the first on and below the second
 FAMILIES = ("Llama", "Qwen2")
 BACKENDS = ("TransformersForCausalLM", "TransformersMoEForCausalLM")  # what vLLM runs the other families by
@@ -23,6 +25,18 @@ class ConfigHook:
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Nothing is changed so early."""
+
+
+def holes(schedule: Schedule) -> str | None:
+    """Why a schedule leaves layers without keys and values of some tokens, in words; None if all layers have all."""
+    if not schedule.update:
+        return "the schedule has no `update`, without which all keys and values can't be kept"
+    if any(stage.prune_to for stage in schedule.stages):
+        return (
+            "the schedule has `prune_to`, and a token that leaves for good would have no key in later layers; "
+            "export without it"
+        )
+    return None
 
 
 def register() -> None:

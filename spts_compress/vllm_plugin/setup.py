@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 
 from ..modeling.configuration_spts import Schedule
 from ..modeling.stock_layer import layer_windows
-from . import FAMILIES
+from . import FAMILIES, holes
 
 logger = init_logger("vllm.spts")
 
@@ -32,14 +32,10 @@ def why_dense(vllm_config: Any) -> str | None:
     if model.architecture not in {f"Spts{family}ForCausalLM" for family in FAMILIES}:
         return f"of the exported families only {' and '.join(FAMILIES)} skip in vLLM"
     schedule = schedule_of(config)
+    hole = holes(schedule)
     for hinders, reason in (
         (not schedule.enabled, "the checkpoint's schedule is not enabled"),
-        (not schedule.update, "the schedule has no `update`, without which all keys and values can't be kept"),
-        (
-            any(stage.prune_to for stage in schedule.stages[:-1]),
-            "the schedule has `prune_to`, and a token that leaves for good would have no key in later layers; "
-            "export without it",
-        ),
+        (hole, hole),
         (any(layer_windows(config)), "the model has sliding windows"),
         (model.runner_type != "generate", "the model does not generate"),
         (parallel.world_size > parallel.tensor_parallel_size, "pipeline and context parallelism are not supported"),
