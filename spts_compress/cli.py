@@ -230,7 +230,7 @@ def sweep(
 @click.option("--suite", "suites", multiple=True, help="ruler, longbench, diversity, fidelity; may be repeated.")
 @click.option("--lengths", default="4096", show_default=True, help="Prompt lengths in tokens, answers included.")
 @click.option("--rescore", is_flag=True, help="Only score the answers that are there; no model is run.")
-@click.option("--certify", is_flag=True, help="Put the result into the checkpoint's model card and a file beside it.")
+@click.option("--certify", is_flag=True, help="Put the result, in place of an earlier one, into card and checkpoint.")
 @_with(*PROMPTS)
 def evaluate(
     folder: Path, suites: tuple[str, ...], lengths: str, rescore: bool, certify: bool, output: Path, **options: Any
@@ -322,7 +322,7 @@ def bench(
     try:
         result = benchmark.run(folder, *sizes, new_tokens, pairs, own, dtype, output, command)
     except KeyboardInterrupt:
-        kept = "bench.json has the rows that are finished, or else the earlier run's; the same command starts anew"
+        kept = "bench.json has the rows that are finished; the same command starts anew"
         raise KeyboardInterrupt(kept) from None
     click.echo(benchmark.save(result, output))
 

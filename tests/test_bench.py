@@ -147,9 +147,12 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     whole, compare = [(tmp_path / name).read_bytes() for name in benchmark.FILES], benchmark.compare
 
     def stopped_after(rows):
+        calls = []
+
         def measured(*arguments):
-            if rows == 0 or len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == rows:
+            if len(calls) == rows:
                 raise KeyboardInterrupt
+            calls.append(arguments)
             return compare(*arguments)
 
         monkeypatch.setattr(benchmark, "compare", measured)
@@ -160,6 +163,9 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     assert [(tmp_path / name).read_bytes() for name in benchmark.FILES] == whole
     stopped_after(1)
     assert [(tmp_path / name).exists() for name in benchmark.FILES] == [True, False, False]  # one run's alone
+    assert [(tmp_path / name.replace("bench", "bench-1")).read_bytes() for name in benchmark.FILES] == whole
+    stopped_after(1)
+    assert (tmp_path / "bench-2.json").exists() and (tmp_path / "bench-1.json").read_bytes() == whole[0]
     monkeypatch.setattr(benchmark.data, "python_docs", lambda: ["a short text "])
     monkeypatch.setattr(benchmark, "compare", compare)
     short = benchmark.run(checkpoint, [150, 400], [1, 2], 2, 1, "cpu", "float32", tmp_path, "")["rows"]

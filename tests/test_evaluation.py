@@ -549,6 +549,8 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
     note = "The checkpoint was fitted on 1 of the haystack's 2 documents."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
+    options = ["--length", 600, "--items", 1, "--pairs", 1, "--new-tokens", 2, "--task", "niah_single_2", "--haystack"]
+    assert note in run("ablate", folder, *options, tmp_path / "texts", "--output", tmp_path / "ablated")
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):

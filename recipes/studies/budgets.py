@@ -10,6 +10,7 @@ WORK_FOLDER is the recipe's (its proxies are reused).
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,8 @@ parser.add_argument("--lengths", default="2048,4096,8192")
 parser.add_argument("--prompts", type=int, default=6)
 args = parser.parse_args()
 
-recipe, store = load(args.recipe), Store(args.work)
+recipe, store, held = load(args.recipe), Store(args.work), ExitStack()
+held.enter_context(store.lock())  # to the end of the process
 ready = pipeline.prepare(recipe, store, "cpu")
 base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()
 layers = base.config.num_hidden_layers

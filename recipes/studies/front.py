@@ -7,6 +7,7 @@ RECIPE has the `search` section that every SEARCH.json came from, WORK_FOLDER is
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,7 +35,8 @@ parser.add_argument("--items", type=int, default=2, help="a task and length")
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()
 
-recipe, store = load(args.recipe), Store(args.work)
+recipe, store, held = load(args.recipe), Store(args.work), ExitStack()
+held.enter_context(store.lock())  # to the end of the process
 ready = pipeline.prepare(recipe, store, args.device)
 key = fingerprint(ready.key(args.device), "front")
 lengths = tuple(dict.fromkeys(map(int, args.lengths.split(","))))

@@ -324,7 +324,7 @@ def draw(rows: list[dict[str, Any]], best: dict[str, Any] | None, title: str, fi
 
 
 def save(study: Study, output: Path) -> str:
-    """Write `sweep.json`, `sweep.md` and `sweep.png` into `output`, and return the tables."""
+    """Write `sweep.json`, `sweep.md` and `sweep.png` into `output`, and return the tables; earlier ones stay."""
     tolerance = study.setting["proxy"]["tolerance"]
     title = f"{study.setting['model']}: layers {', '.join(map(str, study.setting['layers']))}, medians"
     rows, relative = medians(study), medians(study, "relative")
@@ -333,4 +333,5 @@ def save(study: Study, output: Path) -> str:
     parts += ["The same for norms relative to the state's own (`ffn_selection: relative`):"]
     parts += [as_table(relative, recommended(relative, tolerance))]
     result = {"setting": study.setting, "rows": study.rows}
+    tables.keep_earlier(output, tables.files("sweep"))
     return tables.save(result, "\n\n".join(parts), output, "sweep", lambda figure: draw(rows, best, title, figure))

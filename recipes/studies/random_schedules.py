@@ -9,6 +9,7 @@ RECIPE has the `search` section that SEARCH.json came from, and WORK_FOLDER is t
 import argparse
 import json
 import random
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +37,8 @@ parser.add_argument("--prompts", type=int, default=4)
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()
 
-recipe, store = load(args.recipe), Store(args.work)
+recipe, store, held = load(args.recipe), Store(args.work), ExitStack()
+held.enter_context(store.lock())  # to the end of the process
 section, point = recipe.search, json.loads(args.search.read_text())["points"][-1]
 ready = pipeline.prepare(recipe, store, args.device)
 base, tokenizer, model, whole = ready.base, ready.tokenizer, ready.model, ready.skipping()

@@ -17,7 +17,16 @@ from ..utils.devices import hardware
 from ..utils.errors import UserError
 from ..utils.store import fingerprint
 from .columns import ablation_table
-from .suites import EvalConfig, FolderKeys, all_examples, computed_how, mode_keys, require_context
+from .suites import (
+    EvalConfig,
+    FolderKeys,
+    all_examples,
+    computed_how,
+    fitted_note,
+    fitted_on,
+    mode_keys,
+    require_context,
+)
 
 FILES = ("answers.jsonl", *tables.files("ablation"))  # in the output
 
@@ -98,10 +107,13 @@ def ablate(
     counts = {name: sum(not schedule.skips(e.tokens) for e in examples) for name, schedule in tried.items()}
     unskipped = {name: count for name, count in counts.items() if count}
     setting = {"hardware": machine, "how": how, "tokens": ids.shape[1], "pairs": pairs}
+    setting["fitted_on"] = fitted_on(config, folder_keys)
     setting |= {"items": config.items, "length": config.lengths[0], "new_tokens": [*new_tokens], "unskipped": unskipped}
     return {"setting": setting, "rows": rows}
 
 
 def save(result: dict[str, Any], output: Path) -> str:
-    """Write `ablation.json` and `ablation.md` into `output`, and return the table."""
-    return tables.save(result, ablation_table(result), output, "ablation")
+    """Write `ablation.json` and `ablation.md` into `output`, and return the table; an earlier one stays."""
+    tables.keep_earlier(output, tables.files("ablation"))
+    shown = "\n\n".join([*fitted_note(result["setting"]), ablation_table(result)])
+    return tables.save(result, shown, output, "ablation")

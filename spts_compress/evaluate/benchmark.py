@@ -74,6 +74,8 @@ def run(
                 row["breakdown"] = parts(spts, ids) if row["skips"] else {}
                 result["rows"].append(row)
                 result |= {"break_even": crossing(result["rows"]), "growth": growth(result["rows"])}
+                if len(result["rows"]) == 1:
+                    tables.keep_earlier(output, FILES)
                 tables.save_data(result, output, "bench")
                 gc.collect()
     return result

@@ -218,10 +218,8 @@ def collect(
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
     }
-    documents = config.documents() if {*config.suites} != {"longbench"} else []
-    seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
     setting = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
-    setting["fitted_on"] = {"documents": sum(seen), "of": len(seen)}
+    setting["fitted_on"] = fitted_on(config, folder_keys)
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -282,13 +280,24 @@ def summarise(output: Path) -> dict[str, Any]:
     }
 
 
+def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
+    """How many `documents` of the haystack's the checkpoint was fitted on, and `of` how many."""
+    documents = config.documents() if {*config.suites} != {"longbench"} else []
+    seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
+    return {"documents": sum(seen), "of": len(seen)}
+
+
+def fitted_note(setting: dict[str, Any]) -> list[str]:
+    """What a table says of that, if anything."""
+    seen = setting.get("fitted_on")
+    note = "The checkpoint was fitted on {documents} of the haystack's {of} documents."
+    return [note.format(**seen)] if seen and seen["documents"] else []
+
+
 def as_tables(result: dict[str, Any]) -> str:
     """The result as Markdown tables."""
     notes = [f"Not finished: {result['missing']} answers are missing."] if result["missing"] else []
-    seen = result["setting"].get("fitted_on")
-    if seen and seen["documents"]:
-        notes.append("The checkpoint was fitted on {documents} of the haystack's {of} documents.".format(**seen))
-    return "\n\n".join([*notes, score_tables(result)])
+    return "\n\n".join([*notes, *fitted_note(result["setting"]), score_tables(result)])
 
 
 def save(result: dict[str, Any], output: Path) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def has_matplotlib() -> bool:
 def files(name: str) -> tuple[str, ...]:
     """What `save` makes or removes."""
     return f"{name}.json", f"{name}.md", f"{name}.png"
+
+
+def keep_earlier(output: Path, names: Iterable[str]) -> None:
+    """Move an earlier result's files, those of `names` that are there, under the first number that is free for all."""
+    there = [path for path in (output / name for name in names) if path.exists()]
+    moved = ([p.with_stem(f"{p.stem}-{n}") for p in there] for n in count(1))
+    free = next(paths for paths in moved if not any(path.exists() for path in paths))
+    for path, target in zip(there, free, strict=True):
+        path.rename(target)
 
 
 def save_data(result: Any, output: Path, name: str) -> None:
