@@ -44,7 +44,7 @@ def _of_mode(what: str, mode: str, spec: str) -> Show:
     return lambda row: format(row[what][mode], spec) if row[what] else ""
 
 
-TASKS: dict[str, Show] = {
+TASK_COLUMNS: dict[str, Show] = {
     "task": "{task}",
     "tokens": "{length}",
     "prompts": lambda row: prompts(row),
@@ -54,7 +54,7 @@ TASKS: dict[str, Show] = {
         "" if row["recovery"] is None else f"{row['recovery']:.2f}{_interval(row, 2)}"
     ),
 }
-FIDELITY: dict[str, Show] = {
+FIDELITY_COLUMNS: dict[str, Show] = {
     "free answers about": "{prompts}",
     "tokens": "{length}",
     "prompts": lambda row: prompts(row),
@@ -137,7 +137,7 @@ def speed_table(report: dict) -> str:
 
 def score_tables(result: dict) -> str:
     """Scores of `tasks` and `fidelity` of free answers, of a report or an evaluation; empty if none was measured."""
-    both = ((TASKS, result["tasks"]), (FIDELITY, result["fidelity"]))
+    both = ((TASK_COLUMNS, result["tasks"]), (FIDELITY_COLUMNS, result["fidelity"]))
     parts = [columns_table(columns, rows) for columns, rows in both if rows]
     if any(row.get("unskipped") for _, rows in both for row in rows):
         parts.append(UNSKIPPED)

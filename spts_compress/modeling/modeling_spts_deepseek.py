@@ -11,7 +11,7 @@ import torch
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .skipping import SkippingDecoderLayer, SkippingModel
 from .stock_layer import is_plain, rms_norm, split_heads
 

@@ -2,7 +2,7 @@
 
 from transformers.models.gemma3 import modeling_gemma3
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .stock_layer import Norms
 from .windows import WindowedDecoderLayer, WindowedModel
 

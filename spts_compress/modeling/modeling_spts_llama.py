@@ -2,7 +2,7 @@
 
 from transformers.models.llama import modeling_llama
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 
 SptsLlamaConfig, SptsLlamaDecoderLayer, SptsLlamaModel, SptsLlamaForCausalLM = skipping_classes(
     __name__, "Llama", modeling_llama

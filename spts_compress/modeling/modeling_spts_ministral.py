@@ -2,7 +2,7 @@
 
 from transformers.models.ministral import modeling_ministral
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .windows import WindowedDecoderLayer, WindowedModel
 
 SptsMinistralConfig, SptsMinistralDecoderLayer, SptsMinistralModel, SptsMinistralForCausalLM = skipping_classes(

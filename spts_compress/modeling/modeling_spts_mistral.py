@@ -2,7 +2,7 @@
 
 from transformers.models.mistral import modeling_mistral
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .windows import WindowedDecoderLayer, WindowedModel
 
 SptsMistralConfig, SptsMistralDecoderLayer, SptsMistralModel, SptsMistralForCausalLM = skipping_classes(

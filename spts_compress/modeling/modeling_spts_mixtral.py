@@ -2,7 +2,7 @@
 
 from transformers.models.mixtral import modeling_mixtral
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .windows import WindowedDecoderLayer, WindowedModel
 
 SptsMixtralConfig, SptsMixtralDecoderLayer, SptsMixtralModel, SptsMixtralForCausalLM = skipping_classes(

@@ -3,7 +3,7 @@
 import torch
 from transformers.models.olmo2 import modeling_olmo2
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .skipping import SkippingDecoderLayer
 from .stock_layer import Norms, split_heads
 

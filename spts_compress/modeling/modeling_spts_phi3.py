@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.models.phi3 import modeling_phi3
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .stock_layer import is_plain, split_heads
 from .windows import WindowedDecoderLayer, WindowedModel
 

@@ -2,7 +2,7 @@
 
 from transformers.models.qwen2 import modeling_qwen2
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .windows import WindowedDecoderLayer, WindowedModel
 
 SptsQwen2Config, SptsQwen2DecoderLayer, SptsQwen2Model, SptsQwen2ForCausalLM = skipping_classes(

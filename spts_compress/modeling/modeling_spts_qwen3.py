@@ -2,7 +2,7 @@
 
 from transformers.models.qwen3 import modeling_qwen3
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .windows import WindowedDecoderLayer, WindowedModel
 
 SptsQwen3Config, SptsQwen3DecoderLayer, SptsQwen3Model, SptsQwen3ForCausalLM = skipping_classes(

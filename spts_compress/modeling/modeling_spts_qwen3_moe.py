@@ -2,7 +2,7 @@
 
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from .families import skipping_classes
+from .family_classes import skipping_classes
 from .windows import WindowedDecoderLayer, WindowedModel
 
 SptsQwen3MoeConfig, SptsQwen3MoeDecoderLayer, SptsQwen3MoeModel, SptsQwen3MoeForCausalLM = skipping_classes(
