@@ -75,7 +75,7 @@ SCHEDULES = {
 CALLS = {
     "proxy": 61,
     "attention": 35,
-    "heads": 55,
+    "heads": 54,
     "update": 63,
     "attention and update": 39,
 }  # more than dense, a layer

@@ -48,7 +48,7 @@ def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...]) -> torch.Tenso
     """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names."""
     if isinstance(heads, str):
         return raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
-    return sum((raw[:, head] for head in heads), torch.zeros_like(raw[:, 0])) / len(heads)
+    return torch.stack([raw[:, head] for head in heads]).mean(dim=0)
 
 
 def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
