@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -13,6 +12,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer
 from .calls import DecoderCalls, SkipRequest, check_depth
+from .profiling import part
 from .static import StaticKeptLayer, is_static, to_dynamic, to_static
 from .stock_layer import FULL, MASKS, layer_kinds, position_tables
 
@@ -74,7 +74,7 @@ class StockRuns(DecoderCalls):
     def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
         """States (B, n, D) after some layers, run as by stock."""
         kinds, masks, states = layer_kinds(self.config), dict[str, Any](), run.states
-        with record_function("spts.dense layers"):
+        with part("dense layers"):
             for index in layers:
                 if (kind := kinds[index]) not in masks:
                     seen = run.mask, run.cache, run.position_ids

@@ -4,12 +4,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import SkippedCacheLayer, fill_layers
 from .configuration_spts import Counts
 from .decoding import StockRuns
+from .profiling import part
 from .selection import ranked, select
 
 
@@ -79,7 +79,7 @@ class LayerPlan:
         ones last; None if none of the `counts` is a choice."""
         if score is None or tie is None or all(count is self.candidates_in for count in counts):
             return None
-        with record_function("spts.selecting"):
+        with part("selecting"):
             always = self.schedule.sink_tokens, self.schedule.always_last
             return ranked(score, tie, *always, self.candidates_in.rows, self.candidates_in.valid)
 
@@ -87,7 +87,7 @@ class LayerPlan:
         """Indices (B, `count`) of the last candidates of an `order`; None: all of them."""
         if count is self.candidates_in or order is None:
             return None
-        with record_function("spts.selecting"):
+        with part("selecting"):
             return select(order, count.width, count.rows)
 
 

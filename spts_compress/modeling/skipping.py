@@ -23,12 +23,12 @@ their padding on the left.
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 from transformers.masking_utils import create_causal_mask
 
 from .calls import SkipRequest
 from .decoding import Pass
 from .layer_plan import Count, LayerPlan, PlannedRuns
+from .profiling import part
 from .selection import (
     FeedForwardProxy,
     gather_among,
@@ -66,7 +66,7 @@ class SkippingDecoderLayer(StockLayer):
         # A count that `is plan.candidates_in` means all candidates: nothing to choose, and None in place of indices.
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
         cos_sin, raw, score = position_embeddings, None, None
-        with record_function("spts.probing"):
+        with part("probing"):
             normed = self.normed("before_attention", states)
             key = self.keys(normed, *cos_sin)
             if plan.ranks:
@@ -76,7 +76,7 @@ class SkippingDecoderLayer(StockLayer):
         order = plan.order(score, raw, plan.active, plan.cached, plan.candidates_out, *by_attention)
         attention_index = plan.choose(plan.active, order)
         cached_index = attention_index if plan.cached is plan.active else plan.choose(plan.cached, order)
-        with record_function("spts.gathers"):
+        with part("gathers"):
             active = gather_tokens(normed, attention_index)
             to_cache = active if cached_index is attention_index else gather_tokens(normed, cached_index)
             key = gather_tokens(key.transpose(1, 2), cached_index).transpose(1, 2)
@@ -84,7 +84,7 @@ class SkippingDecoderLayer(StockLayer):
             at = gather_tokens(slots, attention_index)
 
         # Attention among the active tokens, in their order and with their original positions.
-        with record_function("spts.attention"):
+        with part("attention"):
             held: tuple[torch.Tensor, ...] = self.cached(to_cache, key)
             if past_key_values is not None:
                 past_key_values.update(*held, self.self_attn.layer_idx)
@@ -96,14 +96,14 @@ class SkippingDecoderLayer(StockLayer):
             output = self.normed("after_attention", output)
         estimate = None
         if plan.schedule.update and attention_index is not None:
-            with record_function("spts.updates"):
+            with part("updates"):
                 estimate = self.attention_update(normed)
         states = self._add(states, attention_index, output, plan.active, estimate)
         del normed, active, to_cache  # as large as the states, and done with
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
         if plan.weighs:
-            with record_function("spts.probing"):
+            with part("probing"):
                 worth = self.proxy(states, plan.schedule.ffn_selection == "relative") * score
             ffn_index = plan.choose(plan.ffn_tokens, plan.order(worth, raw, plan.ffn_tokens))
         else:
@@ -111,12 +111,12 @@ class SkippingDecoderLayer(StockLayer):
         run: Any = self.feed_forward
         inputs, estimate = states, None
         if plan.schedule.update and ffn_index is not None:
-            with record_function("spts.updates"):
+            with part("updates"):
                 inputs, run = self.normed("before_feed_forward", states), self.transformed
                 estimate = self.ffn_update(inputs)
-        with record_function("spts.gathers"):
+        with part("gathers"):
             inputs = gather_tokens(inputs, ffn_index)
-        with record_function("spts.feed-forward"):
+        with part("feed-forward"):
             output = run(inputs)
         states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
         cached_at = at if cached_index is attention_index else gather_tokens(slots, cached_index)
@@ -163,7 +163,7 @@ class SkippingDecoderLayer(StockLayer):
         estimated of them all, (B, T, D)."""
         if index is None:
             return states + output
-        with record_function("spts.gathers"):
+        with part("gathers"):
             if estimate is None:
                 return scatter_tokens(states, index, gather_tokens(states, index) + output, count.valid)
             return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
@@ -235,7 +235,7 @@ class SkippingModel(PlannedRuns):
             here = next_index.to(device)  # layers may be on several devices
             if full_states is not None:
                 full_states = scatter_tokens(full_states, slots, states.to(device), plan.candidates_in.valid)
-            with record_function("spts.gathers"):
+            with part("gathers"):
                 states, slots = gather_tokens(states, next_index), gather_tokens(slots, here)
                 rotary = {kind: tuple(gather_tokens(t, here) for t in tables) for kind, tables in rotary.items()}
                 carried = None if carried is None else gather_tokens(carried, next_index)
