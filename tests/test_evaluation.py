@@ -549,14 +549,14 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
     note = "The checkpoint was fitted on 1 of the haystack's 2 documents."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
-    options = ["--length", 600, "--items", 1, "--pairs", 1, "--new-tokens", 2, "--task", "niah_single_2", "--haystack"]
-    assert note in run("ablate", folder, *options, tmp_path / "texts", "--output", tmp_path / "ablated")
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     options = ["--length", 1500, "--items", 1, "--pairs", 1, "--new-tokens", 2, "--task", "niah_single_2"]
-    haystack = ["--haystack", checkpoint.parent / "prose.txt"]
-    shown = run("ablate", checkpoint, "--output", tmp_path, *options, *haystack)
+    folder, prose = shutil.copytree(checkpoint, tmp_path / "model"), checkpoint.parent / "prose.txt"
+    (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(prose.read_text())]}))
+    shown = run("ablate", folder, "--output", tmp_path, *options, "--haystack", prose)
+    assert "The checkpoint was fitted on 1 of the haystack's 1 documents." in shown
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
     assert list(rows) == names and all(name in shown for name in names)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import BARE, SCHEDULE, TEXT, UPDATING, stock_twin, tiny_model, tiny_tokenizer
+from tiny import BARE, SCHEDULE, TEXT, UPDATING, shallow_model, stock_twin, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
@@ -489,8 +489,10 @@ def test_offloaded_layers_answer_alike(tmp_path, model):
     assert torch.equal(automatic.generate(tokens, attention_mask=mask, max_new_tokens=4, **GREEDY), expected)
 
 
-def test_a_compiled_model_answers_alike(model):
-    tokens = prompt()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_compiled_model_answers_alike(family):
+    model, tokens = shallow_model(family), prompt()
+    torch._dynamo.reset()
     with torch.no_grad():
         expected = model(tokens, logits_to_keep=1)
         compiled = torch.compile(model, backend="eager")

@@ -93,7 +93,7 @@ def test_two_processes_make_the_checkpoint_that_one_makes(corpus, tmp_path):
         data = yaml.safe_load(path.read_text())
         del data["schedule"]
         data["search"] = {
-            "speedup": 1.15, "lengths": [520, 600], "kinds": ["free"], "prompts": 2, "answer_tokens": 8, "starts": [2],
+            "speedup": 1.15, "lengths": [520], "kinds": ["free"], "prompts": 2, "answer_tokens": 8, "starts": [2],
             "candidates": 4, "rounds": 1, "heads_from": 1, "choices": {"heads": [0.9]},
         }  # fmt: skip
         path.write_text(yaml.safe_dump(data))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import BARE, SCHEDULE, TEXT, UPDATING, stock_twin, tiny_model, tiny_tokenizer
+from tiny import BARE, SCHEDULE, TEXT, UPDATING, shallow_model, stock_twin, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -21,9 +21,9 @@ def prompt(length=40, rows=1, seed=1):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def made(family):
+def made(family, model=tiny_model):
     experts = {"experts_implementation": "batched_mm"} if family.startswith("deepseek") else {}  # the eager ones wait
-    return tiny_model(family, SCHEDULES[family], **experts)
+    return model(family, SCHEDULES[family], **experts)
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -58,8 +58,9 @@ class Compiled:
         self.config._compile_all_devices = True
 
 
-def test_steps_are_compiled_once_for_prompts_of_several_lengths_and_give_the_same_tokens(model):
-    compiled = Compiled()
+@pytest.mark.parametrize("family", SCHEDULES)
+def test_steps_are_compiled_once_for_prompts_of_several_lengths_and_give_the_same_tokens(family):
+    model, compiled = made(family, shallow_model), Compiled()
     for length in (40, 47, 33):
         expected = answers(model, prompt(length))
         assert torch.equal(answers(model, prompt(length), **STATIC, compile_config=compiled.config), expected)
@@ -171,9 +172,7 @@ def test_a_loop_that_compiles_forward_makes_one_graph():
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_model_that_is_compiled_whole_answers_alike(family):
-    stages = [{"end": 1, "budget": 12, "prune_to": 16}, {"end": 2, "budget": 8}]  # few layers: each is traced by itself
-    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]} if family != "llama" else {}
-    model = tiny_model(family, {**SCHEDULE, "stages": stages}, num_hidden_layers=3, **kinds)
+    model = made(family, shallow_model)
     torch._dynamo.reset()
     compiled, logits = torch.compile(model, backend="eager"), []
     with torch.no_grad():
@@ -186,7 +185,7 @@ def test_a_model_that_is_compiled_whole_answers_alike(family):
 @pytest.mark.parametrize(("length", "options"), [(40, {"spts": False}), (6, {})], ids=["dense", "short"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_where_nothing_is_skipped_the_cache_is_the_stock_one_and_steps_are_compiled(family, length, options):
-    model, compiled, tokens = made(family), Compiled(), prompt(length, rows=2)
+    model, compiled, tokens = made(family, shallow_model), Compiled(), prompt(length, rows=2)
     stock = stock_twin(model)
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0

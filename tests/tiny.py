@@ -154,6 +154,16 @@ def tiny_model(family: str = "llama", schedule: dict | None = None, seed: int = 
     return model
 
 
+def shallow_model(family: str, schedule: dict = SCHEDULE, **changes):
+    """One of three layers, each of which torch.compile traces by itself."""
+    schedule = {**schedule, "stages": [{"end": 1, "budget": 12, "prune_to": 16}, {"end": 2, "budget": 8}]}
+    if isinstance(schedule.get("update"), list):
+        schedule["update"] = schedule["update"][:2]
+    if "layer_types" in SPECIAL.get(family, {}):
+        changes["layer_types"] = SPECIAL[family]["layer_types"][:3]
+    return tiny_model(family, schedule, num_hidden_layers=3, **changes)
+
+
 def bias_routers(model):
     """Random biases for routers that have one, which change what is routed where."""
     for name, buffer in model.named_buffers():
