@@ -339,7 +339,8 @@ def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prep
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
-    parts, longest = (ready.sequences.fit, ready.sequences.held_out), max(ready.recipe.report.lengths)
+    report, parts = ready.recipe.report, (ready.sequences.fit, ready.sequences.held_out)
+    longest = max(*report.lengths, report.longest)
     text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
     key = fingerprint(*what, text, longest, on_dense, ready.schedule.to_dict(), tensors_key(ready.parameters))
