@@ -204,8 +204,10 @@ def collect(
     done.check = folder_keys.unchanged
     keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
+    overlapping: list[int] = []
     if "fidelity" in config.suites:
         haystack = config.text()
+        overlapping = [n for n in config.lengths if agreement.overlap(tokenizer, haystack, n, config.items)]
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
 
     def following(example: Example) -> str | None:
@@ -220,8 +222,8 @@ def collect(
     }
     documents = config.documents() if {*config.suites} != {"longbench"} else []
     seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
-    setting = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
-    setting["fitted_on"] = {"documents": sum(seen), "of": len(seen)}
+    setting: dict[str, Any] = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
+    setting["fitted_on"], setting["overlapping"] = {"documents": sum(seen), "of": len(seen)}, overlapping
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -270,7 +272,12 @@ def summarise(output: Path) -> dict[str, Any]:
         "missing": sum(map(len, wanted.values())) - sum(map(len, rows.values())),
         "tasks": recovery.summary(scored),
         "fidelity": [
-            {"length": length, "prompts": source, **recovery.fidelity_summary(measured)}
+            {
+                "length": length,
+                "prompts": source,
+                "overlap": source == HAYSTACK and length in setting.get("overlapping", ()),
+                **recovery.fidelity_summary(measured),
+            }
             for (length, source), measured in free.items()
             if measured
         ],

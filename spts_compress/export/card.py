@@ -69,7 +69,7 @@ def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
-            dataset_name=f"{row['task']}, {row['length']} tokens, {row['items']} prompts",
+            dataset_name=f"{row['task']}, up to {row['length']} tokens, {row['items']} prompts",
             metric_type="score",
             metric_name=metric,
             metric_value=round(100 * row[mode], 1),
