@@ -1,6 +1,7 @@
 """The search: shared dense work gives the same figures as whole runs, and the search finds what is there."""
 
 import random
+import re
 from typing import get_args
 
 import pytest
@@ -228,6 +229,10 @@ def test_what_confirms_a_search_was_not_searched_on():
     prose = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(32))
     items = PromptSet(section, TOKENIZER, prose).filled(SINGLE_PROCESS).items
     assert len({item.text for item in items}) == len(items) == 32
+    numbers = [
+        {int(number) for item in half for number in re.findall(r"\d+", item.text)} for half in (items[:16], items[16:])
+    ]
+    assert numbers == [{*range(16)}, {*range(16, 32)}]  # and no sentence is in prompts of both halves
     with pytest.raises(UserError, match=r"search\.text: the text is too short, .* for 32 different prompts"):
         PromptSet(section, TOKENIZER, TEXT * 9).filled(SINGLE_PROCESS)
 
