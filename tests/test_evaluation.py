@@ -548,7 +548,7 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
         (tmp_path / f"texts/{name}.txt").write_text(part)
     options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack"]
     shown = run("evaluate", folder, *options, tmp_path / "texts", "--output", tmp_path / "out", "--certify")
-    note = "The checkpoint was fitted on 1 of the haystack's 2 documents."
+    note = "The checkpoint was fitted, or its schedule chosen, on 1 of the haystack's 2 documents."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
 

@@ -128,7 +128,7 @@ def require_context(config: Any, tokens: int, what: str) -> None:
 
 class FolderKeys(dict[str, str]):
     """For dense and skipping answers, what of the checkpoint in `folder` they depend on; all of its weights are read.
-    `unchanged`: see `watch`. `fitted_on`: keys of documents, as far as the checkpoint tells."""
+    `unchanged`: see `watch`. `fitted_on`: keys of documents that it was fitted or chosen on, as far as it tells."""
 
     def __init__(self, folder: Path):
         paths = list(folder.glob("*.safetensors"))
@@ -294,7 +294,8 @@ def as_tables(result: dict[str, Any]) -> str:
     notes = [f"Not finished: {result['missing']} answers are missing."] if result["missing"] else []
     seen = result["setting"].get("fitted_on")
     if seen and seen["documents"]:
-        notes.append("The checkpoint was fitted on {documents} of the haystack's {of} documents.".format(**seen))
+        used = "The checkpoint was fitted, or its schedule chosen, on"
+        notes.append(f"{used} {seen['documents']} of the haystack's {seen['of']} documents.")
     return "\n\n".join([*notes, score_tables(result)])
 
 

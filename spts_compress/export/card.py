@@ -23,7 +23,8 @@ CITATION = """@misc{wu2026probe,
 SEARCHED = """
 ## Search
 
-The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one.
+The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one. The text
+searched on is that of the prompts measured above, unless the recipe has a `report.text` or a `search.text`.
 
 {tables}
 
