@@ -127,7 +127,7 @@ def run(
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
         report = {"proxies": fits, "search": searched, "stages": stage.costs if begins_anew else {}, **measured}
-        report["fitted_on"] = sorted(ready.sequences.fitted) if ready.parameters else []
+        report["fitted_on"] = sorted(ready.searched_on.union(ready.sequences.fitted if ready.parameters else ()))
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
@@ -214,8 +214,9 @@ class Prepared:
     """What search and export start from.
 
     `recipe`: with every value. `carried`: what of the base travels. `haystack`: text of the report's prompts.
-    `prompts`: those of a search; None without one. `model`: the stock model; None once it is not needed. `schedule`:
-    with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`: see `fit_proxies`.
+    `prompts`: those of a search; None without one. `searched_on`: keys of the documents they are made of. `model`: the
+    stock model; None once it is not needed. `schedule`: with the sizes of the proxies, whose `parameters` go by their
+    name in the exported model. `fits`: see `fit_proxies`.
     """
 
     recipe: Recipe
@@ -225,6 +226,7 @@ class Prepared:
     sequences: Blocks
     haystack: str
     prompts: PromptSet | None
+    searched_on: frozenset[str]
     model: Any
     schedule: Schedule
     parameters: dict[str, torch.Tensor]
@@ -256,7 +258,7 @@ def prepare(
     Raises:
         UserError: for bad input, where possible before long work.
     """
-    stage, prompts = stage or StageTimer(device), None
+    stage, prompts, searched_on = stage or StageTimer(device), None, frozenset[str]()
     with stage("model and text"):
         texts = documents(recipe.calibration, log)
         with ranks.main_first():  # who may convert or download it
@@ -274,6 +276,8 @@ def prepare(
         if recipe.search is not None:  # made here, since bad lengths show before the long work
             text = _unseen("search.text", recipe.search.text, sequences)
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
+            own = recipe.search.text
+            searched_on = frozenset(map(document_key, from_files(Path(own)) if own else texts[0]))
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]
@@ -282,7 +286,7 @@ def prepare(
             key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, environment())
             longest, places = max(recipe.report.lengths), norms_of(base.family)
             fitted = fit_proxies(model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks)
-    ready = Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, model, *fitted)
+    ready = Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, searched_on, model, *fitted)
     if prompts is not None and ready.schedule.update:
         with stage("updates for the search"), ranks.main_first():
             ready = _with_updates(ready, store, on_dense=True)
@@ -339,7 +343,8 @@ def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prep
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
-    parts, longest = (ready.sequences.fit, ready.sequences.held_out), max(ready.recipe.report.lengths)
+    report, parts = ready.recipe.report, (ready.sequences.fit, ready.sequences.held_out)
+    longest = max(*report.lengths, report.longest)
     text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
     key = fingerprint(*what, text, longest, on_dense, ready.schedule.to_dict(), tensors_key(ready.parameters))

@@ -119,10 +119,12 @@ def test_break_even_lies_between_the_lengths_that_lose_and_win():
 
 def test_growth_finds_the_linear_and_the_quadratic_term():
     rows = [
-        {"batch": 1, "tokens": n, "dense": {"seconds": [n / 1e3 + 3 * (n / 1e3) ** 2]}, "spts": {"seconds": [n / 2e3]}}
+        {"dense": {"seconds": [n / 1e3 + 3 * (n / 1e3) ** 2]}, "spts": {"seconds": [n / 2e3]}, "tokens": n}
         for n in (1000, 2000, 4000)
     ]
-    found = benchmark.growth([*rows, {**rows[0], "batch": 4, "dense": {"seconds": [1e9]}}])
+    rows = [{**row, "batch": 1, "skips": True} for row in rows]
+    others = [{**rows[0], **change, "spts": {"seconds": [1e-3]}} for change in ({"batch": 4}, {"skips": False})]
+    found = benchmark.growth([*rows, *others])
     assert found["dense"] == pytest.approx([1, 3]) and found["spts"] == pytest.approx([0.5, 0], abs=1e-9)
     assert benchmark.growth(rows[:2]) is None
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from spts_compress.calibrate.data import blocks, document_key
 from spts_compress.checkpoint.keys import stale
 from spts_compress.evaluate import ablate, suites
+from spts_compress.evaluate.columns import score_tables
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import CalibrationSection
 from spts_compress.search import dense_reference
@@ -319,12 +320,13 @@ def test_a_class_that_no_answer_could_name_is_refused_and_equal_lines_count_once
 
 def test_recovery_and_its_interval():
     rows = [
-        {"task": "t", "limit": 64, "index": i, "mode": mode, "score": value}
+        {"task": "t", "limit": 64, "tokens": 20 + i, "answer_tokens": 8, "index": i, "mode": mode, "score": value}
         for mode, values in (("dense", [1, 1, 0.5, 1]), ("spts", [1, 0, 0.5, 1]))
         for i, value in enumerate(values)
     ]
     [found] = recovery.summary(rows)
     assert found["items"] == 4 and found["recovery"] == pytest.approx(2.5 / 3.5)
+    assert "| 64 at most, mean 30 |" in score_tables({"tasks": [found], "fidelity": []})
     low, high = found["interval"]
     assert 0.2 <= low < 2.5 / 3.5 < high <= 1.0
     assert recovery.interval([1.0], [1.0]) is None and recovery.interval([0, 0], [1, 1]) is None
@@ -546,9 +548,18 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
         (tmp_path / f"texts/{name}.txt").write_text(part)
     options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack"]
     shown = run("evaluate", folder, *options, tmp_path / "texts", "--output", tmp_path / "out", "--certify")
-    note = "The checkpoint was fitted on 1 of the haystack's 2 documents."
+    note = "The checkpoint was fitted, or its schedule chosen, on 1 of the haystack's 2 documents."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
+
+
+def test_a_haystack_shorter_than_its_prompts_is_told(checkpoint, tmp_path):
+    text = (checkpoint.parent / "prose.txt").read_text()
+    options = ["--suite", "fidelity", "--lengths", 400, "--items", 3, "--haystack"]
+    for characters, told in ((1500, True), (9000, False)):
+        (tmp_path / "text.txt").write_text(text[:characters])
+        shown = run("evaluate", checkpoint, *options, tmp_path / "text.txt", "--output", tmp_path / "out")
+        assert ("prompts share parts of it" in shown) is told
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
@@ -556,7 +567,7 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     folder, prose = shutil.copytree(checkpoint, tmp_path / "model"), checkpoint.parent / "prose.txt"
     (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(prose.read_text())]}))
     shown = run("ablate", folder, "--output", tmp_path, *options, "--haystack", prose)
-    assert "The checkpoint was fitted on 1 of the haystack's 1 documents." in shown
+    assert "The checkpoint was fitted, or its schedule chosen, on 1 of the haystack's 1 documents." in shown
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
     assert list(rows) == names and all(name in shown for name in names)

@@ -140,13 +140,21 @@ def test_a_few_skipped_tokens_are_not_all_that_a_map_is_fitted_on():
     assert rows[0]["ffn"] > 0  # it knows tokens that it has not seen better than their mean does
 
 
-def test_a_recipe_with_updates_makes_a_checkpoint_that_uses_them(corpus, tmp_path):
+def test_a_recipe_with_updates_makes_a_checkpoint_that_uses_them(corpus, tmp_path, monkeypatch):
+    longest = []
+
+    def fit(*arguments):
+        longest.append(arguments[3])
+        return fit_updates(*arguments)
+
+    monkeypatch.setattr("spts_compress.pipeline.fit_updates", fit)
     base = tiny_base(tmp_path / "base")
     schedule = {**SCHEDULE, "start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.3, "floor": 20}}], "kv": 0.5}
     recipe = recipe_for(base, corpus, tmp_path)
     data = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump({**data, "schedule": schedule}))
     run("recipe", recipe)
+    assert longest == [400]  # quality is reported of prompts so long
     out = tmp_path / "out"
     assert "is whole" in run("verify", out)
     assert "R^2 of the update, attention" in run("inspect", out)
@@ -169,3 +177,6 @@ def test_maps_are_fitted_on_prompts_that_every_layer_skips_in():
     assert prompt_length(schedule, 5, 32768, 2500, 10000) == 10000
     with pytest.raises(UserError, match="layer 1 skips nothing of a prompt of 8000 tokens"):
         prompt_length(schedule, 5, 32768, 10**5, 8000)
+    # attention and the feed-forward network have a map each, so it does not do that one of them skips
+    apart = Schedule.from_dict({**SCHEDULE, "stages": [{"end": 4, "budget": 9000, "ffn_budget": 2000}]}, 5)
+    assert prompt_length(apart, 5, 32768, 10**5, 10**5) == 4 * BLOCK

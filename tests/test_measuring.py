@@ -107,7 +107,14 @@ def test_ways_are_compared_with_dense_round_by_round():
 def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
     model = tiny_model(schedule=SCHEDULE)
     base = SimpleNamespace(
-        folder=tmp_path, title="Tiny", name="tiny", revision=None, repository=None, trusted=False, config=model.config
+        folder=tmp_path,
+        title="Tiny",
+        name="tiny",
+        revision=None,
+        repository=None,
+        trusted=False,
+        config=model.config,
+        family="llama",
     )
     setting = {"device": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "spts_compress": "0"}
     speed = [{"tokens": 60, "dense": {"rounds": [[1.0, 2.0]]}}]

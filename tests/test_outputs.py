@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def made_here(folder: Path, text: str = "old") -> Path:
     (folder / "config.json").write_text(text)
     (folder / "README.md").write_text("card")
     (folder / "spts_report.json").write_text(json.dumps({"card": file_hash(folder / "README.md")}))
-    (folder / "spts_files.json").write_text(json.dumps({"sha256": {"config.json": "0", "extra/x.jinja": "0"}}))
+    listed = {"config.json": file_hash(folder / "config.json"), "extra/x.jinja": sha256().hexdigest()}
+    (folder / "spts_files.json").write_text(json.dumps({"sha256": listed}))
     return folder
 
 
@@ -54,9 +56,10 @@ def test_what_is_free_to_be_made(tmp_path):
 
 def test_what_was_made_in_a_checkpoint_since_its_export_is_not_replaced(tmp_path):
     out = made_here(tmp_path / "out")
-    for name in ("README.md", "spts_evaluation.json"):
+    names = ("config.json", "README.md", "spts_evaluation.json")
+    for name in names:
         (out / name).write_text("mine")
-    for message in ("README.md and spts_evaluation.json changed", "spts_evaluation.json changed"):
+    for message in (f"{' and '.join(names[first:])} changed" for first in range(3)):
         with pytest.raises(UserError, match=rf"out: {message} since the export; move or delete"), new_folder(out, True):
             raise RuntimeError("must not come here")
         (out / message.split()[0]).unlink()
@@ -252,7 +255,7 @@ def _killed_at(number: int, out: Path) -> bool:
         Path.rename, shutil.rmtree = killed(Path.rename), killed(shutil.rmtree)
         with new_folder(out, True) as made:
             (made / "config.json").write_text("new")
-            (made / "spts_files.json").write_text('{"sha256": {"config.json": "0"}}')
+            (made / "spts_files.json").write_text(json.dumps({"sha256": {"config.json": sha256(b"new").hexdigest()}}))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 

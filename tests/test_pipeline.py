@@ -353,6 +353,8 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     assert point["held_out"]["prompts"] == 2 and found["evaluations"] > 8
     assert "## Search" in (tmp_path / "out/README.md").read_text() and (tmp_path / "out/search.png").is_file()
     assert "next token as dense" in run("inspect", tmp_path / "out")
+    # prompts were of all documents, those that nothing was fitted on
+    assert len(json.loads((tmp_path / "out/spts_report.json").read_text())["fitted_on"]) == 12
     weights = {p.name: file_hash(p) for p in (tmp_path / "out").glob("*.safetensors")}
 
     with monkeypatch.context() as patch:  # what was evaluated is not evaluated again, and the choice is the same

@@ -1,6 +1,7 @@
 """The search: shared dense work gives the same figures as whole runs, and the search finds what is there."""
 
 import random
+import re
 from typing import get_args
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 
 from spts_compress.cost import predicted
-from spts_compress.modeling.configuration_spts import Probe, Proxy, Schedule, Update
+from spts_compress.modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
 from spts_compress.search import dense_reference, evaluator, halving, prompts, report, run, space, winner
@@ -83,6 +84,17 @@ def test_a_shape_at_a_cost_costs_that_and_no_more():
     assert reached > 20
     assert costs.scale_to_cost(ScheduleParams(4), ("speedup", 3.0)) is None
     assert 0.7 < predicted(config, costs.scale_to_cost(ScheduleParams(1), ("kv_share", 0.8)), 1000)["kv_share"] <= 0.8
+
+
+def test_a_candidate_that_breaks_the_model_loses():
+    schedules = [Schedule(1, (Stage(4, Amount(share)),), ffn_selection="attention") for share in (0.2, 0.3, 0.4)]
+    kl = dict(zip(schedules, (float("nan"), 0.2, 0.1), strict=True))
+
+    def evaluate(schedule, count):
+        return [{"kind": "free", "kl": kl[schedule], "top1": 0.5, "same": False}] * count
+
+    tried = halving.halve([Candidate(ScheduleParams(1), each, {}, []) for each in schedules], 2, 1, evaluate)
+    assert [each.schedule for each in tried] == schedules[::-1]
 
 
 def test_kv_is_drawn_where_there_are_updates():
@@ -217,6 +229,10 @@ def test_what_confirms_a_search_was_not_searched_on():
     prose = " ".join(f"The {n} owls of wood number {n} sleep in a warm and quiet old tree." for n in range(32))
     items = PromptSet(section, TOKENIZER, prose).filled(SINGLE_PROCESS).items
     assert len({item.text for item in items}) == len(items) == 32
+    numbers = [
+        {int(number) for item in half for number in re.findall(r"\d+", item.text)} for half in (items[:16], items[16:])
+    ]
+    assert numbers == [{*range(16)}, {*range(16, 32)}]  # and no sentence is in prompts of both halves
     with pytest.raises(UserError, match=r"search\.text: the text is too short, .* for 32 different prompts"):
         PromptSet(section, TOKENIZER, TEXT * 9).filled(SINGLE_PROCESS)
 

@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import UserError, some
 from ..utils.store import claimed, file_hash, full_disk_named
-from .layout import CARD, CERTIFICATE, CONFIG, FREE, MANIFEST, REPORT, all_files, read_json
+from .layout import CARD, CERTIFICATE, CONFIG, FREE, MANIFEST, PROXIES, REPORT, all_files, read_json
 
 WEIGHTS_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -137,12 +138,28 @@ def _listed(folder: Path) -> set[str] | None:
         return None
 
 
+def changed(folder: Path) -> list[str]:
+    """Files of a checkpoint that are not as its list says, or are gone, or the list if it says nothing; that the base's
+    weights, which take long to read, are the same is left to `verify`."""
+    listed = read_json(folder / MANIFEST).get("sha256") if (folder / MANIFEST).is_file() else None
+    if not isinstance(listed, dict):
+        return [MANIFEST]
+
+    def same(path: Path, digest: Any) -> bool:
+        weights = path.suffix == ".safetensors" and path.name != PROXIES
+        return path.is_file() and (weights or file_hash(path) == digest)
+
+    return [name for name, digest in listed.items() if not same(folder / name, digest)]
+
+
 def _made_since(folder: Path) -> list[str]:
-    """What is in a checkpoint made here since its export: an evaluation, and a card that was edited or added to."""
+    """What is in a checkpoint made here since its export: files that were edited, such as a schedule tuned by hand, a
+    card that was added to, and an evaluation."""
     card, stated = folder / CARD, None
     with suppress(UserError):  # no report, or none that can be read
         stated = read_json(folder / REPORT).get("card")
-    edited = [CARD] if card.is_file() and file_hash(card) != stated else []
+    edited = [name for name in changed(folder) if (folder / name).is_file()]
+    edited += [CARD] if card.is_file() and file_hash(card) != stated else []
     return edited + [CERTIFICATE] * (folder / CERTIFICATE).is_file()
 
 

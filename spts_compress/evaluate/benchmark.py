@@ -96,8 +96,8 @@ def crossing(rows: list[dict[str, Any]]) -> int | None:
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, list[float]] | None:
     """TTFT of dense and SPTS as a n + b n^2, n in thousands of tokens: [a, b] in seconds, neither negative, by least
-    squares of the relative errors; batch 1 only, None for fewer than three lengths."""
-    single = [row for row in rows if row["batch"] == 1]
+    squares of the relative errors. Only of rows that skip tokens, batch 1; None for fewer than three lengths."""
+    single = [row for row in rows if row["batch"] == 1 and row["skips"]]
     if len({row["tokens"] for row in single}) < 3:
         return None
     n = np.array([row["tokens"] / 1000 for row in single])

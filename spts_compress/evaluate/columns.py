@@ -24,6 +24,12 @@ UNSKIPPED = (
 )
 
 
+OVERLAPPING = (
+    "**Overlapping**: the text for free answers is shorter than their prompts together, so that prompts share parts of "
+    "it, and the interval is narrower than that of as many different texts."
+)
+
+
 def share_of_dense(row: dict[str, Any], what: str) -> str:
     """Bytes of SPTS, and what part of dense's they are."""
     dense, spts = (row[mode][what] for mode in ("dense", "spts"))
@@ -36,6 +42,12 @@ def prompts(row: dict[str, Any]) -> str:
     return f"{row['items']} ({unskipped} not skipped)" if unskipped else f"{row['items']}"
 
 
+def lengths(row: dict[str, Any]) -> str:
+    """What prompts were cut to, and how long they are on average if that is much less, as of short documents."""
+    short = row.get("tokens", row["length"]) < 0.9 * row["length"]
+    return f"{row['length']}" + (f" at most, mean {row['tokens']}" if short else "")
+
+
 def _interval(row: dict, digits: int) -> str:
     return " ({:.{n}f}-{:.{n}f})".format(*row["interval"], n=digits) if row["interval"] else ""
 
@@ -46,7 +58,7 @@ def _of_mode(what: str, mode: str, spec: str) -> Show:
 
 TASK_COLUMNS: dict[str, Show] = {
     "task": "{task}",
-    "tokens": "{length}",
+    "tokens": lengths,
     "prompts": lambda row: prompts(row),
     "dense": lambda row: f"{100 * row['dense']:.1f}",
     "SPTS": lambda row: f"{100 * row['spts']:.1f}",
@@ -56,7 +68,7 @@ TASK_COLUMNS: dict[str, Show] = {
 }
 FIDELITY_COLUMNS: dict[str, Show] = {
     "free answers about": "{prompts}",
-    "tokens": "{length}",
+    "tokens": lengths,
     "prompts": lambda row: prompts(row),
     "next token as dense (95% interval)": lambda row: f"{row['top1']:.1%}{_interval(row, 3)}",
     "KL, nats": "{kl:.3f}",
@@ -141,6 +153,8 @@ def score_tables(result: dict) -> str:
     parts = [columns_table(columns, rows) for columns, rows in both if rows]
     if any(row.get("unskipped") for _, rows in both for row in rows):
         parts.append(UNSKIPPED)
+    if any(row.get("overlap") for row in result["fidelity"]):
+        parts.append(OVERLAPPING)
     return "\n\n".join(parts)
 
 

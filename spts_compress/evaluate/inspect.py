@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.families import FAMILIES, model_class
-from ..checkpoint.layout import CONFIG, MANIFEST, PROXIES, REPORT, read_json
+from ..checkpoint.layout import CONFIG, REPORT, read_json
+from ..checkpoint.outputs import changed
 from ..plan import describe
 from ..search.report import as_text
 from ..utils.errors import UserError, reason, some
-from ..utils.store import file_hash
 from ..utils.tables import size
 from .columns import fit_table, score_tables, speed_table
 
@@ -51,7 +51,7 @@ def inspect(folder: Path) -> str:
         raise UserError(f"{path}: not a report of this toolkit, so remove it: {reason(error)}") from None
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
-    if report and (names := _changed(folder)):
+    if report and (names := changed(folder)):
         parts.append(
             f"Warning: {some(names)} changed or gone since the export; what was measured then is of what it said then:"
         )
@@ -62,17 +62,3 @@ def _measurements(report: dict[str, Any]) -> list[str]:
     """What a report says, as tables."""
     parts = [fit_table(report["proxies"]), speed_table(report), score_tables(report)]
     return parts + ([as_text(report["search"])] if report.get("search") else [])
-
-
-def _changed(folder: Path) -> list[str]:
-    """Files that are not as the manifest says, or the manifest if it says nothing; that the base's weights, which take
-    long to read, are the same is left to `verify`."""
-    listed = read_json(folder / MANIFEST).get("sha256") if (folder / MANIFEST).is_file() else None
-    if not isinstance(listed, dict):
-        return [MANIFEST]
-
-    def same(path: Path, digest: Any) -> bool:
-        weights = path.suffix == ".safetensors" and path.name != PROXIES
-        return path.is_file() and (weights or file_hash(path) == digest)
-
-    return [name for name, digest in listed.items() if not same(folder / name, digest)]

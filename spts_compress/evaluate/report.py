@@ -115,13 +115,17 @@ def measure_all(
             for example in _free(section, tokenizer, haystack, longest)
         ]
         states = keep("skipped-states", skipped_states)
-    fidelity = {"length": longest, "prompts": "held-out text", **fidelity_summary(agreed)} if agreed else None
+    fidelity = []
+    if agreed:
+        overlap = agreement.overlap(tokenizer, haystack, longest, section.answers)
+        row = {"length": longest, "prompts": "held-out text", "overlap": overlap}
+        fidelity.append({**row, **fidelity_summary(agreed)})
     return {
         "hardware": hardware(str(dense.device)),
         "dtype": str(spts.dtype).removeprefix("torch."),
         "keys": section.keys,
         "speed": rows,
         "tasks": summary(score_rows([row for pair in needles for row in pair])),
-        "fidelity": [fidelity] if fidelity else [],
+        "fidelity": fidelity,
         "skipped_states": states,
     }

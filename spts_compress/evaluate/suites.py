@@ -128,7 +128,7 @@ def require_context(config: Any, tokens: int, what: str) -> None:
 
 class FolderKeys(dict[str, str]):
     """For dense and skipping answers, what of the checkpoint in `folder` they depend on; all of its weights are read.
-    `unchanged`: see `watch`. `fitted_on`: keys of documents, as far as the checkpoint tells."""
+    `unchanged`: see `watch`. `fitted_on`: keys of documents that it was fitted or chosen on, as far as it tells."""
 
     def __init__(self, folder: Path):
         paths = list(folder.glob("*.safetensors"))
@@ -204,8 +204,10 @@ def collect(
     done.check = folder_keys.unchanged
     keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
+    overlapping: list[int] = []
     if "fidelity" in config.suites:
         haystack = config.text()
+        overlapping = [n for n in config.lengths if agreement.overlap(tokenizer, haystack, n, config.items)]
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
 
     def following(example: Example) -> str | None:
@@ -218,8 +220,8 @@ def collect(
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
     }
-    setting = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
-    setting["fitted_on"] = fitted_on(config, folder_keys)
+    setting: dict[str, Any] = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
+    setting["fitted_on"], setting["overlapping"] = fitted_on(config, folder_keys), overlapping
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -268,7 +270,12 @@ def summarise(output: Path) -> dict[str, Any]:
         "missing": sum(map(len, wanted.values())) - sum(map(len, rows.values())),
         "tasks": recovery.summary(scored),
         "fidelity": [
-            {"length": length, "prompts": source, **recovery.fidelity_summary(measured)}
+            {
+                "length": length,
+                "prompts": source,
+                "overlap": source == HAYSTACK and length in setting.get("overlapping", ()),
+                **recovery.fidelity_summary(measured),
+            }
             for (length, source), measured in free.items()
             if measured
         ],
@@ -281,7 +288,7 @@ def summarise(output: Path) -> dict[str, Any]:
 
 
 def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
-    """How many `documents` of the haystack's the checkpoint was fitted on, and `of` how many."""
+    """How many `documents` of the haystack's the checkpoint was fitted or chosen on, and `of` how many."""
     documents = config.documents() if {*config.suites} != {"longbench"} else []
     seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
     return {"documents": sum(seen), "of": len(seen)}
@@ -290,7 +297,7 @@ def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
 def fitted_note(setting: dict[str, Any]) -> list[str]:
     """What a table says of that, if anything."""
     seen = setting.get("fitted_on")
-    note = "The checkpoint was fitted on {documents} of the haystack's {of} documents."
+    note = "The checkpoint was fitted, or its schedule chosen, on {documents} of the haystack's {of} documents."
     return [note.format(**seen)] if seen and seen["documents"] else []
 
 

@@ -23,7 +23,8 @@ CITATION = """@misc{wu2026probe,
 SEARCHED = """
 ## Search
 
-The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one.
+The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one. The text
+searched on is that of the prompts measured above, unless the recipe has a `report.text` or a `search.text`.
 
 {tables}
 
@@ -69,7 +70,7 @@ def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
-            dataset_name=f"{row['task']}, {row['length']} tokens, {row['items']} prompts",
+            dataset_name=f"{row['task']}, up to {row['length']} tokens, {row['items']} prompts",
             metric_type="score",
             metric_name=metric,
             metric_value=round(100 * row[mode], 1),

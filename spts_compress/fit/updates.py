@@ -165,16 +165,17 @@ def prompt_length(schedule: Schedule, layers: int, longest: int, held_out: int, 
     """
     schedule = replace(schedule, min_length=0)
 
-    def skipping(length: int) -> list[int]:
+    def skipping(length: int) -> list[tuple[int, str]]:
         counts = {layer: schedule.counts(layer, length) for layer in range(schedule.start, layers)}
-        return [layer for layer, c in counts.items() if min(c.active, c.ffn_tokens) < c.candidates_in]
+        parts = ("active", "ffn_tokens")  # each has a map of its own
+        return [(n, part) for n, c in counts.items() for part in parts if getattr(c, part) < c.candidates_in]
 
     wanted, length = set(skipping(longest)), min(BLOCK, held_out, most)
     while missing := sorted(wanted.difference(skipping(length))):
         if length == most:
             raise UserError(
-                f"schedule.update: layer {missing[0]} skips nothing of a prompt of {length} tokens, the longest that "
-                "the text to fit on and the model's context allow: raise calibration.tokens, or lower its budget"
+                f"schedule.update: layer {missing[0][0]} skips nothing of a prompt of {length} tokens, the longest "
+                "that the text to fit on and the model's context allow: raise calibration.tokens, or lower its budget"
             )
         length = min(2 * length, most)
     return length

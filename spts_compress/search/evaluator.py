@@ -1,5 +1,6 @@
 """How far a schedule's next tokens are from the dense model's, prompt by prompt and over all."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,9 +94,10 @@ def by_kind(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def loss(rows: Rows) -> float:
-    """Mean over the kinds of their mean KL, and the worst kind's, in equal parts: nats."""
+    """Mean over the kinds of their mean KL, and the worst kind's, in equal parts: nats. Infinite where a model gave
+    values that are not finite: NaN would be neither more nor less than another loss, and so might win."""
     kl = [kind["kl"] for kind in by_kind(rows).values()]
-    return (sum(kl) / len(kl) + max(kl)) / 2
+    return (sum(kl) / len(kl) + max(kl)) / 2 if all(map(math.isfinite, kl)) else math.inf
 
 
 def quality(rows: Rows) -> tuple[float, tuple[float, float] | None]:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -43,7 +44,8 @@ def kind_of(item: Example, kinds: Sequence[str]) -> str:
 
 
 def _free(tokenizer: Any, prose: str, length: int, number: int, count: int, tokens: int, seed: int) -> Example:
-    """The question `number` of `count` about a stretch of `prose`, each from another place, as far as there are any."""
+    """The question `number` about a stretch of `prose`, `count` of them each from another place, as far as there are
+    any."""
     rng, parts = random.Random(f"{seed} {number} {length}"), sentences(prose)
     places = random.Random(f"{seed} {length}").sample(range(len(parts)), min(count, len(parts)))
     start = places[number % len(places)]
@@ -55,12 +57,20 @@ def _free(tokenizer: Any, prose: str, length: int, number: int, count: int, toke
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a search, lengths and kinds in turn: half of them to search on, half to confirm."""
+    """The prompts of a search, lengths and kinds in turn: half of them to search on, half to confirm, each of a half of
+    the text of its own, since prompts that share text confirm what was found on it."""
 
     section: SearchSection
     tokenizer: Any
     prose: str
     items: tuple[Example, ...] = ()
+
+    @cached_property
+    def halves(self) -> tuple[str, str]:
+        """The text of prompts to search on, and of those that confirm; the same where it is one sentence."""
+        parts = sentences(self.prose)
+        middle = len(parts) // 2
+        return " ".join(parts[:middle] or parts), " ".join(parts[middle:])
 
     def make(self, number: int, attempt: int = 0) -> Example:
         """The prompt `number`; each `attempt` gives another one of the same task and length.
@@ -68,11 +78,12 @@ class PromptSet:
         Raises:
             UserError: if its task does not fit into its length.
         """
-        section, text = self.section, (self.tokenizer, self.prose)
+        section = self.section
         slots = product((0, 1), range(section.prompts), section.kinds, section.lengths)
         half, index, kind, length = list(slots)[number]
+        text = self.tokenizer, self.halves[half]
         if kind == "free":
-            index, count = half * section.prompts + index, 2 * section.prompts
+            index, count = half * section.prompts + index, section.prompts
             return _free(*text, length, index, count, section.answer_tokens, section.seed)
         if not (tasks := tasks_of(kind, section.kinds)):
             raise UserError(f"search.kinds: {kind} is nothing but tasks that are kinds of their own; leave it out")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..timing.pairs import GREEDY, Way
-from .example import Example, ask_about, different, sentences
+from .example import Example, ask_about, different, sentences, token_count
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
@@ -35,6 +35,12 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
         for index, start in enumerate(starts)
     ]
     return different(TASK, made)
+
+
+def overlap(tokenizer: Any, haystack: str, length: int, count: int) -> bool:
+    """Whether `haystack` has fewer tokens than so many `examples` together, which then share parts of it."""
+    text = " ".join(sentences(haystack))[: 16 * length * count]  # no more than tells
+    return token_count(tokenizer, text) < length * count
 
 
 @torch.no_grad()

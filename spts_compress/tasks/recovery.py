@@ -43,7 +43,7 @@ def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[flo
 
 def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:
     """Per task and length: number of examples, and of those `unskipped` of which SPTS skips no token (by the rows'
-    `skips`), mean scores of dense and `mode`, recovery with its interval."""
+    `skips`), their mean `tokens`, mean scores of dense and `mode`, recovery with its interval."""
     scores: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     unskipped = {(row["task"], row["limit"], row["index"]) for row in rows if row.get("skips") is False}
     for row in rows:
@@ -59,6 +59,7 @@ def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:
                 "length": limit,
                 "items": len(both),
                 "unskipped": sum((task, limit, i) in unskipped for i in both),
+                "tokens": mean_tokens([row for row in rows if (row["task"], row["limit"]) == (task, limit)]),
                 "dense": sum(dense) / len(dense),
                 mode: sum(other) / len(other),
                 "recovery": sum(other) / sum(dense) if any(dense) else None,
@@ -66,6 +67,11 @@ def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def mean_tokens(rows: list[dict]) -> int:
+    """Tokens of the prompts, answers included, on average: fewer than what they were cut to where text is short."""
+    return round(mean([row["tokens"] + row["answer_tokens"] for row in rows]))
 
 
 def fidelity_summary(rows: list[dict]) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def fidelity_summary(rows: list[dict]) -> dict[str, Any]:
     return {
         "items": len(rows),
         "unskipped": sum(row.get("skips") is False for row in rows),
+        "tokens": mean_tokens(rows),
         "kl": mean([row["kl"] for row in rows]),
         "top1": mean([row["top1"] for row in rows]),
         "interval": interval([1.0] * len(rows), [row["top1"] for row in rows]),
