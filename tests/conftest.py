@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, so each takes one thread; so do their subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"
+# Code of checkpoints: not among the user's, nor another worker's, whose new folders this one might not see.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="spts-modules-")
 
 import pytest
 import torch
@@ -24,6 +27,10 @@ from spts_compress.export import fresh, write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
