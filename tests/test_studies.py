@@ -43,6 +43,7 @@ BEFORE_OUT = {
     "memory_curve": 2,
     "random_schedules": 3,
     "peers": 1,
+    "second_look": 2,
     "decoding": 0,
 }
 
