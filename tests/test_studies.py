@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import recipe_for
+from helpers import PROSE, recipe_for
 from tiny import stock_twin, tiny_base, tiny_model
 
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
@@ -229,3 +229,39 @@ def test_scores_are_carried_from_one_tokenizer_to_another_by_characters(peers):
     peer = peers[0]
     scores = peer.carried(torch.tensor([1.0, 3.0]), [(0, 2), (2, 4)], [(0, 1), (1, 3), (3, 4), (4, 4)])
     assert scores.tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_peers_are_measured_once_and_a_run_goes_on_where_one_stopped(updating, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    line = {"input": "who?", "context": PROSE[:500], "answers": ["fox"], "all_classes": None}
+    lines = [{**line, "context": f"{n} {line['context']}"} for n in range(10)]
+    (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context} {input}"}')
+    (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 6}')
+    (tmp_path / "prose.txt").write_text(PROSE)
+    options = [
+        "--longbench",
+        tmp_path,
+        "--haystack",
+        tmp_path / "prose.txt",
+        "--work",
+        tmp_path / "work",
+        "--device",
+        "cpu",
+    ]
+    options += ["--length", "1200", "--tasks", "niah_single_2", "--needles", "1", "--items", "8-9", "--choose-on", "2"]
+    made = []
+    for name in ("a", "b"):
+        arguments = [updating, tmp_path / f"{name}.json", *options, "--targets", "1.2", "--rounds", "2"]
+        monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, arguments)])
+        runpy.run_path(str(STUDIES / "peers.py"), run_name="__main__")
+        made.append((json.loads((tmp_path / f"{name}.json").read_text()), (tmp_path / "work/rows.jsonl").read_text()))
+    assert made[0] == made[1]
+    ways = {way["method"]: way for way in made[0][0]["ways"]}
+    assert {"dense", "SPTS, out", "POP", "GemFilter", "FastKV", "UniPrefill"} <= {*ways}
+    assert all(
+        way["counted"] == pytest.approx(1.2, abs=0.1) for name, way in ways.items() if name in ("GemFilter", "FastKV")
+    )
+    assert ways["dense"]["longbench"]["kl"]["mean"] == 0 and ways["FastKV"]["longbench"]["kl"]["mean"] > 0
+    assert {choice["method"] for choice in made[0][0]["choices"]} == {"POP", "GemFilter", "FastKV"}
+    assert str(tmp_path) not in (tmp_path / "a.json").read_text() + (tmp_path / "a.md").read_text()

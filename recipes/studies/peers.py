@@ -133,15 +133,13 @@ def prompts() -> list[list[Prompt]]:
     chosen, measured = needles(-(-half // len(tasks)), 6)[:half], needles(args.needles, 7)
     if args.longbench:
         bench, (start, end) = LongBench(args.longbench), map(int, args.items.split("-"))
-        items = [
-            e for task in bench.tasks() for e in bench.examples(task, tokenizer, length, end + 1, args.answer_tokens)
-        ]
+        cut = partial(bench.examples, tokenizer=tokenizer, length=length, answer_tokens=args.answer_tokens)
+        items = [example for task in bench.tasks() for example in cut(task, count=end + 1)]
         measured += [example for example in items if example.index >= start]
         early = sorted((e for e in items if e.index < min(8, start)), key=lambda e: e.index)
         chosen = [example for pair in zip(chosen, early[:half], strict=False) for example in pair]
-    return [
-        [Prompt(e, encode(tokenizer, [e.text], dense.device)["input_ids"]) for e in es] for es in (chosen, measured)
-    ]
+    ids = partial(encode, tokenizer, device=dense.device)
+    return [[Prompt(e, ids([e.text])["input_ids"]) for e in some] for some in (chosen, measured)]
 
 
 def whole(tokens: int) -> float:
@@ -161,12 +159,8 @@ def skipping(name: str, factor: float = 1.0, **block: Any) -> Way:
 
     def prefill(prompt: Prompt) -> peer.Prefilled:
         out, tokens = model(prompt.ids, use_cache=True, logits_to_keep=1, **options), prompt.ids.shape[1]
-        return (
-            out.logits[0],
-            out.past_key_values,
-            tokens,
-            whole(tokens) / predicted(model.config, schedule, tokens)["speedup"],
-        )
+        flops = whole(tokens) / predicted(model.config, schedule, tokens)["speedup"]
+        return out.logits[0], out.past_key_values, tokens, flops
 
     def extend(cache: Any, ids: torch.Tensor, position: int) -> torch.Tensor:
         places = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
@@ -182,11 +176,12 @@ def scaled(name: str, target: float) -> list[Way]:
     stages = model.config.schedule().to_dict()["stages"]
 
     def block(factor: float) -> dict[str, list]:
-        def times(amount: Any) -> Any:
-            is_share = isinstance(amount, dict)
-            return {**amount, "fraction": min(1.0, max(0.01, amount["fraction"] * factor))} if is_share else amount
+        def times(name: str, amount: Any) -> Any:
+            if isinstance(amount, dict):
+                return {**amount, "fraction": min(1.0, max(0.01, amount["fraction"] * factor))}
+            return amount if name == "end" else max(1, round(amount * factor))
 
-        return {"stages": [{key: times(value) for key, value in stage.items()} for stage in stages]}
+        return {"stages": [{name: times(name, amount) for name, amount in stage.items()} for stage in stages]}
 
     def speedup(factor: float) -> float:
         return predicted(model.config, model.config.schedule(**block(factor)), length)["speedup"]
@@ -213,27 +208,24 @@ def candidates(target: float) -> dict[str, list[Way]]:
     ):  # fmt: skip
         shares = {layer: to(target, flops, layer=layer) for layer in range(1, count, args.layer_step)}
         found[name] = [stock(name, method, layer=layer, tokens=share) for layer, share in shares.items() if share]
-    found["UniPrefill"] = [stock("UniPrefill", peer.uniprefill, mass=mass(target))]
+    found["UniPrefill"] = [stock("UniPrefill", peer.uniprefill, mass=share) for share in [mass(target)] if share]
     if args.draft:
         found["draft model"] = drafted(target)
-    left_out.extend(
-        f"{name} at {target:g}x: no setting reaches it" for name in found if not found[name] and name[:4] != "SPTS"
-    )
+    never = [name for name, ways in found.items() if not ways and not name.startswith("SPTS")]
+    left_out.extend(f"{name} at {target:g}x: no setting reaches it" for name in never)
     return {name: ways for name, ways in found.items() if ways}
 
 
 def drafted(target: float) -> list[Way]:
     """Speculative prefill; what the draft model's tokens are worth goes to the model's own by their characters."""
     draft = AutoModelForCausalLM.from_pretrained(args.draft, dtype=dense.dtype).to(device).eval()
-    theirs, own = AutoTokenizer.from_pretrained(args.draft), tokenizer
+    theirs = AutoTokenizer.from_pretrained(args.draft)
     before = peer.work(draft.config, [length] * draft.config.num_hidden_layers)
     share = to(target, lambda config, length, tokens: before + peer.work(config, [tokens * length] * count))
 
     def prefill(prompt: Prompt) -> peer.Prefilled:
-        read, onto = (
-            t(prompt.example.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for t in (theirs, own)
-        )
+        how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        read, onto = (each(prompt.example.text, **how) for each in (theirs, tokenizer))
         scores = peer.importance(draft, torch.tensor([read["input_ids"]], device=device))
         scores = peer.carried(scores, read["offset_mapping"], onto["offset_mapping"])
         *found, flops = peer.drafted(dense, prompt.ids, scores, share)
