@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -96,9 +97,11 @@ parser.add_argument("--tasks", default=",".join([*ruler.NEEDLES, "vt"]), help="o
 parser.add_argument("--needles", type=int, default=4, help="prompts of each of these tasks")
 parser.add_argument("--items", default="8-15", help="of each LongBench task, from the first to the last")
 parser.add_argument("--answer-tokens", type=int, help="of LongBench's answers; as many as a task says by default")
+parser.add_argument("--needle-tokens", type=int, help="of RULER's answers; as many as a task says by default")
 parser.add_argument("--choose-on", type=int, default=16, help="prompts, half of them LongBench's")
 parser.add_argument("--layer-step", type=int, default=2, help="one in so many layers is tried")
 parser.add_argument("--rounds", type=int, default=3, help="of timing, each on another prompt")
+parser.add_argument("--rescore", action="store_true", help="run nothing: the prompts that all methods have answered")
 parser.add_argument("--haystack", help="text to hide needles in; Python's documentation by default")
 parser.add_argument("--device", default="auto")
 parser.add_argument("--dtype", default="bfloat16")
@@ -127,7 +130,7 @@ def prompts() -> list[list[Prompt]]:
     tasks, half = args.tasks.split(","), args.choose_on // 2 if args.longbench else args.choose_on
 
     def needles(each: int, seed: int) -> list[Example]:
-        by_task = [ruler.examples(task, tokenizer, prose, length, each, seed) for task in tasks]
+        by_task = [ruler.examples(t, tokenizer, prose, length, each, seed, args.needle_tokens) for t in tasks]
         return [example for several in zip(*by_task, strict=True) for example in several]
 
     chosen, measured = needles(-(-half // len(tasks)), 6)[:half], needles(args.needles, 7)
@@ -135,9 +138,11 @@ def prompts() -> list[list[Prompt]]:
         bench, (start, end) = LongBench(args.longbench), map(int, args.items.split("-"))
         cut = partial(bench.examples, tokenizer=tokenizer, length=length, answer_tokens=args.answer_tokens)
         items = [example for task in bench.tasks() for example in cut(task, count=end + 1)]
-        measured += [example for example in items if example.index >= start]
-        early = sorted((e for e in items if e.index < min(8, start)), key=lambda e: e.index)
+        items.sort(key=lambda example: example.index)  # in turn, too, so that a stopped run has some of all
+        later = [example for example in items if example.index >= start]
+        early = [example for example in items if example.index < min(8, start)]
         chosen = [example for pair in zip(chosen, early[:half], strict=False) for example in pair]
+        measured = [example for pair in zip_longest(measured, later) for example in pair if example is not None]
     ids = partial(encode, tokenizer, device=dense.device)
     return [[Prompt(e, ids([e.text])["input_ids"]) for e in some] for some in (chosen, measured)]
 
@@ -236,8 +241,8 @@ def drafted(target: float) -> list[Way]:
 
 @torch.no_grad()
 def mass(target: float) -> float:
-    """The share of attention at which UniPrefill's counted speed-up comes to the target, over four prompts."""
-    some = to_choose_on[:4]
+    """UniPrefill's share of attention that comes to a counted speed-up, over half of the prompts to choose on."""
+    some = to_choose_on[: -(-args.choose_on // 2)]
     key = fingerprint(made, "mass", target, [p.example.text for p in some])
 
     def speedup(mass: float) -> float:
@@ -306,6 +311,8 @@ def timed(ways: Sequence[Way], prompts: Sequence[Prompt]) -> dict[str, list[floa
     rounds, warm = list[dict[str, float]](), False
     for prompt in tqdm(prompts[:: max(1, len(prompts) // args.rounds)][: args.rounds], desc="timing"):
         key = fingerprint([key_of(way, prompt) for way in ways], hardware(device), "seconds")
+        if args.rescore and key not in done.rows:
+            continue
         while key not in done.rows:
             seconds = {}
             for way in ways:
@@ -364,11 +371,13 @@ if importlib.util.find_spec("kvpress"):
 else:
     left_out.append("SnapKV: kvpress is not installed")
 ways = list({way.label: way for way in ways}.values())
-rows = measured(ways, to_measure_on, "measuring")
+there = [p for p in to_measure_on if not args.rescore or all(key_of(way, p) in done.rows for way in ways)]
+seconds = timed(ways, to_measure_on) if group.is_main else {}
+group.barrier()
+rows = measured(ways, there, "measuring")
 stack.close()
 if not group.is_main:
     sys.exit()
-seconds = timed(ways, to_measure_on)
 results = []
 for way in ways:
     ratios = sorted(a / b for a, b in zip(seconds["dense"], seconds[way.label], strict=True))

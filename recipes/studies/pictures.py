@@ -144,7 +144,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "FastKV": {"color": GREEN, "marker": "^"},
     "GemFilter": {"color": ORANGE, "marker": "<"},
     "UniPrefill": {"color": PURPLE, "marker": "D"},
-    "draft model": {"color": "#666666", "marker": "P", "label": "speculative prefill"},
+    "draft model": {"color": "#666666", "marker": "P", "mfc": "white", "label": "speculative prefill"},
     "SnapKV": {"color": "#666666", "marker": "X"},
     "dense": {"color": "black", "marker": "*"},
 }
