@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -57,7 +57,7 @@ from spts_compress.timing.pairs import kv_bytes, stock_twin, synchronize  # noqa
 from spts_compress.utils.devices import choose, hardware  # noqa: E402
 from spts_compress.utils.distributed import ranks  # noqa: E402
 from spts_compress.utils.paths import new_result  # noqa: E402
-from spts_compress.utils.store import file_hash, fingerprint  # noqa: E402
+from spts_compress.utils.store import Store, file_hash, fingerprint  # noqa: E402
 from spts_compress.utils.tables import table  # noqa: E402
 
 
@@ -101,6 +101,7 @@ parser.add_argument("--needle-tokens", type=int, help="of RULER's answers; as ma
 parser.add_argument("--choose-on", type=int, default=16, help="prompts, half of them LongBench's")
 parser.add_argument("--layer-step", type=int, default=2, help="one in so many layers is tried")
 parser.add_argument("--rounds", type=int, default=3, help="of timing, each on another prompt")
+parser.add_argument("--no-scores", action="store_true", help="LongBench's answers are not written, only compared")
 parser.add_argument("--rescore", action="store_true", help="run nothing: the prompts that all methods have answered")
 parser.add_argument("--haystack", help="text to hide needles in; Python's documentation by default")
 parser.add_argument("--device", default="auto")
@@ -119,13 +120,14 @@ if len(bases) > 1 or len(checkpoints) < len(args.checkpoints):
 dense = stock_twin(next(iter(checkpoints.values()))[0])
 config, count, left_out = dense.config, dense.config.num_hidden_layers, list[str]()
 made = [*bases, computed_how(dense), file_hash(Path(peer.__file__))]
-done = Answers((args.work or args.out.with_suffix("")) / "rows.jsonl", group.rank)
+work = Store(args.work or args.out.with_suffix(""))
+done = Answers(work.root / "rows.jsonl", group.rank)
 stop = dense.generation_config.eos_token_id
 stops = set(stop if isinstance(stop, list) else [stop])
 
 
-def prompts() -> list[list[Prompt]]:
-    """Those to choose on, needles and LongBench's in turn, and those to measure on."""
+def examples() -> list[list[dict[str, Any]]]:
+    """Those to choose on, needles and LongBench's in turn, and those to measure on, as plain data."""
     prose = "\n\n".join(data.from_files(Path(args.haystack)) if args.haystack else data.python_docs())
     tasks, half = args.tasks.split(","), args.choose_on // 2 if args.longbench else args.choose_on
 
@@ -143,8 +145,17 @@ def prompts() -> list[list[Prompt]]:
         early = [example for example in items if example.index < min(8, start)]
         chosen = [example for pair in zip(chosen, early[:half], strict=False) for example in pair]
         measured = [example for pair in zip_longest(measured, later) for example in pair if example is not None]
+    return [[asdict(example) for example in some] for some in (chosen, measured)]
+
+
+def prompts() -> list[list[Prompt]]:
+    """The same, made once."""
+    given = args.longbench, args.haystack, args.tasks, args.needles, args.items, args.answer_tokens, args.needle_tokens
+    key = fingerprint(made, given, length, args.choose_on)
+    with group.main_first():
+        found = work.json("prompts", key, examples)
     ids = partial(encode, tokenizer, device=dense.device)
-    return [[Prompt(e, ids([e.text])["input_ids"]) for e in some] for some in (chosen, measured)]
+    return [[Prompt(e := Example(**row), ids([e.text])["input_ids"]) for row in rows] for rows in found]
 
 
 def whole(tokens: int) -> float:
@@ -241,8 +252,8 @@ def drafted(target: float) -> list[Way]:
 
 @torch.no_grad()
 def mass(target: float) -> float:
-    """UniPrefill's share of attention that comes to a counted speed-up, over half of the prompts to choose on."""
-    some = to_choose_on[: -(-args.choose_on // 2)]
+    """UniPrefill's share of attention that comes to a counted speed-up, over two prompts, one of them with needles."""
+    some = to_choose_on[:2]
     key = fingerprint(made, "mass", target, [p.example.text for p in some])
 
     def speedup(mass: float) -> float:
@@ -253,8 +264,12 @@ def mass(target: float) -> float:
     return group.broadcast(done.rows.get(key))["mass"]
 
 
-def key_of(way: Way, prompt: Prompt) -> str:
-    return fingerprint(made, way.name, way.setting, prompt.example.text, prompt.example.answer_tokens)
+def is_scored(prompt: Prompt) -> bool:
+    return prompt.example.task in ruler.TASKS or not args.no_scores
+
+
+def key_of(way: Way, prompt: Prompt, scored: bool) -> str:
+    return fingerprint(made, way.name, way.setting, prompt.example.text, prompt.example.answer_tokens, scored)
 
 
 def written(way: Way, logits: torch.Tensor, cache: Any, position: int, room: int) -> tuple[list[int], torch.Tensor]:
@@ -269,15 +284,18 @@ def written(way: Way, logits: torch.Tensor, cache: Any, position: int, room: int
         position += 1
 
 
-def answered(way: Way, prompt: Prompt, answer: list[int], expected: torch.Tensor) -> dict[str, Any]:
-    """One way's answer to one prompt, beside the dense model's `answer`, whose logits are `expected` (a, V)."""
+def answered(way: Way, prompt: Prompt, answer: list[int], expected: torch.Tensor, scored: bool) -> dict[str, Any]:
+    """One way's answer to one prompt, beside the dense model's `answer`, whose logits are `expected` (a, V); only what
+    both have in common if it is not to be scored."""
     logits, cache, position, flops = way.prefill(prompt)
     row = {"counted": whole(prompt.ids.shape[1]) / flops, "kv": kv_bytes(cache)}
     if len(answer) > 1:
         logits = torch.cat([logits, way.extend(cache, torch.tensor([answer[:-1]], device=device), position)])
     row |= agreement(*(torch.log_softmax(part.float(), dim=-1) for part in (expected, logits)))
     same = int((logits.argmax(-1).cpu() == torch.tensor(answer)).long().cumprod(0).sum())
-    if same < len(answer):
+    if not scored:
+        answer = answer[:same]
+    elif same < len(answer):
         if surplus := len(answer) - 1 - same:
             cache.crop(-surplus)
         room = prompt.example.answer_tokens - same
@@ -286,9 +304,11 @@ def answered(way: Way, prompt: Prompt, answer: list[int], expected: torch.Tensor
 
 
 @torch.no_grad()
-def measured(ways: Sequence[Way], prompts: Sequence[Prompt], what: str) -> dict[str, list[dict]]:
+def measured(ways: Sequence[Way], prompts: Sequence[Prompt], what: str, scored: bool = True) -> dict[str, list[dict]]:
     """For each way, a row for each prompt."""
-    shard, new = [(p, [w for w in ways if key_of(w, p) not in done.rows]) for p in group.shard(prompts)], list[dict]()
+    keys = {(way.label, id(p)): key_of(way, p, scored and is_scored(p)) for way in ways for p in prompts}
+    shard = [(p, [w for w in ways if keys[w.label, id(p)] not in done.rows]) for p in group.shard(prompts)]
+    new = list[dict]()
     with tqdm(total=sum(len(missing) for _, missing in shard), desc=what) as bar:
         for prompt, missing in shard:
             if missing:
@@ -297,12 +317,13 @@ def measured(ways: Sequence[Way], prompts: Sequence[Prompt], what: str) -> dict[
                 answer, expected = written(baseline, logits, cache, position, prompt.example.answer_tokens)
                 itself["answer"] = tokenizer.decode(answer, skip_special_tokens=True)
             for way in missing:
-                row = itself if way is baseline else answered(way, prompt, answer, expected)
-                new.append({"key": key_of(way, prompt), **prompt.example.to_row(), **row})
+                writes = scored and is_scored(prompt)
+                row = itself if way is baseline else answered(way, prompt, answer, expected, writes)
+                new.append({"key": keys[way.label, id(prompt)], **prompt.example.to_row(), **row})
                 done.add(new[-1])
                 bar.update()
     done.rows.update({row["key"]: row for row in group.all_gather(new)})
-    return {way.label: score_rows([done.rows[key_of(way, p)] for p in prompts]) for way in ways}
+    return {way.label: score_rows([done.rows[keys[way.label, id(p)]] for p in prompts]) for way in ways}
 
 
 @torch.no_grad()
@@ -310,7 +331,7 @@ def timed(ways: Sequence[Way], prompts: Sequence[Prompt]) -> dict[str, list[floa
     """Seconds to the first token, all ways in turn in every round, each on another prompt; a round to warm up."""
     rounds, warm = list[dict[str, float]](), False
     for prompt in tqdm(prompts[:: max(1, len(prompts) // args.rounds)][: args.rounds], desc="timing"):
-        key = fingerprint([key_of(way, prompt) for way in ways], hardware(device), "seconds")
+        key = fingerprint([key_of(way, prompt, False) for way in ways], hardware(device), "seconds")
         if args.rescore and key not in done.rows:
             continue
         while key not in done.rows:
@@ -338,7 +359,7 @@ def figures(rows: list[dict], of_dense: list[dict]) -> dict[str, Any]:
     kept = {task: found["score"] / found["dense"] for task, found in tasks.items() if found["dense"]}
     scores, all_dense = ([row["score"] for row in some] for some in (rows, of_dense))
     found = {"prompts": len(rows), "tasks": tasks, "score": None}
-    if kept:
+    if kept and (rows[0]["task"] in ruler.TASKS or not args.no_scores):
         found["score"] = {"mean": sum(scores) / sum(all_dense), "interval": interval(all_dense, scores)}
         found["score"] |= {"median": median(kept.values()), "worst": min(kept.items(), key=lambda item: item[1])}
     for name, worst in (("top1", min), ("kl", max)):
@@ -354,9 +375,8 @@ done.check = lambda: [keys.unchanged() for _, keys in checkpoints.values()] and 
 ways, choices = [baseline, *(skipping(name) for name in checkpoints)], []
 for target in map(float, args.targets.split(",")):
     found = candidates(target)
-    tried = measured(
-        [w for some in found.values() if len(some) > 1 for w in some], to_choose_on, f"choosing at {target:g}x"
-    )
+    several = [way for some in found.values() if len(some) > 1 for way in some]
+    tried = measured(several, to_choose_on, f"choosing at {target:g}x", scored=False)
     for name, some in found.items():
         fits = {way.label: fmean(row["top1"] for row in tried[way.label]) for way in some if len(some) > 1}
         choices += [{"target": target, "method": name, "next tokens as dense": fits}] if fits else []
@@ -371,7 +391,7 @@ if importlib.util.find_spec("kvpress"):
 else:
     left_out.append("SnapKV: kvpress is not installed")
 ways = list({way.label: way for way in ways}.values())
-there = [p for p in to_measure_on if not args.rescore or all(key_of(way, p) in done.rows for way in ways)]
+there = [p for p in to_measure_on if not args.rescore or all(key_of(way, p, is_scored(p)) in done.rows for way in ways)]
 seconds = timed(ways, to_measure_on) if group.is_main else {}
 group.barrier()
 rows = measured(ways, there, "measuring")
@@ -393,11 +413,9 @@ for way in ways:
     })  # fmt: skip
 given = [word for word in sys.argv[1:] if word not in (*map(str, args.checkpoints), str(args.out))]
 names = {args.longbench: "$LONGBENCH", args.haystack: "$QASPER", str(args.draft): "$DRAFT", str(args.work): "WORK"}
-command = shlex.join(
-    ["python", "recipes/studies/peers.py", *checkpoints, "OUT", *(names.get(word, word) for word in given)]
-)
-result = {"command": command.replace("'", ""), "hardware": hardware(device), "length": length, "left_out": left_out,
-          "choices": choices, "ways": results}  # fmt: skip
+words = ["python", "recipes/studies/peers.py", *checkpoints, "OUT", *(names.get(word, word) for word in given)]
+result = {"command": shlex.join(words).replace("'", ""), "hardware": hardware(device), "length": length}
+result |= {"left_out": left_out, "choices": choices, "ways": results}
 args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -413,11 +431,8 @@ def shown(part: dict | None, name: str, form: str) -> list[str]:
 def columns(what: str, **parts: tuple[str, str]) -> str:
     """A table with, of some figures of a part, what `shown` gives; for each its name and form."""
     heads = [head for name in parts for head in (f"{name} (95%)", "median", "worst task")]
-    lines = [
-        [way["way"], *(cell for name, form in parts.values() for cell in shown(way[what], name, form))]
-        for way in results
-    ]
-    return table(["", *heads], lines)
+    cells = ([cell for part in parts.values() for cell in shown(way[what], *part)] for way in results)
+    return table(["", *heads], [[way["way"], *row] for way, row in zip(results, cells, strict=True)])
 
 
 costs = []
