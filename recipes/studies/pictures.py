@@ -1,11 +1,12 @@
-"""The two pictures of README.md and two of the results', from a shipped recipe and from the results' own files.
+"""The two pictures of README.md and some of the results', from a shipped recipe and from the results' own files.
 
     python recipes/studies/pictures.py [FOLDER]
 
 `method.png`: which tokens each layer works on. The counts are those of `llama-paper.yaml` at 16K tokens; which
 tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: quality against measured
 speed-up, with 95% intervals and the range of the timed pairs. `qwen2.5-coder-0.5b/updates.png`: free answers against
-FLOPs, with updates and without; `peers.png` beside it: SPTS and other methods. FOLDER is `recipes/results` by default.
+FLOPs, with updates and without; `peers.png` beside it, where `peers.json` is: SPTS and other methods. FOLDER is
+`recipes/results` by default.
 """
 
 import argparse
@@ -137,6 +138,41 @@ def shipped(axis: Any) -> None:
     axis.legend(loc="lower left", fontsize=8, frameon=False, bbox_to_anchor=(0, 0.09))
 
 
+def beside(axis: Any) -> None:
+    """SPTS and other methods at 4K tokens, one run."""
+    looks = {
+        "dense": {"color": "black", "marker": "*"},
+        "SPTS": {"color": BLUE, "marker": "o"},
+        "GemFilter": {"color": ORANGE, "marker": "^"},
+        "FastKV": {"color": GREEN, "marker": "v"},
+        "kvpress, SnapKV": {"color": PURPLE, "marker": "D"},
+        "kvpress, expected attention": {"color": "#666666", "marker": "P"},
+    }
+    rows, named = read("qwen2.5-coder-0.5b/peers-2.0x.json")["rows"], set()
+    flat = {name: [s for scores in row["scores"].values() for s in scores] for name, row in rows.items()}
+    for name, row in rows.items():
+        kind = next(kind for kind in sorted(looks, key=len, reverse=True) if name.startswith(kind))
+        timed, scores = row["ttft"]["4096"], flat[name]
+        mean = sum(scores) / sum(flat["dense"])
+        ends = interval(flat["dense"], scores) or (mean, mean)
+        label = {} if kind in named else {"label": kind}
+        named.add(kind)
+        spread(axis, timed["ratio"], timed["range"], mean, ends, **looks[kind], **label)
+    axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(title="Beside other methods, 4K tokens", xlim=(0.8, 2.8), ylim=(-0.05, 1.12))
+    axis.set(xlabel="measured TTFT, dense / method", ylabel="needle score, share of dense")
+    axis.legend(loc="lower left", fontsize=8, frameon=False)
+
+
+def result(file: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
+    shipped(left)
+    beside(right)
+    figure.suptitle("Qwen2.5-Coder-0.5B, TTFT on 2 CPU cores: right and up is better", fontsize=11)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
+PEERS = "qwen2.5-coder-0.5b/peers.json"
 METHODS: dict[str, dict[str, Any]] = {
     "SPTS, main": {"color": BLUE, "marker": "o", "label": "SPTS, …-0.5b"},
     "SPTS, updates": {"color": SKY, "marker": "s", "label": "SPTS, …-updates"},
@@ -150,37 +186,32 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def beside(axis: Any, part: str, figure: str) -> None:
-    """SPTS and other methods at 4K tokens, one run: a figure of its needles, or of its free answers."""
-    ways = {way["method"]: way for way in read("qwen2.5-coder-0.5b/peers.json")["ways"]}
+def methods(axis: Any, part: str, figure: str) -> None:
+    """SPTS and other methods in one run, each at all its settings: a figure of its needles, or of its free answers."""
+    ways = read(PEERS)["ways"]
     for name, looks in METHODS.items():
-        if (way := ways.get(name)) is not None:
-            timed, found = way["ttft"], way[part][figure]
-            ends = found["interval"] or [found["mean"]] * 2
-            spread(axis, timed["ratio"], timed["range"], found["mean"], ends, **{"label": name, **looks})
+        own = sorted((way for way in ways if way["method"] == name), key=lambda way: way["ttft"]["ratio"])
+        points = [(way["ttft"]["ratio"], way[part][figure]["mean"]) for way in own]
+        if len(own) > 1:
+            axis.plot(*zip(*points, strict=True), color=looks["color"], alpha=0.3)
+        for number, (way, (x, y)) in enumerate(zip(own, points, strict=True)):
+            ends = way[part][figure]["interval"] or (y, y)
+            named = {"label": None if number else looks.get("label", name)}
+            spread(axis, x, way["ttft"]["range"], y, ends, **{**looks, **named})
     axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axis.set(xlabel="measured TTFT, dense / method", ylim=(-0.04, 1.1))
-
-
-def result(file: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
-    shipped(left)
-    beside(right, "needles", "score")
-    right.set(title="Beside other methods, 4K tokens", ylabel="needle score, share of dense")
-    right.legend(loc="lower left", fontsize=8, frameon=False)
-    figure.suptitle("Qwen2.5-Coder-0.5B, TTFT on 2 CPU cores: right and up is better", fontsize=11)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
 def peers(file: Path) -> None:
     """What is kept of dense's needles and free answers, against the time that is saved."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
-    beside(left, "needles", "score")
-    beside(right, "longbench", "top1")
+    methods(left, "needles", "score")
+    methods(right, "longbench", "top1")
     left.set(title="Needles found", ylabel="score, share of dense")
     right.set(title="Free answers", ylabel="next tokens as dense")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle("Qwen2.5-Coder-0.5B, 4K tokens on 2 CPU cores, 95% intervals: right and up is better", fontsize=11)
+    where = f"Qwen2.5-Coder-0.5B, {read(PEERS)['length'] // 1024}K tokens on 2 CPU cores"
+    figure.suptitle(f"{where}, 95% intervals: right and up is better", fontsize=11)
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
@@ -216,4 +247,5 @@ if __name__ == "__main__":
     method(folder / "method.png")
     result(folder / "result.png")
     updates(folder / "qwen2.5-coder-0.5b/updates.png")
-    peers(folder / "qwen2.5-coder-0.5b/peers.png")
+    if (RESULTS / PEERS).exists():
+        peers(folder / "qwen2.5-coder-0.5b/peers.png")
