@@ -3,12 +3,14 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from helpers import recipe_for
-from tiny import tiny_base
+from helpers import PROSE, recipe_for
+from tiny import stock_twin, tiny_base, tiny_model
 
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
 
@@ -146,3 +148,121 @@ def test_random_schedules_have_the_counted_cost_and_figures_of_the_proxies_that_
 def test_a_study_keeps_figures_under_all_that_they_depend_on(study):
     """What `Prepared.key` is made of, and not a part of it."""
     assert "fingerprint(ready.key(" in (STUDIES / f"{study}.py").read_text()
+
+
+close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """The methods, and a tiny stock model with a prompt that is long enough for all of them."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import peer_methods
+
+    model = stock_twin(tiny_model(max_position_embeddings=1024))
+    return peer_methods, model, torch.randint(3, 97, (1, 600), generator=torch.Generator().manual_seed(0))
+
+
+def ways(peer, model, ids, half=False):
+    """What every method's prefill gives, where it keeps all, or half."""
+    share = 0.5 if half else 1.0
+    return {
+        "plain": peer.plain(model, ids),
+        "pop": peer.pop(model, ids, 2 if half else 0, 3),
+        "gemfilter": peer.gemfilter(model, ids, 2, share),
+        "fastkv": peer.fastkv(model, ids, 2, share),
+        "uniprefill": peer.uniprefill(model, ids, 0.3 if half else 2.0),
+        "drafted": peer.drafted(model, ids, peer.importance(model, ids), share),
+    }
+
+
+@torch.no_grad()
+def test_peers_that_keep_everything_are_the_stock_model_and_go_on_as_it_does(peers):
+    peer, model, ids = peers
+    later = torch.tensor([[5, 6, 7]])
+    expected = model(torch.cat([ids, later], dim=1)).logits[0, -4:]
+    for name, (logits, cache, position, _) in ways(peer, model, ids).items():
+        assert position == 600, name
+        found = torch.cat([logits, peer.extend(model, cache, later, position)])
+        close(found, expected, msg=name)
+
+
+@torch.no_grad()
+def test_peers_that_skip_do_what_their_papers_say(peers):
+    peer, model, ids = peers
+    made = ways(peer, model, ids, half=True)
+    caches = {name: cache.layers for name, (_, cache, _, _) in made.items()}
+    lengths = {name: [held.keys.shape[2] for held in cache] for name, cache in caches.items()}
+    assert lengths["pop"] == [600] * 5 and lengths["gemfilter"] == [300] * 5 and lengths["drafted"] == [312] * 5
+    assert lengths["fastkv"] == [600] * 3 + [300] * 2 and made["gemfilter"][2] == 300 and made["fastkv"][2] == 600
+    assert lengths["uniprefill"][0] == 600 and 216 <= lengths["uniprefill"][1] < 600
+    assert all(flops < made["plain"][3] for name, (_, _, _, flops) in made.items() if name != "plain")
+    model.set_attn_implementation("eager")
+    out = model.model(ids, output_hidden_states=True, output_attentions=True)
+
+    def values(layer, states):
+        return model.model.layers[layer].self_attn.v_proj(model.model.layers[layer].input_layernorm(states))
+
+    def cached(name, layer):
+        return caches[name][layer].values[0].transpose(0, 1).flatten(1)
+
+    # POP: what the last layers cache of most tokens is made of the states after the last layer that ran
+    close(cached("pop", 4)[:-3], values(4, out.hidden_states[3])[0, :-3])
+    # FastKV: the tokens that go on have the most attention of the last 8 queries
+    scores = out.attentions[2][0, :, -8:].mean((0, 1))
+    pooled = torch.tensor([float(scores[max(0, i - 3) : i + 4].sum()) for i in range(592)] + [float("inf")] * 8)
+    chosen = pooled.topk(300).indices.sort().values
+    close(cached("fastkv", 3), values(3, out.hidden_states[3][:, chosen])[0])
+
+
+@torch.no_grad()
+def test_steps_after_caches_of_several_lengths_are_the_same_one_by_one_and_at_once(peers):
+    peer, model, ids = peers
+    later = torch.tensor([[5, 6, 7]])
+    for name, (_, cache, position, _) in ways(peer, model, ids, half=True).items():
+        together = peer.extend(model, cache, later, position)
+        cache.crop(-3)
+        single = torch.cat([peer.extend(model, cache, later[:, i : i + 1], position + i) for i in range(3)])
+        close(together, single, msg=name)
+
+
+def test_scores_are_carried_from_one_tokenizer_to_another_by_characters(peers):
+    peer = peers[0]
+    scores = peer.carried(torch.tensor([1.0, 3.0]), [(0, 2), (2, 4)], [(0, 1), (1, 3), (3, 4), (4, 4)])
+    assert scores.tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_peers_are_measured_once_and_a_run_goes_on_where_one_stopped(updating, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    line = {"input": "who?", "context": PROSE[:500], "answers": ["fox"], "all_classes": None}
+    lines = [{**line, "context": f"{n} {line['context']}"} for n in range(10)]
+    (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context} {input}"}')
+    (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 6}')
+    (tmp_path / "prose.txt").write_text(PROSE)
+    options = [
+        "--longbench",
+        tmp_path,
+        "--haystack",
+        tmp_path / "prose.txt",
+        "--work",
+        tmp_path / "work",
+        "--device",
+        "cpu",
+    ]
+    options += ["--length", "1200", "--tasks", "niah_single_2", "--needles", "1", "--items", "8-9", "--choose-on", "2"]
+    made = []
+    for name in ("a", "b"):
+        arguments = [updating, tmp_path / f"{name}.json", *options, "--targets", "1.2", "--rounds", "2"]
+        monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, arguments)])
+        runpy.run_path(str(STUDIES / "peers.py"), run_name="__main__")
+        made.append((json.loads((tmp_path / f"{name}.json").read_text()), (tmp_path / "work/rows.jsonl").read_text()))
+    assert made[0] == made[1]
+    ways = {way["method"]: way for way in made[0][0]["ways"]}
+    assert {"dense", "SPTS, out", "POP", "GemFilter", "FastKV", "UniPrefill"} <= {*ways}
+    assert all(
+        way["counted"] == pytest.approx(1.2, abs=0.1) for name, way in ways.items() if name in ("GemFilter", "FastKV")
+    )
+    assert ways["dense"]["longbench"]["kl"]["mean"] == 0 and ways["FastKV"]["longbench"]["kl"]["mean"] > 0
+    assert {choice["method"] for choice in made[0][0]["choices"]} == {"POP", "GemFilter", "FastKV"}
+    assert str(tmp_path) not in (tmp_path / "a.json").read_text() + (tmp_path / "a.md").read_text()

@@ -1,11 +1,12 @@
-"""The two pictures of README.md and one of the results', from a shipped recipe and from the results' own files.
+"""The two pictures of README.md and some of the results', from a shipped recipe and from the results' own files.
 
     python recipes/studies/pictures.py [FOLDER]
 
 `method.png`: which tokens each layer works on. The counts are those of `llama-paper.yaml` at 16K tokens; which
 tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: quality against measured
 speed-up, with 95% intervals and the range of the timed pairs. `qwen2.5-coder-0.5b/updates.png`: free answers against
-FLOPs, with updates and without. FOLDER is `recipes/results` by default.
+FLOPs, with updates and without; `peers.png` beside it, where `peers.json` is: SPTS and other methods. FOLDER is
+`recipes/results` by default.
 """
 
 import argparse
@@ -171,6 +172,49 @@ def result(file: Path) -> None:
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
+PEERS = "qwen2.5-coder-0.5b/peers.json"
+METHODS: dict[str, dict[str, Any]] = {
+    "SPTS, main": {"color": BLUE, "marker": "o", "label": "SPTS, …-0.5b"},
+    "SPTS, updates": {"color": SKY, "marker": "s", "label": "SPTS, …-updates"},
+    "POP": {"color": RED, "marker": "v"},
+    "FastKV": {"color": GREEN, "marker": "^"},
+    "GemFilter": {"color": ORANGE, "marker": "<"},
+    "UniPrefill": {"color": PURPLE, "marker": "D"},
+    "draft model": {"color": "#666666", "marker": "P", "mfc": "white", "label": "speculative prefill"},
+    "SnapKV": {"color": "#666666", "marker": "X"},
+    "dense": {"color": "black", "marker": "*"},
+}
+
+
+def methods(axis: Any, part: str, figure: str) -> None:
+    """SPTS and other methods in one run, each at all its settings: a figure of its needles, or of its free answers."""
+    ways = read(PEERS)["ways"]
+    for name, looks in METHODS.items():
+        own = sorted((way for way in ways if way["method"] == name), key=lambda way: way["ttft"]["ratio"])
+        points = [(way["ttft"]["ratio"], way[part][figure]["mean"]) for way in own]
+        if len(own) > 1:
+            axis.plot(*zip(*points, strict=True), color=looks["color"], alpha=0.3)
+        for number, (way, (x, y)) in enumerate(zip(own, points, strict=True)):
+            ends = way[part][figure]["interval"] or (y, y)
+            named = {"label": None if number else looks.get("label", name)}
+            spread(axis, x, way["ttft"]["range"], y, ends, **{**looks, **named})
+    axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="measured TTFT, dense / method", ylim=(-0.04, 1.1))
+
+
+def peers(file: Path) -> None:
+    """What is kept of dense's needles and free answers, against the time that is saved."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    methods(left, "needles", "score")
+    methods(right, "longbench", "top1")
+    left.set(title="Needles found", ylabel="score, share of dense")
+    right.set(title="Free answers", ylabel="next tokens as dense")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    where = f"Qwen2.5-Coder-0.5B, {read(PEERS)['length'] // 1024}K tokens on 2 CPU cores"
+    figure.suptitle(f"{where}, 95% intervals: right and up is better", fontsize=11)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
 def updates(file: Path) -> None:
     """KL of free answers against the counted speed-up: the schedules with updates, pooled over 31 neighbours, and the
     one without."""
@@ -203,3 +247,5 @@ if __name__ == "__main__":
     method(folder / "method.png")
     result(folder / "result.png")
     updates(folder / "qwen2.5-coder-0.5b/updates.png")
+    if (RESULTS / PEERS).exists():
+        peers(folder / "qwen2.5-coder-0.5b/peers.png")
