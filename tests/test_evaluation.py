@@ -527,6 +527,16 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert "these answers are another checkpoint's" in run(*common, "--rescore", "--certify", code=2)
 
 
+def test_an_evaluation_of_something_else_leaves_an_earlier_ones_tables(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["fox"] * len(batch))
+    common = ["evaluate", checkpoint, "--output", tmp_path, "--suite", "ruler", "--task", "niah_single_1"]
+    for length in (512, 512, 600):
+        run(*common, "--items", 1, "--lengths", length)
+    tables = {path.name: path.read_text() for path in tmp_path.glob("evaluation*.md")}
+    assert tables.keys() == {"evaluation.md", "evaluation-1.md"}
+    assert "| 512 " in tables["evaluation-1.md"] and "| 600 " in tables["evaluation.md"]
+
+
 def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     bench = bench_folder(tmp_path)
     options = ["--suite", "fidelity", "--longbench", bench, "--lengths", "600", "--items", "1", "--dtype", "float32"]

@@ -308,7 +308,12 @@ def as_tables(result: dict[str, Any]) -> str:
 
 
 def save(result: dict[str, Any], output: Path) -> str:
-    """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables."""
+    """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables; an earlier
+    evaluation's stay, unless it is the same one."""
+    path, new = output / RESULTS[0], result["setting"]
+    old = read_json(path).get("setting", {}) if path.is_file() else new
+    if any(old.get(name) != new[name] for name in ("keys", "request")):
+        tables.keep_earlier(output, RESULTS)
     drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
     return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)
 
