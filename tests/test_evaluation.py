@@ -685,6 +685,15 @@ def test_a_checkpoint_replaced_while_it_is_loaded_answers_nothing(checkpoint, tm
         assert not (tmp_path / output).exists()
 
 
+def test_a_schedule_edited_to_need_what_was_not_fitted_is_not_measured(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["spts"]["update"] = {"attention_rank": 0, "ffn_rank": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"needs model\.layers\.1\.attention_update\.bias, .* and would be random"):
+        suites.load(folder, "cpu", "float32")
+
+
 def test_what_can_not_be_measured_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
     common = ["--output", tmp_path / "out"]
     for command, option in (("evaluate", "--lengths"), ("ablate", "--length")):
