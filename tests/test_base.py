@@ -383,3 +383,59 @@ def test_modelling_code_of_the_base_that_does_not_run_is_told(bases, tmp_path):
         edit("config.json", auto_map=stated)(base)
         tell_of_own_code(resolve_config(ModelSection(path=str(base))), "base", told.append)
     assert len(told) == 1 and "its own modelling code (own.Model) is not run" in told[0]
+
+
+def tiny_gguf(file, fields=None, tensors=None, without=()):
+    """A llama of one layer, with further metadata `fields` and `tensors`, and `without` some of its own."""
+    gguf = pytest.importorskip("gguf")
+    sizes = {
+        "context_length": 64,
+        "block_count": 1,
+        "feed_forward_length": 48,
+        "embedding_length": 32,
+        "vocab_size": 300,
+    }
+    heads = {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8}
+    numbers = {f"llama.{name}": value for name, value in {**sizes, **heads}.items()}
+    writer, raw = gguf.GGUFWriter(file, "llama"), json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    for name, value in {**numbers, "tokenizer.ggml.eos_token_id": 2, **(fields or {})}.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(raw["vocab"], key=raw["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in raw["merges"]])
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "attn_norm": (32,)}
+    shapes |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48), "ffn_norm": (32,)}
+    shapes = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    shapes |= {"token_embd.weight": (len(raw["vocab"]), 32), "output_norm.weight": (32,), **(tensors or {})}
+    for name, shape in shapes.items():
+        if name not in without:
+            writer.add_tensor(name, torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"without": ["blk.0.ffn_up.weight"]}, "its tensors hold [0-9]+ numbers, and the model [0-9]+"),
+        ({"tensors": {"rope_freqs.weight": (4,)}}, "its tensors hold"),  # how positions of Llama 3.1 are stretched
+        ({"tensors": {"blk.0.attn_q.bias": (32,)}}, "its tensors hold"),
+        ({"fields": {"split.count": 2}}, "it is one of 2 parts of a split file"),
+        ({"fields": {"llama.rope.scaling.type": "yarn"}}, r"llama\.rope\.scaling\.type is yarn"),
+        ({"fields": {"llama.attention.sliding_window": 16}}, "sliding_window is 16, and the model has None"),
+    ],
+)
+def test_a_gguf_model_that_transformers_reads_in_part_is_refused(changes, fault, tmp_path):
+    section = ModelSection(path=str(tmp_path), gguf_file="m.gguf")
+    tiny_gguf(tmp_path / "m.gguf", **changes)
+    with pytest.raises(UserError, match=f"m.gguf: transformers does not read all of this model: .*{fault}"):
+        resolve(section, Store(tmp_path / "work"))
+
+
+def test_a_whole_gguf_model_is_taken(tmp_path):
+    tiny_gguf(tmp_path / "m.gguf", {"llama.rope.scaling.type": "none", "llama.attention.sliding_window": 64})
+    base = resolve(ModelSection(path=str(tmp_path), gguf_file="m.gguf"), Store(tmp_path / "work"))
+    assert base.config.num_hidden_layers == 1 and base.tokenizer()("The owls")["input_ids"]

@@ -143,6 +143,8 @@ def test_a_benchmark_of_a_checkpoint(checkpoint, tmp_path, monkeypatch):
         tmp_path / "bench.png"
     ).exists()
 
+    two = result["rows"][3]
+    assert f"| {2 / two['dense']['decode']['seconds']:.1f} / " in columns.bench_tables({**result, "rows": [two]})
     shown = columns.bench_tables({**result, "rows": [{**row, "skips": False}]})
     assert "| 400 (not skipped) |" in shown and "say nothing of skipping" in shown
 

@@ -527,6 +527,16 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert "these answers are another checkpoint's" in run(*common, "--rescore", "--certify", code=2)
 
 
+def test_an_evaluation_of_something_else_leaves_an_earlier_ones_tables(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "answers", lambda model, tokenizer, batch, **options: ["fox"] * len(batch))
+    common = ["evaluate", checkpoint, "--output", tmp_path, "--suite", "ruler", "--task", "niah_single_1"]
+    for length in (512, 512, 600):
+        run(*common, "--items", 1, "--lengths", length)
+    tables = {path.name: path.read_text() for path in tmp_path.glob("evaluation*.md")}
+    assert tables.keys() == {"evaluation.md", "evaluation-1.md"}
+    assert "| 512 " in tables["evaluation-1.md"] and "| 600 " in tables["evaluation.md"]
+
+
 def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     bench = bench_folder(tmp_path)
     options = ["--suite", "fidelity", "--longbench", bench, "--lengths", "600", "--items", "1", "--dtype", "float32"]
@@ -673,6 +683,15 @@ def test_a_checkpoint_replaced_while_it_is_loaded_answers_nothing(checkpoint, tm
         options = ["--length" if command == "ablate" else "--lengths", 300, "--output", tmp_path / output]
         assert "was changed during the run" in run(command, folder, *options, code=2)
         assert not (tmp_path / output).exists()
+
+
+def test_a_schedule_edited_to_need_what_was_not_fitted_is_not_measured(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["spts"]["update"] = {"attention_rank": 0, "ffn_rank": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"needs model\.layers\.1\.attention_update\.bias, .* and would be random"):
+        suites.load(folder, "cpu", "float32")
 
 
 def test_what_can_not_be_measured_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):

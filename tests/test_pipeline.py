@@ -50,6 +50,7 @@ def test_the_checkpoint_is_complete(built):
     assert all(cost["seconds"] > 0 for cost in report["stages"].values())
     assert [f["layer"] for f in report["proxies"]] == [2, 3, 4]
     assert report["speed"][0]["spts"]["kv_bytes"] < report["speed"][0]["dense"]["kv_bytes"]
+    assert 350 < report["fidelity"][0]["tokens"] <= 400  # of the prompts, and not of the answers
     card = (out / "README.md").read_text()
     assert card.startswith("---\n")
     assert "2601.13155" in card

@@ -21,7 +21,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -31,6 +30,7 @@ from ..checkpoint.layout import CONFIG, INDEX, LEFT, WEIGHTS, read_json, weight_
 from ..recipe import ModelSection
 from ..utils.errors import UserError, reason, some
 from ..utils.store import Store, file_hash, fingerprint, writing
+from . import gguf_file
 from .base_checks import check_family, files_named, judge, read_tokenizer
 
 
@@ -128,7 +128,7 @@ def resolve(section: ModelSection, store: Store) -> Base:
         converted = store.path("base", key)
         if not converted.exists():
             with writing(converted) as partial:
-                _convert_gguf(folder, gguf, section.dtype, partial)
+                gguf_file.convert(folder / gguf, section.dtype, partial)
                 unchanged()
         folder = converted
     config = _read_config(folder, name)
@@ -214,16 +214,3 @@ def _hub_folder(section: ModelSection, weights: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model.path: {repository} is no folder here, and the Hub gave: {reason(error)}") from None
     return folder
-
-
-def _convert_gguf(folder: Path, gguf: str, dtype: str, target: Path) -> None:
-    """Write a GGUF model as a plain safetensors checkpoint with its tokenizer."""
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    # What was loaded from GGUF counts as quantised and refuses to be saved, so the weights move to a plain model.
-    drop = ("quantization_config", "_name_or_path", "model_type", "architectures")
-    config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k not in drop})
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    model.to(getattr(torch, dtype)).save_pretrained(target, max_shard_size="100GB")
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)

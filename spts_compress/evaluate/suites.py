@@ -24,7 +24,7 @@ from ..tasks.runner import MODES, Answers, answer_key, own_file, run, ways_of
 from ..utils import tables
 from ..utils.devices import hardware
 from ..utils.distributed import SINGLE_PROCESS, Ranks
-from ..utils.errors import UserError, reason
+from ..utils.errors import UserError, reason, some
 from ..utils.store import file_hash, fingerprint, writing
 from ..utils.tables import COLOURS, LABELS, plot_interval
 from .columns import score_tables
@@ -146,8 +146,8 @@ def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "")
         tokens, what: see `require_context`.
 
     Raises:
-        UserError: if the folder holds no checkpoint of this toolkit, or was changed while it was read, or its context
-            is too short.
+        UserError: if the folder holds no checkpoint of this toolkit, or not all that its schedule needs, or was changed
+            while it was read, or its context is too short.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,7 +158,11 @@ def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "")
     keys = FolderKeys(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    options |= {"trust_remote_code": True, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):
+        raise UserError(f"{folder}: its schedule needs {some(absent)}, which was not fitted and would be random")
     keys.unchanged()
     return model.to(device).eval(), tokenizer, keys
 
@@ -308,7 +312,12 @@ def as_tables(result: dict[str, Any]) -> str:
 
 
 def save(result: dict[str, Any], output: Path) -> str:
-    """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables."""
+    """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables; an earlier
+    evaluation's stay, unless it is the same one."""
+    path, new = output / RESULTS[0], result["setting"]
+    old = read_json(path).get("setting", {}) if path.is_file() else new
+    if any(old.get(name) != new[name] for name in ("keys", "request")):
+        tables.keep_earlier(output, RESULTS)
     drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
     return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)
 

@@ -73,12 +73,12 @@ def free_answer(way: Way, tokenizer: Any, example: Example) -> list[int]:
     return ids[inputs["input_ids"].shape[1] :].tolist()
 
 
-def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answer: list[int]) -> dict[str, Any]:
-    """`agreement` of dense and SPTS along the dense model's own `answer`, and its number of `tokens`."""
+def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answer: list[int]) -> dict[str, float]:
+    """`agreement` of dense and SPTS along the dense model's own `answer`."""
     prompt = encode(tokenizer, [example.text], ways["dense"][0].device)["input_ids"]
     ids = torch.cat([prompt, prompt.new_tensor([answer[:-1]])], dim=1)
     dense, spts = (log_probabilities(ways[name], ids, len(answer)) for name in ("dense", "spts"))
-    return {**agreement(dense, spts), "tokens": len(answer)}
+    return agreement(dense, spts)
 
 
 def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float] | None:
