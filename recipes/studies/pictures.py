@@ -3,16 +3,16 @@
     python recipes/studies/pictures.py [FOLDER]
 
 `method.png`: which tokens each layer works on. The counts are those of `llama-paper.yaml` at 16K tokens; which
-tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: quality against measured
-speed-up, with 95% intervals and the range of the timed pairs. `qwen2.5-coder-0.5b/updates.png`: free answers against
-FLOPs, with updates and without; `peers.png` beside it, where `peers.json` is: SPTS and other methods. FOLDER is
-`recipes/results` by default.
+tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: SPTS and other methods in
+one run, quality against measured speed-up, with 95% intervals and the range of the timed rounds.
+`qwen2.5-coder-0.5b/updates.png`: free answers against FLOPs, with updates and without. FOLDER is `recipes/results` by
+default.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -24,7 +24,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from spts_compress.recipe import find, load
-from spts_compress.tasks.recovery import interval
 
 RESULTS = Path(__file__).parent.parent / "results"
 ORANGE, SKY, GREEN, BLUE, RED, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"  # Okabe, Ito
@@ -50,7 +49,7 @@ def states() -> tuple[np.ndarray, list[int]]:
         _, active, changed, leaving, _ = schedule.counts(layer, TOKENS)
         active_counts.append(active)
         scores = worth + 0.25 * rng.normal(size=blocks)
-        scores[-1] = math.inf  # the last token asks
+        scores[-1] = np.inf  # the last token asks
         amounts = scores[there], (scores + 0.3 * rng.normal(size=blocks))[there]
         attention, network = (
             there[np.argsort(-values)[: round(count / BLOCK)]]
@@ -96,82 +95,6 @@ def spread(axis: Any, x: float, xs: list[float], y: float, ys: tuple[float, floa
     axis.errorbar(x, y, **errors, linestyle="none", capsize=2, elinewidth=1, markersize=7, **looks)
 
 
-def score_kept(tasks: list[dict]) -> tuple[float, tuple[float, float]]:
-    """The part of the dense score that is kept over several tasks; their intervals are joined as independent."""
-    dense = sum(task["dense"] for task in tasks)
-    mean = sum(task["spts"] for task in tasks) / dense
-    below, above = (
-        math.sqrt(sum((task["dense"] * abs(task["interval"][side] - task["recovery"])) ** 2 for task in tasks)) / dense
-        for side in (0, 1)
-    )
-    return mean, (mean - below, mean + above)
-
-
-def shipped(axis: Any) -> None:
-    """The three shipped recipes of Qwen2.5-Coder-0.5B at 8K tokens."""
-    folder = "qwen2.5-coder-0.5b"
-    half, heads = read(f"{folder}/evaluation-2.0x.json")["evaluations"], read(f"{folder}/evaluation-retrieval.json")
-    [front] = [r for r in read(f"{folder}/front-late.json")["8192"]["rows"] if round(r["cost"]["speedup"], 2) == 1.25]
-    free = [prompt["top1"] for prompt in heads["2.40"]["fidelity"]["prompts"]]
-    needles = {
-        "2.0x": score_kept([task for task in half[0]["tasks"] if task["task"].startswith("niah")]),
-        "retrieval": score_kept(heads["2.40"]["tasks"]),
-    }
-    answers = {
-        "quality": front["lengths"]["8192"],
-        "2.0x": [(row := half[3]["fidelity"][0])["top1"], row["interval"]],
-        "retrieval": [sum(free) / len(free), interval([1.0] * len(free), free)],
-    }
-    for found, label, looks in (
-        (needles, "needle score kept (RULER's eight NIAH tasks)", {"color": BLUE, "marker": "o"}),
-        (answers, "next tokens as dense, free answers", {"color": RED, "marker": "s"}),
-    ):
-        for number, (name, (mean, ends)) in enumerate(found.items()):
-            timed = read(f"{folder}/main-{name}.json")["speed"][-1]
-            named = {"label": label} if number == 0 else {}
-            spread(axis, timed["speedup"], timed["speedup_range"], mean, ends, **looks, **named)
-    for x, name in ((1.28, "…-quality"), (2.07, "…-0.5b"), (2.50, "…-retrieval")):
-        axis.text(x, 0.42, name, ha="center", fontsize=8.5)
-    axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(title="Three shipped recipes, 8K tokens", xlim=(0.9, 2.8), ylim=(0.38, 1.18))
-    axis.set(xlabel="measured TTFT, dense / SPTS", ylabel="share of dense")
-    axis.legend(loc="lower left", fontsize=8, frameon=False, bbox_to_anchor=(0, 0.09))
-
-
-def beside(axis: Any) -> None:
-    """SPTS and other methods at 4K tokens, one run."""
-    looks = {
-        "dense": {"color": "black", "marker": "*"},
-        "SPTS": {"color": BLUE, "marker": "o"},
-        "GemFilter": {"color": ORANGE, "marker": "^"},
-        "FastKV": {"color": GREEN, "marker": "v"},
-        "kvpress, SnapKV": {"color": PURPLE, "marker": "D"},
-        "kvpress, expected attention": {"color": "#666666", "marker": "P"},
-    }
-    rows, named = read("qwen2.5-coder-0.5b/peers-2.0x.json")["rows"], set()
-    flat = {name: [s for scores in row["scores"].values() for s in scores] for name, row in rows.items()}
-    for name, row in rows.items():
-        kind = next(kind for kind in sorted(looks, key=len, reverse=True) if name.startswith(kind))
-        timed, scores = row["ttft"]["4096"], flat[name]
-        mean = sum(scores) / sum(flat["dense"])
-        ends = interval(flat["dense"], scores) or (mean, mean)
-        label = {} if kind in named else {"label": kind}
-        named.add(kind)
-        spread(axis, timed["ratio"], timed["range"], mean, ends, **looks[kind], **label)
-    axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(title="Beside other methods, 4K tokens", xlim=(0.8, 2.8), ylim=(-0.05, 1.12))
-    axis.set(xlabel="measured TTFT, dense / method", ylabel="needle score, share of dense")
-    axis.legend(loc="lower left", fontsize=8, frameon=False)
-
-
-def result(file: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
-    shipped(left)
-    beside(right)
-    figure.suptitle("Qwen2.5-Coder-0.5B, TTFT on 2 CPU cores: right and up is better", fontsize=11)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
-
-
 PEERS = "qwen2.5-coder-0.5b/peers.json"
 METHODS: dict[str, dict[str, Any]] = {
     "SPTS, main": {"color": BLUE, "marker": "o", "label": "SPTS, …-0.5b"},
@@ -191,25 +114,27 @@ def methods(axis: Any, part: str, figure: str) -> None:
     ways = read(PEERS)["ways"]
     for name, looks in METHODS.items():
         own = sorted((way for way in ways if way["method"] == name), key=lambda way: way["ttft"]["ratio"])
-        points = [(way["ttft"]["ratio"], way[part][figure]["mean"]) for way in own]
+        # scores are kept as shares of dense's
+        whole = [fmean(t["dense"] for t in w[part]["tasks"].values()) if figure == "score" else 1.0 for w in own]
+        points = [(w["ttft"]["ratio"], w[part][figure]["mean"] * of) for w, of in zip(own, whole, strict=True)]
         if len(own) > 1:
             axis.plot(*zip(*points, strict=True), color=looks["color"], alpha=0.3)
-        for number, (way, (x, y)) in enumerate(zip(own, points, strict=True)):
-            ends = way[part][figure]["interval"] or (y, y)
+        for number, (way, (x, y), of) in enumerate(zip(own, points, whole, strict=True)):
+            low, high = way[part][figure]["interval"] or (y / of, y / of)
             named = {"label": None if number else looks.get("label", name)}
-            spread(axis, x, way["ttft"]["range"], y, ends, **{**looks, **named})
-    axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="measured TTFT, dense / method", ylim=(-0.04, 1.1))
+            spread(axis, x, way["ttft"]["range"], y, (low * of, min(1.0, high * of)), **{**looks, **named})
+    axis.set(xlabel="measured TTFT, dense / method", ylim=(-0.04, 1.06))
 
 
-def peers(file: Path) -> None:
-    """What is kept of dense's needles and free answers, against the time that is saved."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+def result(file: Path) -> None:
+    """What is left of needles and free answers, against the time that is saved."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     methods(left, "needles", "score")
     methods(right, "longbench", "top1")
-    left.set(title="Needles found", ylabel="score, share of dense")
-    right.set(title="Free answers", ylabel="next tokens as dense")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    prompts = [read(PEERS)["ways"][0][part]["prompts"] for part in ("needles", "longbench")]
+    left.set(title=f"Needles found, {prompts[0]} prompts", ylabel="score")
+    right.set(title=f"Free answers, {prompts[1]} LongBench prompts", ylabel="next tokens as dense")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     where = f"Qwen2.5-Coder-0.5B, {read(PEERS)['length'] // 1024}K tokens on 2 CPU cores"
     figure.suptitle(f"{where}, 95% intervals: right and up is better", fontsize=11)
     figure.savefig(file, dpi=150, metadata={"Software": None})
@@ -247,5 +172,3 @@ if __name__ == "__main__":
     method(folder / "method.png")
     result(folder / "result.png")
     updates(folder / "qwen2.5-coder-0.5b/updates.png")
-    if (RESULTS / PEERS).exists():
-        peers(folder / "qwen2.5-coder-0.5b/peers.png")
