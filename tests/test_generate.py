@@ -571,12 +571,12 @@ def test_an_untested_transformers_is_refused(monkeypatch):
 
     import transformers
 
-    from spts_compress.modeling import families
+    from spts_compress.modeling import family_classes
 
     for version in ("5.16.4", "5.24.0", "4.57.1"):
         monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(ImportError, match="tested with transformers"):
-            importlib.reload(families)
+            importlib.reload(family_classes)
 
 
 @pytest.mark.parametrize(
