@@ -29,19 +29,6 @@ from spts_compress.utils.devices import hardware  # noqa: E402
 from spts_compress.utils.paths import new_result  # noqa: E402
 from spts_compress.utils.tables import table  # noqa: E402
 
-QWEN = gpu.SHAPES["qwen2.5-7b"]
-SMALL = dict(vocab_size=151936, max_position_embeddings=131072, tie_word_embeddings=True)
-SIZES: dict[str, dict[str, int]] = {
-    "qwen2.5-1.5b": dict(
-        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
-    ),
-    "qwen2.5-0.5b": dict(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
-    ),
-}
-for name, sizes in SIZES.items():
-    gpu.SHAPES[name] = "qwen2.5-coder-0.5b-updates.yaml", QWEN[1], QWEN[2], {**QWEN[3], **SMALL, **sizes}
-
 
 def ways(model: Any, stock: Any, backend: str) -> dict[str, pairs.Way]:
     """The four ways; "static" ones compile decoding."""
@@ -105,7 +92,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=new_result)
-    parser.add_argument("--models", nargs="*", default=list(gpu.SHAPES), choices=list(gpu.SHAPES))
+    parser.add_argument("--models", nargs="*", default=["llama-3.1-8b", *gpu.SIZES], choices=list(gpu.SHAPES))
     parser.add_argument("--lengths", type=numbers, default=[8192, 32768])
     parser.add_argument("--new-tokens", type=numbers, default=[16, 128])
     parser.add_argument("--rounds", type=int, default=5)

@@ -48,7 +48,22 @@ SHAPES = {
     ),
 }  # fmt: skip
 STAGES = ["headline", "ablation", "batch", "profile"]
-SHAPES["llama-3.1-8b-updates"] = "llama.yaml", *SHAPES["llama-3.1-8b"][1:]
+SHAPES["llama-3.1-8b-updates"] = SHAPES["llama-3.1-8b-early"] = "llama.yaml", *SHAPES["llama-3.1-8b"][1:]
+SMALL = dict(vocab_size=151936, max_position_embeddings=131072, tie_word_embeddings=True)
+SIZES = {
+    "qwen2.5-1.5b": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
+    ),
+    "qwen2.5-0.5b": dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
+    ),
+}
+_, *CLASSES, LARGE = SHAPES["qwen2.5-7b"]
+SHAPES |= {
+    name: ("qwen2.5-coder-0.5b-updates.yaml", *CLASSES, {**LARGE, **SMALL, **sizes}) for name, sizes in SIZES.items()
+}
+EARLY = [{"end": end, "budget": {"fraction": f}} for end, f in ((11, 0.35), (17, 0.245), (24, 0.175), (31, 0.1225))]
+CHANGES = {"llama-3.1-8b-early": {"start": 5, "stages": EARLY}}  # of the recipe's schedule
 TINY = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
@@ -58,7 +73,7 @@ def build(name, device, tiny):
     """The SPTS model with random weights, and the stock model on the same tensors."""
     recipe_file, config_class, model_class, shape = SHAPES[name]
     recipe = yaml.safe_load((ROOT / "recipes" / recipe_file).read_text())
-    block = {**recipe["schedule"], **({"proxy": recipe["proxy"]} if "proxy" in recipe else {})}
+    block = {**recipe["schedule"], **({"proxy": recipe["proxy"]} if "proxy" in recipe else {}), **CHANGES.get(name, {})}
     if tiny:
         shape = {**shape, **TINY}
         if "head_dim" not in SHAPES[name][3]:
@@ -171,7 +186,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=STAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="*", default=list(SHAPES))
+    parser.add_argument("--models", nargs="*", default=["llama-3.1-8b", "qwen2.5-7b", "llama-3.1-8b-updates"])
     parser.add_argument(
         "--lengths", type=lambda t: [int(n) for n in t.split(",")], default=[8192, 16384, 32768, 65536, 131072]
     )

@@ -9,7 +9,8 @@ the whole prompt with its question. After its prefill a method reads the dense m
 as dense), and from where it would not have said the same it writes on by itself (scores).
 
 What is done is kept in the folder --work, so that a stopped run goes on. `torchrun --nproc-per-node N` spreads the
-prompts over N processes, which share the GPUs; the first one takes the times, alone. For an hour on one GPU, 32 prompts
+prompts over N processes, which share the GPUs; the first one takes the times, alone. `--times RESULT.json` takes them
+on another machine than the one that the qualities of RESULT.json come from. For an hour on one GPU, 32 prompts
 a task (of LongBench's own files, whose items 0 to 7 are those to choose on):
 
     torchrun --nproc-per-node 8 recipes/studies/peers.py CHECKPOINT ... OUT.json --longbench FOLDER --draft SMALL \\
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median
@@ -102,6 +103,8 @@ parser.add_argument("--choose-on", type=int, default=16, help="prompts, half of 
 parser.add_argument("--layer-step", type=int, default=2, help="one in so many layers is tried")
 parser.add_argument("--rounds", type=int, default=3, help="of timing, each on another prompt")
 parser.add_argument("--no-scores", action="store_true", help="LongBench's answers are not written, only compared")
+parser.add_argument("--ours", action="store_true", help="dense and the checkpoints alone")
+parser.add_argument("--times", type=Path, help="a result made elsewhere, which gets times that are taken here")
 parser.add_argument("--rescore", action="store_true", help="run nothing: the prompts that all methods have answered")
 parser.add_argument("--haystack", help="text to hide needles in; Python's documentation by default")
 parser.add_argument("--device", default="auto")
@@ -163,9 +166,19 @@ def whole(tokens: int) -> float:
     return peer.work(config, [tokens] * count)
 
 
-def stock(name: str, method: Callable, **setting: Any) -> Way:
+def pressed(model: Any, ids: torch.Tensor, KV: float) -> peer.Prefilled:
+    from kvpress import SnapKVPress
+
+    return peer.pressed(model, ids, SnapKVPress(1 - KV))
+
+
+METHODS = {"dense": peer.plain, "POP": peer.pop, "GemFilter": peer.gemfilter, "FastKV": peer.fastkv}
+METHODS |= {"UniPrefill": peer.uniprefill, "SnapKV": pressed}
+
+
+def stock(name: str, **setting: Any) -> Way:
     """A way on the stock model."""
-    return Way(name, setting, lambda p: method(dense, p.ids, **setting), partial(peer.extend, dense))
+    return Way(name, setting, lambda p: METHODS[name](dense, p.ids, **setting), partial(peer.extend, dense))
 
 
 def skipping(name: str, factor: float = 1.0, **block: Any) -> Way:
@@ -218,36 +231,55 @@ def candidates(target: float) -> dict[str, list[Way]]:
     """Settings of every method that come to the target."""
     skipped = min(range(count), key=lambda k: abs(whole(length) / peer.pop_work(config, length, k, 1) - target))
     found = {f"SPTS, {name}": scaled(name, target) for name in checkpoints}
-    found["POP"] = [stock("POP", peer.pop, skipped=skipped, last=last) for last in (1, 32)]
-    for name, method, flops in (
-        ("GemFilter", peer.gemfilter, peer.gemfilter_work), ("FastKV", peer.fastkv, peer.fastkv_work)
-    ):  # fmt: skip
+    if args.ours:
+        return {name: ways for name, ways in found.items() if ways}
+    found["POP"] = [stock("POP", skipped=skipped, last=last) for last in (1, 32)]
+    for name, flops in (("GemFilter", peer.gemfilter_work), ("FastKV", peer.fastkv_work)):
         shares = {layer: to(target, flops, layer=layer) for layer in range(1, count, args.layer_step)}
-        found[name] = [stock(name, method, layer=layer, tokens=share) for layer, share in shares.items() if share]
-    found["UniPrefill"] = [stock("UniPrefill", peer.uniprefill, mass=share) for share in [mass(target)] if share]
+        found[name] = [stock(name, layer=layer, tokens=share) for layer, share in shares.items() if share]
+    found["UniPrefill"] = [stock("UniPrefill", mass=share) for share in [mass(target)] if share]
     if args.draft:
-        found["draft model"] = drafted(target)
+        found["draft model"] = [speculative(share) for share in [drafted(target)] if share]
     never = [name for name, ways in found.items() if not ways and not name.startswith("SPTS")]
     left_out.extend(f"{name} at {target:g}x: no setting reaches it" for name in never)
     return {name: ways for name, ways in found.items() if ways}
 
 
-def drafted(target: float) -> list[Way]:
+@cache
+def draft() -> tuple[Any, Any, float]:
+    """The draft model, its tokenizer, and the FLOPs of its own reading."""
+    model = AutoModelForCausalLM.from_pretrained(args.draft, dtype=dense.dtype).to(device).eval()
+    flops = peer.work(model.config, [length] * model.config.num_hidden_layers)
+    return model, AutoTokenizer.from_pretrained(args.draft), flops
+
+
+def drafted(target: float) -> float:
+    """The share of tokens at which speculative prefill comes to the target."""
+    return to(target, lambda config, length, tokens: draft()[2] + peer.work(config, [tokens * length] * count))
+
+
+def speculative(tokens: float) -> Way:
     """Speculative prefill; what the draft model's tokens are worth goes to the model's own by their characters."""
-    draft = AutoModelForCausalLM.from_pretrained(args.draft, dtype=dense.dtype).to(device).eval()
-    theirs = AutoTokenizer.from_pretrained(args.draft)
-    before = peer.work(draft.config, [length] * draft.config.num_hidden_layers)
-    share = to(target, lambda config, length, tokens: before + peer.work(config, [tokens * length] * count))
+    model, theirs, _ = draft()
 
     def prefill(prompt: Prompt) -> peer.Prefilled:
         how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
         read, onto = (each(prompt.example.text, **how) for each in (theirs, tokenizer))
-        scores = peer.importance(draft, torch.tensor([read["input_ids"]], device=device))
+        scores = peer.importance(model, torch.tensor([read["input_ids"]], device=device))
         scores = peer.carried(scores, read["offset_mapping"], onto["offset_mapping"])
-        *found, flops = peer.drafted(dense, prompt.ids, scores, share)
-        return *found, flops + peer.work(draft.config, [len(read["input_ids"])] * draft.config.num_hidden_layers)
+        *found, flops = peer.drafted(dense, prompt.ids, scores, tokens)
+        return *found, flops + peer.work(model.config, [len(read["input_ids"])] * model.config.num_hidden_layers)
 
-    return [Way("draft model", {"tokens": share}, prefill, partial(peer.extend, dense))] if share else []
+    return Way("draft model", {"tokens": tokens}, prefill, partial(peer.extend, dense))
+
+
+def remade(row: dict[str, Any]) -> Way:
+    """A way of an earlier result."""
+    name, setting = row["method"], dict(row["setting"])
+    if name.startswith("SPTS, "):
+        block = setting["spts"]
+        return skipping(name.removeprefix("SPTS, "), float(setting["budgets"][2:]) if block else 1.0, **block)
+    return speculative(**setting) if name == "draft model" else stock(name, **setting)
 
 
 @torch.no_grad()
@@ -369,53 +401,70 @@ def figures(rows: list[dict], of_dense: list[dict]) -> dict[str, Any]:
     return found
 
 
-baseline = stock("dense", peer.plain)
+baseline = stock("dense")
 to_choose_on, to_measure_on = prompts()
 done.check = lambda: [keys.unchanged() for _, keys in checkpoints.values()] and None
-ways, choices = [baseline, *(skipping(name) for name in checkpoints)], []
-for target in map(float, args.targets.split(",")):
-    found = candidates(target)
-    several = [way for some in found.values() if len(some) > 1 for way in some]
-    tried = measured(several, to_choose_on, f"choosing at {target:g}x", scored=False)
-    for name, some in found.items():
-        fits = {way.label: fmean(row["top1"] for row in tried[way.label]) for way in some if len(some) > 1}
-        choices += [{"target": target, "method": name, "next tokens as dense": fits}] if fits else []
-        ways.append(max(some, key=lambda way: fits.get(way.label, 0)))
-if importlib.util.find_spec("kvpress"):
-    logging.disable(logging.WARNING)
-    from kvpress import SnapKVPress
 
-    model = next(iter(checkpoints.values()))[0]
-    share = round(predicted(model.config, model.config.schedule(), length)["kv_share"], 4)
-    ways.append(stock("SnapKV", lambda model, ids, KV: peer.pressed(model, ids, SnapKVPress(1 - KV)), KV=share))
-else:
-    left_out.append("SnapKV: kvpress is not installed")
-ways = list({way.label: way for way in ways}.values())
+
+def chosen() -> tuple[list[Way], list[dict]]:
+    """Every method at every target, and what was tried for it on other prompts."""
+    ways, choices = [baseline, *(skipping(name) for name in checkpoints)], []
+    for target in map(float, args.targets.split(",")):
+        found = candidates(target)
+        several = [way for some in found.values() if len(some) > 1 for way in some]
+        tried = measured(several, to_choose_on, f"choosing at {target:g}x", scored=False)
+        for name, some in found.items():
+            fits = {way.label: fmean(row["top1"] for row in tried[way.label]) for way in some if len(some) > 1}
+            choices += [{"target": target, "method": name, "next tokens as dense": fits}] if fits else []
+            ways.append(max(some, key=lambda way: fits.get(way.label, 0)))
+    if not args.ours and importlib.util.find_spec("kvpress"):
+        model = next(iter(checkpoints.values()))[0]
+        ways.append(stock("SnapKV", KV=round(predicted(model.config, model.config.schedule(), length)["kv_share"], 4)))
+    elif not args.ours:
+        left_out.append("SnapKV: kvpress is not installed")
+    return list({way.label: way for way in ways}.values()), choices
+
+
+def ratios(way: Way) -> dict[str, Any]:
+    """Of the TTFT, dense over a way's: median, range, and the way's seconds."""
+    found = sorted(a / b for a, b in zip(seconds["dense"], seconds[way.label], strict=True))
+    return {"ratio": median(found), "range": [found[0], found[-1]], "seconds": seconds[way.label]}
+
+
+def summary(way: Way) -> dict[str, Any]:
+    """All figures of a way."""
+    parts = {"needles": lambda row: row["task"] in ruler.TASKS, "longbench": lambda row: row["task"] not in ruler.TASKS}
+    found = {name: [[r for r in rows[who] if fits(r)] for who in (way.label, "dense")] for name, fits in parts.items()}
+    return {
+        "way": way.label, "method": way.name, "counted": fmean(row["counted"] for row in rows[way.label]),
+        "kv": sum(row["kv"] for row in rows[way.label]) / sum(row["kv"] for row in rows["dense"]),
+        "ttft": ratios(way), **{name: figures(*some) if some[0] else None for name, some in found.items()},
+        "setting": {key: value[1] if key == "spts" else value for key, value in way.setting.items()},
+        "rows": [[row[name] for name in ("task", "index", "score", "top1", "kl", "answer")] for row in rows[way.label]],
+    }  # fmt: skip
+
+
+logging.disable(logging.WARNING)
+earlier = json.loads(args.times.read_text()) if args.times else {}
+ways, choices = ([remade(row) for row in earlier["ways"]], []) if earlier else chosen()
 there = [p for p in to_measure_on if not args.rescore or all(key_of(way, p, is_scored(p)) in done.rows for way in ways)]
 seconds = timed(ways, to_measure_on) if group.is_main else {}
 group.barrier()
-rows = measured(ways, there, "measuring")
+rows = {} if earlier else measured(ways, there, "measuring")
 stack.close()
 if not group.is_main:
     sys.exit()
-results = []
-for way in ways:
-    ratios = sorted(a / b for a, b in zip(seconds["dense"], seconds[way.label], strict=True))
-    parts = {"needles": lambda row: row["task"] in ruler.TASKS, "longbench": lambda row: row["task"] not in ruler.TASKS}
-    found = {name: [[r for r in rows[who] if fits(r)] for who in (way.label, "dense")] for name, fits in parts.items()}
-    results.append({
-        "way": way.label, "method": way.name, "counted": fmean(row["counted"] for row in rows[way.label]),
-        "kv": sum(row["kv"] for row in rows[way.label]) / sum(row["kv"] for row in rows["dense"]),
-        "ttft": {"ratio": median(ratios), "range": [ratios[0], ratios[-1]], "seconds": seconds[way.label]},
-        **{name: figures(*some) if some[0] else None for name, some in found.items()},
-        "setting": {key: value[1] if key == "spts" else value for key, value in way.setting.items()},
-        "rows": [[row[name] for name in ("task", "index", "score", "top1", "kl", "answer")] for row in rows[way.label]],
-    })  # fmt: skip
 given = [word for word in sys.argv[1:] if word not in (*map(str, args.checkpoints), str(args.out))]
-names = {args.longbench: "$LONGBENCH", args.haystack: "$QASPER", str(args.draft): "$DRAFT", str(args.work): "WORK"}
+names = {args.longbench: "$LONGBENCH", args.haystack: "$QASPER", str(args.draft): "$DRAFT"}
+names |= {str(args.work): "WORK", str(args.times): "RESULT"}
 words = ["python", "recipes/studies/peers.py", *checkpoints, "OUT", *(names.get(word, word) for word in given)]
-result = {"command": shlex.join(words).replace("'", ""), "hardware": hardware(device), "length": length}
-result |= {"left_out": left_out, "choices": choices, "ways": results}
+made_by = {"command": shlex.join(words).replace("'", ""), "hardware": hardware(device)}
+if earlier:
+    results = [{**row, "ttft": ratios(way)} for row, way in zip(earlier["ways"], ways, strict=True)]
+    result = {**earlier, "times": made_by, "ways": results}
+else:
+    results = [summary(way) for way in ways]
+    result = {**made_by, "length": length, "left_out": left_out, "choices": choices, "ways": results}
 args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -444,18 +493,20 @@ tasks = list(results[0]["needles"]["tasks"])
 scores = [[way["way"], *(f"{100 * way['needles']['tasks'][task]['score']:.0f}" for task in tasks)] for way in results]
 tried = [
     [choice["method"], f"{choice['target']:g}x", label.split(", ", 1)[1], f"{figure:.1%}"]
-    for choice in choices
+    for choice in result["choices"]
     for label, figure in choice["next tokens as dense"].items()
 ]
+commands = [f"`{part['command']}`" for part in (result, result.get("times")) if part]
 text = [
-    f"`{result['command']}`", table(["", "counted", "TTFT, dense / this (range)", "KV"], costs),
-    f"Needles, share of dense's score: {results[0]['needles']['prompts']} prompts of {length} tokens",
+    "; times: ".join(commands), table(["", "counted", "TTFT, dense / this (range)", "KV"], costs),
+    f"Needles, share of dense's score: {results[0]['needles']['prompts']} prompts of {result['length']} tokens",
     columns("needles", score=("score", ".0%")), "Scores by task", table(["", *tasks], scores),
 ]  # fmt: skip
-if args.longbench:
+if results[0]["longbench"]:
     parts = {"next tokens": ("top1", ".1%"), "KL": ("kl", ".2f"), "score": ("score", ".0%")}
     what = "next tokens as dense along dense's own answer, KL in nats, share of dense's score"
     text += [f"LongBench, {results[0]['longbench']['prompts']} prompts: {what}", columns("longbench", **parts)]
-text += ["Tried on other prompts: next tokens as dense", table(["", "target", "setting", ""], tried), *left_out]
+text += ["Tried on other prompts: next tokens as dense", table(["", "target", "setting", ""], tried)]
+text += result["left_out"]
 args.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
 print("\n\n".join(text))

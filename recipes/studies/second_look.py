@@ -40,10 +40,11 @@ for name, kind in {"checkpoint": Path, "longbench": str, "out": new_result}.item
 parser.add_argument("--work", type=Path, required=True)
 parser.add_argument("--length", type=int, default=4096)
 parser.add_argument("--items", default="0-1", help="of each task, from the first to the last")
+parser.add_argument("--device", default="cpu")
 parser.add_argument("--speedup", type=float, default=2.0, help="dense over total FLOPs, of every way")
 args = parser.parse_args()
 torch.set_grad_enabled(False)
-model, tokenizer, _ = load(args.checkpoint, "cpu", "bfloat16")
+model, tokenizer, _ = load(args.checkpoint, args.device, "bfloat16")
 config, layers, base = model.config, model.model.layers, model.config.schedule()
 shapes, skipping = [LayerShape.of(config, number) for number in range(len(layers))], range(base.start, len(layers))
 
@@ -86,8 +87,10 @@ def follow(cache: Any, logits: torch.Tensor, n: int, count: int, given: list[int
         while len(tokens) < count and not (tokens and given is None and tokens[-1] in ends):
             rows.append(torch.log_softmax(logits.float(), dim=-1))
             tokens.append(int(logits.argmax()) if given is None else given[len(tokens)])
-            logits = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1]
-            where = model.model.rotary_emb(rows[0], torch.tensor([[n + len(tokens) - 1]]))
+            logits = model(input_ids=logits.new_tensor([tokens[-1:]], dtype=torch.long), past_key_values=cache).logits[
+                0, -1
+            ]
+            where = model.model.rotary_emb(rows[0], torch.tensor([[n + len(tokens) - 1]], device=model.device))
             for number, found in queries.items():
                 layer, key = layers[number], cache.layers[number].keys
                 found[-1] = layer.queries(layer.normed("before_attention", found[-1]), *where).to(key.dtype)
@@ -127,14 +130,14 @@ def second_look(cache: Any, before: torch.Tensor, need: torch.Tensor, budget: fl
     """The cache and the next token's logits after the most needed tokens, as many as `budget` pays for, and the
     prompt's last ones ran through the skipping layers: each attends to all up to itself, its key and value are new."""
     n, few, many = len(need), 0, len(need) - base.always_last
-    order, recent = need[:many].sort(descending=True, stable=True).indices, torch.arange(many, n)
+    order, recent = need[:many].sort(descending=True, stable=True).indices, torch.arange(many, n, device=need.device)
     while few < many:
         count = (few + many + 1) // 2
         paid = flops(torch.cat([order[:count], recent]).tolist(), skipping) <= budget
         few, many = (count, many) if paid else (few, count - 1)
     at = torch.cat([order[:few].sort().values, recent])
     cache, states, where = copy.deepcopy(cache), before[:, at], model.model.rotary_emb(before, at[None])
-    mask = (torch.arange(n) <= at[:, None])[None, None]
+    mask = (torch.arange(n, device=at.device) <= at[:, None])[None, None]
     for layer, held in list(zip(layers, cache.layers, strict=True))[base.start :]:
         normed = layer.normed("before_attention", states)
         for kept, new in zip((held.keys, held.values), layer.cached(normed, layer.keys(normed, *where)), strict=True):
@@ -170,7 +173,7 @@ def measure(example: Any) -> dict[str, Any]:
     asked = {number: torch.cat(queries[:DRAFT], dim=2) for number, queries in dense["queries"].items()}
 
     def note(name: str, cost: float, cache: Any, logits: torch.Tensor, again: int = 0) -> None:
-        later = model(input_ids=torch.tensor([answer]), past_key_values=cache).logits[0, :-1]
+        later = model(input_ids=ids.new_tensor([answer]), past_key_values=cache).logits[0, :-1]
         cache.crop(-len(answer))
         found = agreement(dense["rows"], torch.log_softmax(torch.cat([logits[None], later]).float(), dim=-1))
         ways[name] = {**found, "speedup": goal * args.speedup / cost, "again": again}
@@ -188,7 +191,7 @@ def measure(example: Any) -> dict[str, Any]:
         note(f"first pass {cut}", cost, cache, logits)
         draft, true = follow(cache, logits, n, DRAFT), follow(cache, logits, n, min(DRAFT, len(answer)), answer)
         signals[str(cut)] = signs(draft, probed, skipped)
-        chance = torch.rand(n, generator=torch.Generator().manual_seed(example.index))
+        chance = torch.rand(n, generator=torch.Generator().manual_seed(example.index)).to(ids.device)
         for name in looks:
             kind, count = name.split()[0], int([*name.split(), 0][1])
             drafted = {"draft": draft, "dense": true}.get(kind, {"attended": {}})["attended"]
