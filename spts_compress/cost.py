@@ -13,8 +13,13 @@ from .modeling.stock_layer import layer_windows
 
 def has_experts(config: Any, layer: int | None = None) -> bool:
     """Whether the feed-forward network of a layer is a mixture of experts; the last layer's if none is named."""
-    first = getattr(config, "first_k_dense_replace", 0)
-    return getattr(config, "num_experts_per_tok", None) is not None and (layer is None or layer >= first)
+    if getattr(config, "num_experts_per_tok", None) is None:
+        return False
+    layer = config.num_hidden_layers - 1 if layer is None else layer
+    plain = getattr(config, "mlp_only_layers", None) or ()
+    if layer < getattr(config, "first_k_dense_replace", 0) or layer in plain:
+        return False
+    return (layer + 1) % getattr(config, "decoder_sparse_step", 1) == 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
-from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS
+from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS, covers
 from .utils.errors import unknown_key
 
 NESTED = {
@@ -80,19 +80,6 @@ def _form(kind: type, value: Any, path: str, without: tuple[str, ...] = ()) -> I
             yield from _form(NESTED[key], item, place)
         elif type(item) not in TYPES.get(key, (int,)):
             yield f"{place} is {item!r}, which is not of the right type"
-
-
-def covers(amount: Amount, other: Amount) -> bool:
-    """Whether an amount is at least `other` at every prompt length."""
-    more = amount.fraction >= other.fraction and amount.floor >= other.floor
-    return more and _limit(amount) >= _limit(other)
-
-
-def _limit(amount: Amount) -> float:
-    """The most tokens an amount can stand for."""
-    if amount.cap is not None:
-        return amount.cap
-    return float("inf") if amount.fraction else amount.floor
 
 
 def faults(schedule: Schedule, num_layers: int | None = None, num_heads: int | None = None) -> list[str]:

@@ -147,6 +147,7 @@ REFUSED = {
     "in chunks": (edit("generation_config.json", prefill_chunk_size=64), "prefill_chunk_size is 64, with which gen"),
     "guidance": (edit("generation_config.json", guidance_scale=1.5), "guidance_scale is 1.5"),
     "guidance, in the config": (edit("config.json", guidance_scale=1.5), "config.json: guidance_scale is 1.5"),
+    "a schedule for generate": (edit("generation_config.json", spts=False), "generation_config.json: spts is False"),
     "early exit": (edit("generation_config.json", assistant_early_exit=2), "assistant_early_exit is 2"),
     "generation config: no JSON": (write("generation_config.json", "{"), "generation_config.json: can't be read"),
     "classifier": (

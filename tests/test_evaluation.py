@@ -466,6 +466,11 @@ def test_agreement_and_repetition_by_hand():
     found = agreement.agreement(dense, other)
     assert found["top1"] == 0.5
     assert found["kl"] == pytest.approx((0.9 * torch.log(torch.tensor(9.0)) - 0.1 * torch.log(torch.tensor(9.0))) / 2)
+    other[0] = float("nan")  # what is no number agrees with nothing, though the likeliest token of NaNs is one, too
+    broken = agreement.agreement(dense, other)
+    assert math.isnan(broken["kl"]) and broken["top1"] < found["top1"]
+    with pytest.raises(UserError, match="dense model's logits are NaN"):
+        agreement.agreement(other, dense)
     assert agreement.repeats([1, 2, 3] * 10) and not agreement.repeats(list(range(30)))
 
 

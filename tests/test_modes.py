@@ -6,7 +6,12 @@ import pickle
 import pytest
 import torch
 from tiny import SCHEDULE, UPDATING, stock_twin, tiny_model, tiny_tokenizer
-from transformers import DynamicCache, LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 SCHEDULES = {"llama": SCHEDULE, "gemma3_text": UPDATING}  # the last one has windows
@@ -81,6 +86,17 @@ def test_token_healing_runs_its_prompts_like_the_call(options, skips):
     model.generate(tokens["input_ids"], token_healing=True, tokenizer=tokenizer, max_new_tokens=2, **GREEDY, **options)
     seen = seen[:2]  # guidance runs its own negative prompt of one token, which has nothing to skip
     assert seen == [skips, skips]
+
+
+def test_a_generation_config_may_say_that_nothing_is_skipped(model):
+    tokens = prompt()
+    dense, skipped = new_tokens(model, tokens, spts=False), new_tokens(model, tokens)
+    assert not torch.equal(dense, skipped)
+    config = GenerationConfig(spts=False, max_new_tokens=6, **GREEDY)
+    assert torch.equal(model.generate(tokens, generation_config=config)[:, 40:], dense)
+    assert torch.equal(model.generate(tokens, generation_config=config, spts=True)[:, 40:], skipped)
+    model.generation_config.spts = False
+    assert torch.equal(new_tokens(model, tokens), dense)
 
 
 def test_an_early_exit_runs_dense_and_an_error_in_it_leaves_the_model_whole(model):

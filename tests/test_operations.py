@@ -81,11 +81,20 @@ CALLS = {
 }  # more than dense, a layer
 
 
+# some of whose layers may have no experts
+MIXED = {
+    "qwen3_moe": {},
+    "qwen3_moe,named": {"mlp_only_layers": [0, 3]},
+    "qwen3_moe,every other": {"decoder_sparse_step": 2},
+}
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("options", [{"spts": False}, {}], ids=["dense", "spts"])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", *MIXED, "deepseek_v2", "deepseek_v3"])
 def test_the_cost_model_counts_what_torch_counts(family, schedule, options):
-    model = tiny_model(family, schedule, attn_implementation="eager")
+    layers = MIXED.get(family, {})
+    model = tiny_model(family.split(",")[0], schedule, attn_implementation="eager", **layers)
     with FlopCounterMode(display=False) as counter:
         prefill(model, LENGTH, **options)
     config, plan = model.config, model.config.schedule()

@@ -376,6 +376,10 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     names = "layer", "share", "input_norm"  # judged by the schedule that was found
     assert [[fit[n] for n in names] for fit in proxies[0]] == [[fit[n] for n in names] for fit in proxies[1]]
 
+    assert [p.name for p in (tmp_path / "out.search").glob("search*.json")] == ["search.json"]
+    run("recipe", path, "--force", "--set", "search.speedup=1.1")  # what another search found moves aside
+    assert json.loads((tmp_path / "out.search/search-1.json").read_text()) == again
+
     front = run(
         "recipe", path, "--force", "--set", "search.speedup=null", "--set", "search.speedups=[1.1, 1.15]", code=2
     )

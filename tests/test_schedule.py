@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Amount, Proxy, Schedule
+from spts_compress.modeling.spts_block import covers
 from spts_compress.recipe import find, load
-from spts_compress.schedule import covers, read
+from spts_compress.schedule import read
 
 LLAMA_8B = SimpleNamespace(
     num_hidden_layers=32,
@@ -48,7 +49,7 @@ def test_counts_follow_stages_and_pruning():
 @pytest.mark.parametrize(
     ("stages", "selection", "skips"),
     [
-        ([{"end": 2, "budget": 40, "prune_to": 30}, {"end": 4, "budget": 40}], "attention", True),
+        ([{"end": 2, "budget": 40, "prune_to": 30}, {"end": 4, "budget": 30}], "attention", True),
         ([{"end": 2, "budget": 40, "prune_to": 40}, {"end": 4, "budget": 40}], "attention", False),
         ([{"end": 4, "budget": 40, "ffn_budget": 10}], "attention", True),
         ([{"end": 4, "budget": 40, "ffn_budget": 10}], "all", False),
@@ -110,3 +111,18 @@ def test_heads_that_can_not_score_are_named(heads, fault):
     block = {"start": 2, "stages": [{"end": 3, "budget": 5}], "proxy": {"channels": 4, "rank": 2}}
     with pytest.raises(ValueError, match=fault):
         read({**block, "probe": {"heads": heads}}, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"enabled": "false"}, "enabled, 'false',"),
+        ({"min_length": "1000"}, "a number of tokens"),
+        ({"probe": {"heads": {"2": [1, 1]}}}, "probe.heads"),
+        ({"stages": [{"end": 3, "budget": 24, "prune_to": 10}, {"end": 5, "budget": 20}]}, "prune_to, less than"),
+    ],
+)
+def test_an_edited_block_that_says_something_else_than_it_seems_is_refused(change, fault):
+    block = {"start": 2, "stages": [{"end": 3, "budget": 5}], "ffn_selection": "attention", **change}
+    with pytest.raises(ValueError, match=f"{fault}.*out of range"):
+        Schedule.from_dict(block, 6)

@@ -137,6 +137,8 @@ def setting_faults(folder: Path) -> list[str]:
             for key, harmless in DENSE.items()
             if stated.get(key) not in harmless
         ]
+        if file == GENERATION and stated.get("spts", True) is not True:
+            faults.append(f"{file}: spts is {stated['spts']}, which generate takes for the schedule; leave it out")
         if (cache := stated.get("cache_implementation")) not in CACHES:
             faults.append(f"{file}: cache_implementation is {cache}, but measuring needs a dynamic cache; leave it out")
         classes = str(stated.get("architectures"))

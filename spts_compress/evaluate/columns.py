@@ -5,7 +5,7 @@ from typing import Any
 from ..utils.tables import Show, columns_table, size
 
 SPEED: dict[str, Show] = {
-    "prompt tokens": "{tokens}",
+    "prompt tokens": lambda row: f"{row['tokens']}" if row.get("skips", True) else f"{row['tokens']} (not skipped)",
     "TTFT dense": "{dense[seconds][0]:.2f} s",
     "TTFT SPTS": "{spts[seconds][0]:.2f} s",
     "dense / SPTS (range)": lambda row: "{:.2f}x ({:.2f}-{:.2f})".format(
@@ -111,8 +111,7 @@ def _r2(fit: dict, part: str) -> str:
 
 
 BENCH: dict[str, Show] = {
-    "prompt tokens": lambda row: f"{row['tokens']}" if row["skips"] else f"{row['tokens']} (not skipped)",
-    **{name: SPEED[name] for name in ("TTFT dense", "TTFT SPTS", "dense / SPTS (range)")},
+    **{name: SPEED[name] for name in ("prompt tokens", "TTFT dense", "TTFT SPTS", "dense / SPTS (range)")},
     "batch": "{batch}",
     "FLOPs allow (reached)": lambda row: _bound(row, row["flops"]["speedup"]),
     "this machine allows (reached)": lambda row: _bound(row, row["calibrated"]),

@@ -83,7 +83,8 @@ def measure_all(
 
         def speed(length: int) -> dict:
             row = compare(ways, any_ids(length)["input_ids"], section.pairs, tick=progress.update)
-            return {**row, "length": length, "flops": predicted(spts.config, schedule, row["tokens"])}
+            row |= {"length": length, "skips": schedule.skips(row["tokens"])}
+            return {**row, "flops": predicted(spts.config, schedule, row["tokens"])}
 
         def row_of(example: Example) -> dict[str, Any]:
             return {**example.to_row(), "skips": schedule.skips(example.tokens)}

@@ -1,6 +1,7 @@
 """Evaluating a checkpoint: suites of tasks, dense beside SPTS, with tables, pictures and a certificate."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -414,8 +415,8 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     """Put the result into the checkpoint: a file for machines, and a section of the model card.
 
     Raises:
-        UserError: if answers are missing, or there are none, or they are another checkpoint's, or the card can't be
-            added to.
+        UserError: if answers are missing, or there are none, or they are another checkpoint's or NaN, or the card
+            can't be added to.
     """
     key, setting = folder_key(folder), result["setting"]
     if not _is_of(key, setting):
@@ -424,6 +425,8 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
         raise UserError(f"{folder}: {result['missing']} answers are missing; run evaluate without --rescore")
     if not result["tasks"] and not result["fidelity"]:
         raise UserError(f"{folder}: nothing was measured that could be certified; choose tasks that have prompts")
+    if wrong := next((row["prompts"] for row in result["fidelity"] if not math.isfinite(row["kl"])), None):
+        raise UserError(f"{folder}: the skipping model's logits are NaN for free answers about {wrong}; not certified")
     request = setting["request"]
     paths = {name: Path(value).name for name in ("haystack", "longbench") if (value := request[name])}
     public = {**setting, "request": {**request, **paths}}  # where a user's files lie is nobody's business

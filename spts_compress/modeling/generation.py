@@ -30,7 +30,8 @@ class GenerationCalls(SkippingPreTrainedModel):
     """Mixed into a family's causal language model: treats all prompts of one call of `generate` alike."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock. `spts` goes for every prompt that the call runs. Where it is not given, all of them run dense if
+        """As stock. `spts` goes for every prompt that the call runs; it may stand in the generation config. Where it
+        is not given, all of them run dense if
         there is guidance (whose negative prompt is no part of the cache), an early exit (which runs without some of
         the layers) or a prompt in chunks (which don't show where it ends).
 
@@ -51,11 +52,11 @@ class GenerationCalls(SkippingPreTrainedModel):
         """As stock; decides whether the call's prompts all run dense."""
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         several = config.guidance_scale not in (None, 1) or config.assistant_early_exit is not None
-        spts, chunks = model_kwargs.get("spts"), config.prefill_chunk_size is not None
+        spts, chunks = model_kwargs.get("spts", getattr(config, "spts", None)), config.prefill_chunk_size is not None
         if chunks and spts not in (None, False):
             raise ValueError("a prompt in chunks can't be skipped in: leave prefill_chunk_size unset, or spts")
-        if spts is None and (chunks or several):
-            model_kwargs["spts"] = False
+        if spts is not None or chunks or several:
+            model_kwargs["spts"] = False if spts is None else spts
         if (asked := ASKED.get()) is not None and asked.model is self:
             asked.spts = model_kwargs.get("spts")
         return config, model_kwargs

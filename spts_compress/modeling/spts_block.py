@@ -6,6 +6,7 @@ toolkit's own check of the same rules, `schedule.py`, names all faults at once: 
 
 from dataclasses import asdict, astuple, is_dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 HEAD_REDUCTIONS = ("mean", "max")
@@ -39,6 +40,19 @@ def write(value: Any) -> Any:
             return value["floor"]
         value = {**value, "floor": value["floor"] or None}
     return {name: write(each) for name, each in value.items() if each is not None}
+
+
+def covers(amount: Any, other: Any) -> bool:
+    """Whether an amount is at least `other` at every prompt length."""
+    more = amount.fraction >= other.fraction and amount.floor >= other.floor
+    return more and _limit(amount) >= _limit(other)
+
+
+def _limit(amount: Any) -> float:
+    """The most tokens an amount can stand for."""
+    if amount.cap is not None:
+        return amount.cap
+    return float("inf") if amount.fraction else amount.floor
 
 
 class SptsBlock:
@@ -80,13 +94,15 @@ class SptsBlock:
         ends = [self.start - 1, *(stage.end for stage in self.stages)]
         amounts = [amount for stage in self.stages for amount in stage.amounts().values()]
         numbers = [*ends, self.sink_tokens, self.recent_tokens, self.probe.window_size, self.probe.kernel_size]
+        numbers += [self.min_length]
+        left = [(s.prune_to, a) for s, n in pairwise(self.stages) if s.prune_to for a in (n.budget, n.ffn_budget) if a]
         heads = self.probe.heads
         if isinstance(heads, str):
             fine_heads = heads in HEAD_REDUCTIONS
         else:
             first, most = [layer for layer, _ in heads[:1]], float("inf") if num_heads is None else num_heads
             there = (layer < num_layers and type(head) is int and 0 <= head < most for layer, head in heads)
-            fine_heads = first == [self.start] and all(there)
+            fine_heads = first == [self.start] and all(there) and len(set(heads)) == len(heads)
         for fine, what in (
             (all(type(number) is int for number in numbers + [a.floor for a in amounts]), "a number of tokens"),
             (0 <= ends[0] < num_layers - 1, "start"),
@@ -94,7 +110,9 @@ class SptsBlock:
             (all(s.prune_to is None for s in self.stages[-1:]), "prune_to of the last stage"),
             (all(0 <= a.fraction <= 1 and a.floor >= 0 and (a.fraction or a.floor) for a in amounts), "a budget"),
             (all(a.cap is None or a.cap >= max(1, a.floor) for a in amounts), "a cap"),
+            (all(covers(*pair) for pair in left), "prune_to, less than a budget of the next stage,"),
             (self.sink_tokens >= 0 and self.recent_tokens >= 1, "sink_tokens or recent_tokens"),
+            (type(self.enabled) is bool, f"enabled, {self.enabled!r},"),
             (self.probe.window_size >= 1, "probe.window_size"),
             (self.probe.kernel_size >= 1 and self.probe.kernel_size % 2 == 1, "probe.kernel_size"),
             (0 <= self.probe.score_carry <= 1, "probe.score_carry"),

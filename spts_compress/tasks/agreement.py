@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..timing.pairs import GREEDY, Way
+from ..utils.errors import UserError
 from .example import Example, ask_about, different, sentences, token_count
 from .runner import encode
 
@@ -53,9 +54,17 @@ def log_probabilities(way: Way, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def agreement(dense: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """`kl`: mean KL(dense || other) in nats; `top1`: share of positions with the same most likely token."""
+    """`kl`: mean KL(dense || other) in nats; `top1`: share of positions with the same most likely token. Where `other`
+    is NaN it agrees on nothing, and the KL is NaN too. Both are log probabilities (a, V).
+
+    Raises:
+        UserError: if `dense` is NaN.
+    """
+    if dense.isnan().any():
+        raise UserError("the dense model's logits are NaN, so nothing can be compared with them; take a wider dtype")
     kl = (dense.exp() * (dense - other)).sum(-1)
-    return {"kl": float(kl.mean()), "top1": float((dense.argmax(-1) == other.argmax(-1)).float().mean())}
+    same = (dense.argmax(-1) == other.argmax(-1)) & ~other.isnan().any(-1)
+    return {"kl": float(kl.mean()), "top1": float(same.float().mean())}
 
 
 def repeats(tokens: list[int]) -> bool:
