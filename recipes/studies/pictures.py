@@ -4,7 +4,7 @@
 
 `method.png`: which tokens each layer works on. The counts are those of `llama-paper.yaml` at 16K tokens; which
 tokens they are is drawn from made-up scores, since that depends on the prompt. `result.png`: SPTS and other methods in
-one run, quality against measured speed-up, with 95% intervals and the range of the timed rounds.
+one run, quality against measured speed-up, with 95% intervals and the range of the timed rounds, for two models.
 `qwen2.5-coder-0.5b/updates.png`: free answers against FLOPs, with updates and without. FOLDER is `recipes/results` by
 default.
 """
@@ -95,25 +95,33 @@ def spread(axis: Any, x: float, xs: list[float], y: float, ys: tuple[float, floa
     axis.errorbar(x, y, **errors, linestyle="none", capsize=2, elinewidth=1, markersize=7, **looks)
 
 
-PEERS = "qwen2.5-coder-0.5b/peers.json"
+PEERS = {
+    "qwen2.5-coder-0.5b/peers-8k.json": "Qwen2.5-Coder-0.5B, 8K tokens",
+    "smollm2-135m/peers-4k.json": "SmolLM2-135M, 4K tokens",
+}
+SHIPPED, ALL_HEADS = {"color": BLUE, "marker": "o"}, {"color": SKY, "marker": "s"}
 METHODS: dict[str, dict[str, Any]] = {
-    "SPTS, main": {"color": BLUE, "marker": "o", "label": "SPTS, …-0.5b"},
-    "SPTS, updates": {"color": SKY, "marker": "s", "label": "SPTS, …-updates"},
-    "POP": {"color": RED, "marker": "v"},
-    "FastKV": {"color": GREEN, "marker": "^"},
-    "GemFilter": {"color": ORANGE, "marker": "<"},
-    "UniPrefill": {"color": PURPLE, "marker": "D"},
+    "SPTS, main": {**SHIPPED, "label": "SPTS"},
+    "SPTS, smol": SHIPPED,
+    "SPTS, updates": {**ALL_HEADS, "label": "SPTS, ranked by all heads"},
+    "SPTS, old": {"color": BLUE, "marker": "o", "mfc": "white", "label": "SPTS without updates"},
+    "SPTS, smolold": {"color": BLUE, "marker": "o", "mfc": "white"},
+    "POP": {"color": RED, "marker": "v", "label": "POP"},
+    "FastKV": {"color": GREEN, "marker": "^", "label": "FastKV"},
+    "GemFilter": {"color": ORANGE, "marker": "<", "label": "GemFilter"},
+    "UniPrefill": {"color": PURPLE, "marker": "D", "label": "UniPrefill's rule"},
     "draft model": {"color": "#666666", "marker": "P", "mfc": "white", "label": "speculative prefill"},
-    "SnapKV": {"color": "#666666", "marker": "X"},
-    "dense": {"color": "black", "marker": "*"},
+    "SnapKV": {"color": "#666666", "marker": "X", "label": "SnapKV"},
+    "dense": {"color": "black", "marker": "*", "label": "dense"},
 }
 
 
-def methods(axis: Any, part: str, figure: str) -> None:
+def methods(axis: Any, ways: list[dict[str, Any]], part: str, figure: str) -> None:
     """SPTS and other methods in one run, each at all its settings: a figure of its needles, or of its free answers."""
-    ways = read(PEERS)["ways"]
     for name, looks in METHODS.items():
         own = sorted((way for way in ways if way["method"] == name), key=lambda way: way["ttft"]["ratio"])
+        if name == "dense" and figure == "kl":
+            continue  # none, which no logarithm shows
         # scores are kept as shares of dense's
         whole = [fmean(t["dense"] for t in w[part]["tasks"].values()) if figure == "score" else 1.0 for w in own]
         points = [(w["ttft"]["ratio"], w[part][figure]["mean"] * of) for w, of in zip(own, whole, strict=True)]
@@ -121,22 +129,37 @@ def methods(axis: Any, part: str, figure: str) -> None:
             axis.plot(*zip(*points, strict=True), color=looks["color"], alpha=0.3)
         for number, (way, (x, y), of) in enumerate(zip(own, points, whole, strict=True)):
             low, high = way[part][figure]["interval"] or (y / of, y / of)
-            named = {"label": None if number else looks.get("label", name)}
-            spread(axis, x, way["ttft"]["range"], y, (low * of, min(1.0, high * of)), **{**looks, **named})
-    axis.set(xlabel="measured TTFT, dense / method", ylim=(-0.04, 1.06))
+            named = {**looks, "label": None if number else looks.get("label")}
+            spread(
+                axis,
+                x,
+                way["ttft"]["range"],
+                y,
+                (low * of, min(1.0, high * of) if figure == "score" else high),
+                **named,
+            )
+    axis.set(xlabel="measured TTFT, dense / method")
 
 
 def result(file: Path) -> None:
-    """What is left of needles and free answers, against the time that is saved."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-    methods(left, "needles", "score")
-    methods(right, "longbench", "top1")
-    prompts = [read(PEERS)["ways"][0][part]["prompts"] for part in ("needles", "longbench")]
-    left.set(title=f"Needles found, {prompts[0]} prompts", ylabel="score")
-    right.set(title=f"Free answers, {prompts[1]} LongBench prompts", ylabel="next tokens as dense")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
-    where = f"Qwen2.5-Coder-0.5B, {read(PEERS)['length'] // 1024}K tokens on 2 CPU cores"
-    figure.suptitle(f"{where}, 95% intervals: right and up is better", fontsize=11)
+    """What is left of needles and free answers, against the time that is saved, on 2 CPU cores."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
+    (qwen, where), (smol, there) = ((read(name), name) for name in PEERS)
+    for axis, found, name, part, measure in (
+        (axes[0], qwen, where, "needles", "score"),
+        (axes[1], qwen, where, "longbench", "kl"),
+        (axes[2], smol, there, "longbench", "kl"),
+    ):
+        methods(axis, found["ways"], part, measure)
+        prompts = found["ways"][0][part]["prompts"]
+        what = "hidden numbers found" if measure == "score" else "free answers"
+        axis.set_title(f"{PEERS[name]}:\n{what}, {prompts} prompts", fontsize=10)
+    axes[0].set(ylabel="score, up is better", ylim=(-0.04, 1.06))
+    for axis in axes[1:]:
+        axis.set(yscale="log", ylabel="KL to dense, nats (less is up)")
+        axis.invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.suptitle("95% intervals; TTFT on 2 CPU cores: right and up is better", fontsize=11)
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
