@@ -1,12 +1,15 @@
-"""RULER's prompts to the published letter, beside references written here."""
+"""RULER's prompts and LongBench's scores to the published letter, beside references written here."""
 
+import random
 import re
+import string
 from collections import Counter
 
 import pytest
 from helpers import PROSE
 
 from spts_compress.tasks import ruler
+from spts_compress.tasks.scorers import score
 
 
 class Words:
@@ -92,3 +95,108 @@ def test_common_words_come_after_a_solved_list(length, often, seldom, known_ofte
             assert {n for word, n in counts.items() if word not in common} == {few}
         assert len(set(re.findall(r"[a-z]+", known))) == known_words
         assert item.tokens > 0.99 * (length - 120)
+
+
+def reference_rouge_l(answer, output):
+    """Sentences end at full stops. Of each one of the reference, the words on a longest path through it and each one of
+    the answer; of all these words as a set, precision and recall against the sets of words of both texts."""
+
+    def sentences(text):
+        return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+
+    def path(x, y):
+        best = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+        for i, j in ((i, j) for i in range(len(x)) for j in range(len(y))):
+            best[i + 1][j + 1] = best[i][j] + 1 if x[i] == y[j] else max(best[i][j + 1], best[i + 1][j])
+        i, j, found = len(x), len(y), set()
+        while i and j:
+            if x[i - 1] == y[j - 1]:
+                i, j = i - 1, j - 1
+                found.add(x[i])
+            elif best[i - 1][j] > best[i][j - 1]:
+                i -= 1
+            else:
+                j -= 1
+        return found
+
+    got, wanted = sentences(answer), sentences(output)
+    if not got or not wanted:
+        return 0.0
+    same = len({word for one in wanted for other in got for word in path(one, other)})
+    precision, recall = (same / len({word for part in parts for word in part}) for parts in (got, wanted))
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def test_rouge_l_is_the_one_of_the_package_rouge():
+    pytest.importorskip("rouge")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefg..", k=rng.randint(1, 25))) for _ in range(120)]
+    texts += ["", "...", " . ", "The committee met. " * 20, "It ends here."]
+    for answer, output in zip(texts, [*texts[1:], texts[0]], strict=True):
+        assert score("rouge", answer, [output], []) == pytest.approx(reference_rouge_l(answer, output), abs=1e-12)
+    # the words of either sentence of the answer count, in whatever order the sentences are: all but 'more'
+    cut = score("rouge", "spending rose. oversight is due", ["oversight is due. spending rose more"], [])
+    assert cut == pytest.approx(10 / 11)
+
+
+def test_rouge_l_of_sentences_too_long_for_the_package_is_0_as_in_longbench():
+    pytest.importorskip("rouge")
+    assert score("rouge", "one two " * 600, ["two one " * 600], []) == 0
+
+
+def test_rouge_l_of_chinese_is_that_of_jieba_words():
+    pytest.importorskip("rouge")
+    jieba = pytest.importorskip("jieba")
+    for answer, output in (
+        ("会议讨论了预算。会议通过了预算。", "会议通过了学校的预算。"),
+        ("北京 大学", "我爱北京"),
+        ("", "北京"),
+    ):
+        cut = [" ".join(jieba.cut(text)) for text in (answer, output)]
+        assert score("rouge_chinese", answer, [output], []) == pytest.approx(reference_rouge_l(*cut), abs=1e-12)
+
+
+# As in LongBench's metrics: the opening mark of a book's title is not among them.
+CHINESE_MARKS = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"  # noqa: RUF001
+    "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
+)
+
+
+def test_chinese_words_lose_the_published_marks_and_no_others():
+    jieba = pytest.importorskip("jieba")
+
+    def words(text):
+        bare = (
+            re.sub(rf"[{re.escape(string.punctuation + CHINESE_MARKS)}\s]", "", word.lower())
+            for word in jieba.cut(text)
+        )
+        return Counter(word for word in bare if word)
+
+    cases = [("25℃", "25"), ("《红楼梦》", "红楼梦"), ("3米, 4米", "34米"), ("ABC 大学", "abc大学")]
+    for answer, output in [*cases, *((f"北京{mark}大学", "北京大学") for mark in f"{CHINESE_MARKS}《•→")]:
+        got, wanted = words(answer), words(output)
+        same = (got & wanted).total()
+        expected = 2 * same / (got.total() + wanted.total())
+        assert score("f1_chinese", answer, [output], []) == pytest.approx(expected), answer
+    assert score("f1_chinese", "《红楼梦》", ["红楼梦"], []) == pytest.approx(2 / 3)
+
+
+def test_class_names_inside_the_right_one_are_left_out_as_published():
+    """The published loop takes names out of the list that it walks along, and so passes over the next one."""
+
+    def published(answer, right, classes):
+        left, at = [name for name in classes if name in answer], 0
+        while at < len(left):
+            if left[at] != right and left[at] in right:
+                del left[at]
+            at += 1
+        return 1 / len(left) if right in left else 0.0
+
+    rng = random.Random(1)
+    for _ in range(300):
+        names = list({"".join(rng.sample("abcd", rng.randint(1, 3))): None for _ in range(8)})
+        answer, right = " ".join(rng.sample(names, 2)), rng.choice(names)
+        assert score("classification", answer, [right], names) == pytest.approx(published(answer, right, names))
+    right = "Group or organization of person"
+    assert score("classification", right, [right], ["Group", "organization", "person", right]) == 0.5
