@@ -141,10 +141,10 @@ def test_depths_spread_and_are_where_they_say():
 
 def test_variables_form_one_chain():
     for item in made("vt", count=5):
-        lines = re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", item.text)
+        lines = re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", item.text)  # names of the solved example have 3 letters
         names = [name for name, _ in lines]
         assert sorted(names) == sorted(item.outputs) and len(names) == 5
-        known, value = {}, re.search(r"assigned the value (\d{5})", item.text)[1]
+        known, value = {}, re.findall(r"assigned the value (\d{5})", item.text)[-1]
         for name, source in lines:  # in the order of the text, each source is known
             known[name] = known.get(source, source)
         assert set(known.values()) == {value}
@@ -152,7 +152,7 @@ def test_variables_form_one_chain():
 
 def test_word_lists_have_the_published_counts():
     for item in made("cwe", 12000):
-        listed = Counter(re.findall(r"\d+\. (\w+)", item.text))
+        listed = Counter(re.findall(r"\d+\. (\w+)", item.text.rsplit("Below is a numbered list", 1)[1]))
         assert {word for word, n in listed.items() if n == 30} == set(item.outputs) and len(item.outputs) == 10
         assert {n for word, n in listed.items() if word not in item.outputs} == {3}
     for item in made("fwe", 12000):
@@ -193,7 +193,7 @@ def test_a_task_that_does_not_fit_says_what_it_needs():
 
 
 def test_scorers_on_cases_worked_by_hand():
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge")
     pytest.importorskip("rapidfuzz")
     pytest.importorskip("jieba")
     cases = [
@@ -214,7 +214,7 @@ def test_scorers_on_cases_worked_by_hand():
         ("paragraph", "Paragraph 1 or 12", ["Paragraph 12"], [], 0.5),
         ("paragraph", "no number", ["段落3"], [], 0.0),
         ("code", "```python\n# first\nreturn x\nmore", ["return x"], [], 1.0),
-        ("code", "return y", ["return x"], [], 7 / 8),
+        ("code", "return y", ["return x"], [], 0.88),
     ]
     for scorer, answer, outputs, classes, expected in cases:
         found = score(scorer, answer, outputs, classes)

@@ -232,28 +232,39 @@ def test_scores_are_carried_from_one_tokenizer_to_another_by_characters(peers):
     assert scores.tolist() == [1.0, 2.0, 3.0, 0.0]
 
 
+def peers_beside(folder, task):
+    """Arguments of a small run of peers.py on needles and a task of LongBench, whose files are put into `folder`."""
+    line = {"input": "who?", "answers": ["fox"], "all_classes": None}
+    lines = [{**line, "context": f"{n} {PROSE[:500]}"} for n in range(10)]
+    (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "dataset2prompt.json").write_text(json.dumps({task: "{context} {input}"}))
+    (folder / "dataset2maxlen.json").write_text(json.dumps({task: 6}))
+    (folder / "prose.txt").write_text(PROSE)
+    options = ["--longbench", folder, "--haystack", folder / "prose.txt", "--work", folder / "work", "--device", "cpu"]
+    options += ["--length", "1200", "--tasks", "niah_single_2", "--needles", "1", "--items", "8-9", "--choose-on", "2"]
+    return [*options, "--targets", "1.2"]
+
+
+def test_scores_that_nobody_wants_need_no_package(updating, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "rouge", None)  # can't be imported
+    options = [*peers_beside(tmp_path, "gov_report"), "--no-scores", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, [updating, tmp_path / "out.json", *options])])
+    runpy.run_path(str(STUDIES / "peers.py"), run_name="__main__")
+    ways = {way["method"]: way for way in json.loads((tmp_path / "out.json").read_text())["ways"]}
+    for way in ways.values():
+        scores = {(row[0], row[2] is None) for row in way["rows"]}
+        assert scores == {("gov_report", True), ("niah_single_2", False)}
+        assert way["longbench"]["score"] is None and way["needles"]["tasks"]["niah_single_2"]["score"] is not None
+    assert ways["FastKV"]["longbench"]["kl"]["mean"] > 0
+
+
 def test_peers_are_measured_once_and_a_run_goes_on_where_one_stopped(updating, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    line = {"input": "who?", "context": PROSE[:500], "answers": ["fox"], "all_classes": None}
-    lines = [{**line, "context": f"{n} {line['context']}"} for n in range(10)]
-    (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context} {input}"}')
-    (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 6}')
-    (tmp_path / "prose.txt").write_text(PROSE)
-    options = [
-        "--longbench",
-        tmp_path,
-        "--haystack",
-        tmp_path / "prose.txt",
-        "--work",
-        tmp_path / "work",
-        "--device",
-        "cpu",
-    ]
-    options += ["--length", "1200", "--tasks", "niah_single_2", "--needles", "1", "--items", "8-9", "--choose-on", "2"]
+    options = peers_beside(tmp_path, "qasper")
     made = []
     for name in ("a", "b"):
-        arguments = [updating, tmp_path / f"{name}.json", *options, "--targets", "1.2", "--rounds", "2"]
+        arguments = [updating, tmp_path / f"{name}.json", *options, "--rounds", "2"]
         monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, arguments)])
         runpy.run_path(str(STUDIES / "peers.py"), run_name="__main__")
         made.append((json.loads((tmp_path / f"{name}.json").read_text()), (tmp_path / "work/rows.jsonl").read_text()))

@@ -337,7 +337,7 @@ def answered(way: Way, prompt: Prompt, answer: list[int], expected: torch.Tensor
 
 @torch.no_grad()
 def measured(ways: Sequence[Way], prompts: Sequence[Prompt], what: str, scored: bool = True) -> dict[str, list[dict]]:
-    """For each way, a row for each prompt."""
+    """For each way, a row for each prompt; its score is None where none is wanted."""
     keys = {(way.label, id(p)): key_of(way, p, scored and is_scored(p)) for way in ways for p in prompts}
     shard = [(p, [w for w in ways if keys[w.label, id(p)] not in done.rows]) for p in group.shard(prompts)]
     new = list[dict]()
@@ -355,7 +355,12 @@ def measured(ways: Sequence[Way], prompts: Sequence[Prompt], what: str, scored: 
                 done.add(new[-1])
                 bar.update()
     done.rows.update({row["key"]: row for row in group.all_gather(new)})
-    return {way.label: score_rows([done.rows[keys[way.label, id(p)]] for p in prompts]) for way in ways}
+
+    def judged(way: Way, prompt: Prompt) -> dict[str, Any]:
+        row = done.rows[keys[way.label, id(prompt)]]  # a score that nobody reads could need a package that is missing
+        return score_rows([row])[0] if scored and is_scored(prompt) else {**row, "score": None}
+
+    return {way.label: [judged(way, prompt) for prompt in prompts] for way in ways}
 
 
 @torch.no_grad()
@@ -383,15 +388,16 @@ def timed(ways: Sequence[Way], prompts: Sequence[Prompt]) -> dict[str, list[floa
 
 def figures(rows: list[dict], of_dense: list[dict]) -> dict[str, Any]:
     """Of some prompts: the share of dense's score, next tokens as dense, KL; mean, interval, median and worst task."""
-    tasks = {}
+    tasks, scored = {}, rows[0]["score"] is not None
     for task in dict.fromkeys(row["task"] for row in rows):
         own, base = ([row for row in some if row["task"] == task] for some in (rows, of_dense))
-        tasks[task] = {name: fmean(row[name] for row in own) for name in ("score", "top1", "kl")}
-        tasks[task]["dense"] = fmean(row["score"] for row in base)
-    kept = {task: found["score"] / found["dense"] for task, found in tasks.items() if found["dense"]}
+        tasks[task] = {name: fmean(row[name] for row in own) for name in ("top1", "kl")}
+        if scored:
+            tasks[task] |= {name: fmean(r["score"] for r in some) for name, some in (("score", own), ("dense", base))}
+    kept = {task: found["score"] / found["dense"] for task, found in tasks.items() if scored and found["dense"]}
     scores, all_dense = ([row["score"] for row in some] for some in (rows, of_dense))
     found = {"prompts": len(rows), "tasks": tasks, "score": None}
-    if kept and (rows[0]["task"] in ruler.TASKS or not args.no_scores):
+    if kept:
         found["score"] = {"mean": sum(scores) / sum(all_dense), "interval": interval(all_dense, scores)}
         found["score"] |= {"median": median(kept.values()), "worst": min(kept.items(), key=lambda item: item[1])}
     for name, worst in (("top1", min), ("kl", max)):

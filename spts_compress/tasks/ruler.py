@@ -11,9 +11,9 @@ from typing import Any
 
 from wonderwords import RandomWord
 
-from .example import Example, chat, fit_example, hide, sentences
+from .example import Example, chat, fit_example, hide, longest, sentences
 
-NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
@@ -51,8 +51,8 @@ FWE_PREFIX = " Answer: According to the coded text above, the three most frequen
 
 @dataclass(frozen=True)
 class Needles:
-    """A needle-in-a-haystack task: haystack `noise`, `prose` or other `needles`; kinds of keys and values; numbers of
-    keys, of values a key, and of queried keys."""
+    """A needle-in-a-haystack task: haystack `prose`, or lines of `noise` or of other `needles`; kinds of keys and
+    values; numbers of keys, of values a key, and of queried keys."""
 
     haystack: str = "prose"
     key_kind: str = "words"
@@ -77,12 +77,12 @@ TASKS = tuple(ANSWER_TOKENS)
 
 
 @cache
-def vocabulary() -> tuple[list[str], list[str]]:
-    """Adjectives and nouns that keys are made of."""
+def vocabulary() -> tuple[list[str], list[str], list[str]]:
+    """Adjectives and nouns, of which keys are made, and verbs."""
     source = RandomWord()
-    kinds = (source.filter(include_categories=[kind]) for kind in ("adjective", "noun"))
-    adjectives, nouns = ([word for word in words if word.isalpha()] for words in kinds)
-    return adjectives, nouns
+    kinds = (source.filter(include_categories=[kind]) for kind in ("adjective", "noun", "verb"))
+    adjectives, nouns, verbs = ([word for word in words if word.isalpha()] for words in kinds)
+    return adjectives, nouns, verbs
 
 
 def _token(kind: str, rng: random.Random) -> str:
@@ -91,7 +91,7 @@ def _token(kind: str, rng: random.Random) -> str:
         return str(rng.randint(1_000_000, 9_999_999))
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    return "-".join(rng.choice(words) for words in vocabulary())
+    return "-".join(rng.choice(words) for words in vocabulary()[:2])
 
 
 def _distinct(count: int, draw: Callable[[], str]) -> list[str]:
@@ -130,7 +130,7 @@ def examples(
     needles = needles or NEEDLES.get(task)
     make: Callable[..., Example]
     if needles is not None:
-        units = sentences(haystack) if needles.haystack == "prose" else NOISE
+        units = sentences(haystack) if needles.haystack == "prose" else [NOISE]
         make = partial(_needles, needles, units)
     else:
         make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}[task]
@@ -139,15 +139,16 @@ def examples(
     for index in range(count):
         rng = random.Random(f"{task} {needles} {length} {seed} {index}")
         fit = partial(fit_example, task, index, tokenizer, limit=length, answer_tokens=answer_tokens)
-        result.append(make(fit, partial(chat, tokenizer), length, rng))
+        result.append(make(fit, tokenizer, length, rng))
     return result
 
 
 Fit = Callable[..., Example]  # `fit_example` for one task and length
-Dress = Callable[..., str]  # `chat` for one tokenizer
 
 
-def _needles(needles: Needles, haystack: list[str], fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
+def _needles(
+    needles: Needles, haystack: list[str], fit: Fit, tokenizer: Any, limit: int, rng: random.Random
+) -> Example:
     keys = _distinct(needles.keys, partial(_token, needles.key_kind, rng))
     drawn = iter(_distinct(needles.keys * needles.values, partial(_token, needles.value_kind, rng)))
     values = {key: list(islice(drawn, needles.values)) for key in keys}
@@ -165,6 +166,7 @@ def _needles(needles: Needles, haystack: list[str], fit: Fit, dress: Dress, limi
     prefix = prefix.format(kind=kind, query=query)
     offset = rng.randrange(len(haystack)) if needles.haystack == "prose" else 0
     depths = sorted(rng.random() for _ in hidden)
+    between = " " if needles.haystack == "prose" else "\n"
     others: list[str] = []  # a haystack of needles grows as it is asked for; no key or value is given twice
     used = {*keys, *(value for of_key in values.values() for value in of_key)}
 
@@ -180,52 +182,78 @@ def _needles(needles: Needles, haystack: list[str], fit: Fit, dress: Dress, limi
 
     def build(count: int, rest: str) -> str:
         text = hide(hidden, depths, [unit(i) for i in range(count)])
-        context = " ".join([*text, rest] if rest else text)
-        return dress(template.format(kind=kind, context=context, query=query), prefix)
+        context = between.join([*text, rest] if rest else text)
+        return chat(tokenizer, template.format(kind=kind, context=context, query=query), prefix)
 
     outputs = [value for key in asked for value in values[key]]
     depth = depths[0] if len(hidden) == 1 else None
     return fit(build, filler=unit, outputs=outputs, answer_prefix=prefix, depth=depth)
 
 
-def _variables(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
-    """One chain of five variables: the first gets the value, each further one the variable before it."""
-    chain = _distinct(5, partial(_letters, string.ascii_uppercase, 5, rng))
-    value = str(rng.randint(10_000, 99_999))
-    lines = [f"VAR {chain[0]} = {value}."]
-    lines += [f"VAR {after} = VAR {before}." for before, after in pairwise(chain)]
+def _chain(letters: int, value: str, rng: random.Random) -> tuple[list[str], Callable[..., str]]:
+    """The names of five variables, of so many letters, and the question for them, made of a number of lines of noise
+    and a rest. The first variable gets the value, each further one the variable before it."""
+    names = _distinct(5, partial(_letters, string.ascii_uppercase, letters, rng))
+    lines = [f"VAR {names[0]} = {value}", *(f"VAR {after} = VAR {before} " for before, after in pairwise(names))]
     depths = sorted(rng.random() for _ in lines)
-    prefix = VT_PREFIX.format(count=len(chain), query=value)
 
-    def unit(number: int) -> str:
-        return NOISE[number % len(NOISE)]
+    def question(count: int, rest: str = "") -> str:
+        text = hide(lines, depths, [NOISE] * count)
+        return VT.format(context="\n".join([*text, rest] if rest else text), query=value)
+
+    return names, question
+
+
+def _variables(fit: Fit, tokenizer: Any, limit: int, rng: random.Random) -> Example:
+    """A chain to be found, after a solved one of at most 500 tokens, or half the prompt."""
+    value, known = _distinct(2, lambda: str(rng.randint(10_000, 99_999)))
+    names, solved = _chain(3, known, rng)
+    chain, question = _chain(5, value, rng)
+    prefix, solution = (VT_PREFIX.format(count=5, query=query) for query in (value, known))
+
+    def shown(count: int) -> str:
+        return solved(count) + solution
+
+    lines = longest(shown, tokenizer, min(500, limit // 2), most=100)
+    example = f"{shown(lines)} {' '.join(names)}\n\n"
 
     def build(count: int, rest: str) -> str:
-        text = hide(lines, depths, [unit(i) for i in range(count)])
-        context = " ".join([*text, rest] if rest else text)
-        return dress(VT.format(context=context, query=value), prefix)
+        return chat(tokenizer, example + question(count, rest), prefix)
 
-    return fit(build, filler=unit, outputs=chain, answer_prefix=prefix)
+    return fit(build, filler=lambda number: NOISE, outputs=chain, answer_prefix=prefix)
 
 
-def _common_words(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
-    """Ten words thirty times each among words that come three times, in a shuffled numbered list."""
+def _word_list(words: list[str], ranks: list[float]) -> str:
+    """The question for the words in the order of their ranks; the same ranks at every size, so that sizes nest."""
+    shuffled = [word for _, word in sorted(zip(ranks, words, strict=False))]
+    return CWE.format(context=_numbered(shuffled))
+
+
+def _numbered(words: list[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
+def _common_words(fit: Fit, tokenizer: Any, limit: int, rng: random.Random) -> Example:
+    """Ten words `often` among words that come `seldom`, after a solved list of `known` words."""
+    often, seldom, known, known_often, known_seldom = (30, 3, 40, 10, 3) if limit >= 4096 else (6, 1, 20, 3, 1)
     pool = sorted({word for words in vocabulary() for word in words})
     rng.shuffle(pool)
     common, others = pool[:10], pool[10:]
-    order = random.Random(rng.random())
-    ranks = [order.random() for _ in range(limit)]  # the same shuffle at every size, so that sizes nest
+    ranks, seed = [rng.random() for _ in range(limit)], rng.random()
+    sample = rng.sample(pool, known)
+    solved = _word_list(sample[:10] * known_often + sample[10:] * known_seldom, ranks[::-1])
+    example = f"{solved}{CWE_PREFIX} {_numbered(sample[:10])}\n"
 
     def build(count: int, rest: str) -> str:
-        listed = common * 30 + [others[i // 3 % len(others)] for i in range(3 * (count - 1))]
-        shuffled = [word for _, word in sorted(zip(ranks, listed, strict=False))]
-        context = " ".join(f"{i}. {word}" for i, word in enumerate(shuffled, 1))
-        return dress(CWE.format(context=context), CWE_PREFIX)
+        # once there are no more words, pairs of them
+        pairs = _distinct(count - len(others), partial(_token, "words", random.Random(seed)))
+        rare = [word for word in [*others[:count], *pairs] for _ in range(seldom)]
+        return chat(tokenizer, example + _word_list(common * often + rare, ranks), CWE_PREFIX)
 
     return fit(build, outputs=common, answer_prefix=CWE_PREFIX)
 
 
-def _frequent_words(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> Example:
+def _frequent_words(fit: Fit, tokenizer: Any, limit: int, rng: random.Random) -> Example:
     """Coded words whose counts fall as 1 / rank^2; the most frequent "word" is dots, the answer ranks 2 to 4."""
     coded = ["...", *_distinct(2000, partial(_letters, string.ascii_lowercase, 6, rng))]
     weights = [rank**-2.0 for rank in range(1, len(coded) + 1)]
@@ -236,6 +264,6 @@ def _frequent_words(fit: Fit, dress: Dress, limit: int, rng: random.Random) -> E
         counts = [int(count * weight * scale) for weight in weights]
         listed = [word for word, number in zip(coded, counts, strict=True) for _ in range(number)]
         shuffled = [word for _, word in sorted(zip(ranks, listed, strict=False))]
-        return dress(FWE.format(context=" ".join(shuffled)), FWE_PREFIX)
+        return chat(tokenizer, FWE.format(context=" ".join(shuffled)), FWE_PREFIX)
 
     return fit(build, outputs=coded[1:4], answer_prefix=FWE_PREFIX)

@@ -5,7 +5,6 @@ ROUGE, edit similarity and Chinese word segmentation come from libraries (`pip i
 
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,11 @@ from ..utils.errors import UserError
 
 Scorer = Callable[[str, list[str], list[str]], float]
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+# What LongBench leaves out of Chinese words; other signs, such as ℃ and the opening mark 《, count as words.
+PUNCTUATION = string.punctuation + (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"  # noqa: RUF001
+    "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"  # noqa: RUF001
+)
 
 
 def _library(name: str) -> Any:
@@ -41,8 +45,8 @@ def english_words(text: str) -> list[str]:
 
 
 def chinese_words(text: str) -> list[str]:
-    """Words as jieba cuts them; no punctuation, no spaces."""
-    bare = ("".join(c for c in word.lower() if unicodedata.category(c)[0] not in "PSZC") for word in _jieba_words(text))
+    """Words as jieba cuts them; lower case, no punctuation, no spaces."""
+    bare = ("".join(c for c in word.lower() if c not in PUNCTUATION and not c.isspace()) for word in _jieba_words(text))
     return [word for word in bare if word]
 
 
@@ -55,19 +59,22 @@ def token_f1(got: list[str], expected: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def rouge_l(answer: str, output: str, words: Callable[[str], list[str]]) -> float:
-    """F measure of the longest common subsequence of words."""
-
-    class Words:
-        def tokenize(self, text: str) -> list[str]:
-            return words(text)
-
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=Words())
-    return float(scorer.score(output, answer)["rougeL"].fmeasure)
+def rouge_l(answer: str, output: str) -> float:
+    """F measure of the longest common subsequences of words, sentence by sentence, as the package `rouge` takes it; 0
+    where it can't, as LongBench has it: for an empty text, or a sentence too long for it."""
+    rouge = _library("rouge").Rouge(["rouge-l"])
+    try:
+        return rouge.get_scores([answer], [output], avg=True)["rouge-l"]["f"]
+    except (ValueError, RecursionError):
+        return 0.0
 
 
 def _jieba_words(text: str) -> list[str]:
-    return [word for word in _library("jieba").cut(text, cut_all=False) if not word.isspace()]
+    return _library("jieba").lcut(text, cut_all=False)
+
+
+def rouge_l_chinese(answer: str, output: str) -> float:
+    return rouge_l(*(" ".join(_jieba_words(text)) for text in (answer, output)))
 
 
 def classification(answer: str, outputs: list[str], classes: list[str]) -> float:
@@ -76,7 +83,9 @@ def classification(answer: str, outputs: list[str], classes: list[str]) -> float
     best = 0.0
     for output in outputs:
         named = [name for name in classes if name in answer]
-        named = [name for name in named if not (name in output and name != output)]
+        for name in named:  # as in LongBench: the name after one that was taken out is passed over, and counts
+            if name in output and name != output:
+                named.remove(name)
         best = max(best, 1 / len(named) if output in named else 0.0)
     return best
 
@@ -88,10 +97,10 @@ def number_share(answer: str, wanted: str) -> float:
 
 
 def code_similarity(answer: str, output: str) -> float:
-    """Edit similarity of the answer's first line that is neither a comment nor a code fence."""
+    """Edit similarity, in whole percent, of the answer's first line that is neither a comment nor a code fence."""
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return _library("rapidfuzz.fuzz").ratio(line, output) / 100
+    return round(_library("rapidfuzz.fuzz").ratio(line, output)) / 100
 
 
 def _best(similarity: Callable[[str, str], float]) -> Scorer:
@@ -104,8 +113,8 @@ SCORERS: dict[str, Scorer] = {
     "number": number,
     "f1": _best(lambda answer, output: token_f1(english_words(answer), english_words(output))),
     "f1_chinese": _best(lambda answer, output: token_f1(chinese_words(answer), chinese_words(output))),
-    "rouge": _best(lambda answer, output: rouge_l(answer, output, str.split)),
-    "rouge_chinese": _best(lambda answer, output: rouge_l(answer, output, _jieba_words)),
+    "rouge": _best(rouge_l),
+    "rouge_chinese": _best(rouge_l_chinese),
     "classification": classification,
     "count": _best(number_share),
     # references of the form "Paragraph 12" or 段落12
