@@ -17,6 +17,8 @@ from ..modeling.layer_plan import Count, LayerPlan
 from ..modeling.skipping import SkippingDecoderLayer, SkippingModel
 from ..modeling.stock_layer import layer_kinds, split_heads
 
+PIECE = 256  # tokens
+
 
 class BlockCache:
     """vLLM's cache, as a prefill writes it: keys and values of a prompt's tokens go to their `slots` (n) in the blocks
@@ -75,6 +77,15 @@ class PagedLayer(SkippingDecoderLayer):
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """vLLM makes queries, keys and values by one matrix, of which only the rows asked for are used."""
         return split_heads(linear(states, *self.rows[name]), self.layer.self_attn.head_dim)
+
+    def transformed(self, normed: torch.Tensor) -> torch.Tensor:
+        """On a CPU in pieces, so that what is between the network's two products stays in its cache."""
+        if normed.shape[1] <= PIECE or normed.is_cuda:
+            return self.layer.mlp(normed)
+        made = torch.empty_like(normed)
+        for piece, place in zip(normed.split(PIECE, dim=1), made.split(PIECE, dim=1), strict=True):
+            place.copy_(self.layer.mlp(piece))
+        return made
 
     def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
         return tensor_model_parallel_all_gather(scores, dim=1)
