@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
-from vllm._custom_ops import rms_norm, rotary_embedding
+from vllm._custom_ops import fused_add_rms_norm, rms_norm, rotary_embedding
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import ForwardContext, override_forward_context
 
@@ -34,6 +34,9 @@ class BlockCache:
         self.held: tuple[torch.Tensor, ...] = ()
         self.attentions, self.slots, self.context = [layer.self_attn.attn for layer in layers], slots, context
         self.layers = [self] * len(layers)
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.next_norms = iter(norms[1:])  # after each sum; none after the last, of which one token goes on
+        self.normed: torch.Tensor | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
         """Keys and values (1, heads, n, d) of all tokens, held until attention has run."""
@@ -81,6 +84,9 @@ class PagedLayer(SkippingDecoderLayer):
         """As stock; vLLM's kernel, since its norm's own call is made for compiled graphs."""
         if (name := getattr(self.norms, place)) is None:
             return states
+        if (made := self.blocks.normed) is not None:
+            self.blocks.normed = None
+            return made
         norm, made = getattr(self.layer, name), torch.empty_like(states)
         rms_norm(made, states, norm.weight, norm.variance_epsilon)
         return made
@@ -91,7 +97,7 @@ class PagedLayer(SkippingDecoderLayer):
 
     def rotate(self, states: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
         """As stock, from positions (1, T): vLLM's kernel has the tables, and works in place."""
-        rotary, flat = self.layer.self_attn.rotary_emb, by_token(states).flatten(1)
+        rotary, flat = self.layer.self_attn.rotary_emb, states[0].transpose(0, 1).view(states.shape[2], -1)
         table = rotary.cos_sin_cache.to(states.dtype)
         rotary_embedding(positions[0][0], flat, None, rotary.head_size, table, rotary.is_neox_style)
         return states
@@ -107,6 +113,15 @@ class PagedLayer(SkippingDecoderLayer):
         for piece, place in zip(normed.split(PIECE, dim=1), made.split(PIECE, dim=1), strict=True):
             place.copy_(self.layer.mlp(piece))
         return made
+
+    def _add(self, states: torch.Tensor, index: Any, output: torch.Tensor, _: Any, estimate: Any) -> torch.Tensor:  # type: ignore[override]
+        """As in modeling, in place, by vLLM's kernel that makes the next norm with the sum; `normed` then has it."""
+        added = output if index is None else estimate.to(output.dtype).index_copy_(1, index[0], output)
+        if (norm := next(self.blocks.next_norms, None)) is None:
+            return states + added
+        fused_add_rms_norm(added, states, norm.weight, norm.variance_epsilon)
+        self.blocks.normed = added
+        return states
 
     def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
         return tensor_model_parallel_all_gather(scores, dim=1)
