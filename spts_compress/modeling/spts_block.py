@@ -5,13 +5,12 @@ toolkit's own check of the same rules, `schedule.py`, names all faults at once: 
 """
 
 from dataclasses import asdict, astuple, is_dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 HEAD_REDUCTIONS = ("mean", "max")
 FFN_SELECTIONS = ("proxy", "relative", "attention", "all")
-hints_of = cache(get_type_hints)  # every prefill reads the block
+HINTS: dict[Any, dict[str, Any]] = {}  # of each dataclass, since every prefill reads the block
 
 
 def read(kind: Any, value: Any) -> Any:
@@ -26,7 +25,9 @@ def read(kind: Any, value: Any) -> Any:
         return tuple(read(inner, each) for each in (value if isinstance(value, list | tuple) else [value]))
     if type(value) is int:
         return inner(floor=value)  # an amount that is a plain count
-    return inner(**{name: read(hints_of(inner).get(name), each) for name, each in value.items()})
+    if inner not in HINTS:  # by hand: vLLM pickles this file's names by value, which what functools.cache makes refuses
+        HINTS[inner] = get_type_hints(inner)
+    return inner(**{name: read(HINTS[inner].get(name), each) for name, each in value.items()})
 
 
 def write(value: Any) -> Any:

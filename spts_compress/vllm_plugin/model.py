@@ -1,6 +1,7 @@
 """The classes that vLLM runs the exported families by: its own, which skip where a pass holds a whole prompt."""
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -72,7 +73,8 @@ class SkippingForCausalLM(Stock):
         slots = next(iter(context.slot_mapping.values()))
         for part in prompts:
             own = slice(part.first, part.first + part.count)
-            states[own.stop - 1] = self.paged.prefill(input_ids[own], positions[own], slots[own])
+            first = cache(partial(self._first, context, part))
+            states[own.stop - 1] = self.paged.prefill(input_ids[own], positions[own], slots[own], first)
             self._count(part.count)
         if others:  # after the prompts, since they may go on after one
             tokens = torch.cat([torch.arange(part.first, part.first + part.count) for part in others])
@@ -97,6 +99,11 @@ class SkippingForCausalLM(Stock):
             if first < end:
                 others.append(Part(row, first, end - first, seen))
         return prompts, others
+
+    def _first(self, context: ForwardContext, part: Part, count: int) -> ForwardContext:
+        """A pass's context with the first `count` tokens of a prompt alone."""
+        tokens = torch.arange(part.first, part.first + count)
+        return self._restricted(context, [replace(part, count=count, seen=count)], tokens)
 
     def _restricted(self, context: ForwardContext, parts: list[Part], tokens: torch.Tensor) -> ForwardContext:
         """A pass's context with these `parts` alone, which are these `tokens` of it."""
