@@ -118,7 +118,7 @@ for folder in args.checkpoints:
     model, tokenizer, keys = load(folder, device, args.dtype)
     checkpoints[folder.name] = model, keys
 bases = {keys["dense"] for _, keys in checkpoints.values()}
-if len(bases) > 1 or len(checkpoints) < len(args.checkpoints):
+if (len(bases) > 1 and not args.times) or len(checkpoints) < len(args.checkpoints):  # times need no equal weights
     parser.error("the checkpoints must be of one base, in folders of different names")
 dense = stock_twin(next(iter(checkpoints.values()))[0])
 config, count, left_out = dense.config, dense.config.num_hidden_layers, list[str]()
