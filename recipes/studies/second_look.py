@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer_methods import solve
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -58,14 +59,18 @@ def flops(at: range | list[int], which: range) -> float:
 
 def at_speed(speedup: float, n: int) -> tuple[dict[str, Any], float]:
     """What makes the schedule that fast, all stages alike and with all keys and values, and its FLOPs."""
-    low, high, goal, changes, cost = 0.0, 3.0, sum(shape.dense(n) for shape in shapes) / speedup, {}, 0.0
-    for _ in range(40):
-        shares = [min(1.0, stage.budget.fraction * (low + high) / 2) for stage in base.stages]
+
+    def changes(factor: float) -> dict[str, Any]:
+        shares = [min(1.0, stage.budget.fraction * factor) for stage in base.stages]
         stages = [{"end": s.end, "budget": {"fraction": share}} for s, share in zip(base.stages, shares, strict=True)]
-        changes = {"stages": stages, "kv": 1.0, "min_length": 0}
-        cost = sum(layer.total for layer in layer_costs(config, config.schedule(**changes), n))
-        low, high = ((low + high) / 2, high) if cost < goal else (low, (low + high) / 2)
-    return changes, cost
+        return {"stages": stages, "kv": 1.0, "min_length": 0}
+
+    def cost(factor: float) -> float:
+        return sum(layer.total for layer in layer_costs(config, config.schedule(**changes(factor)), n))
+
+    dense = sum(shape.dense(n) for shape in shapes)
+    factor = solve(lambda factor: dense / cost(factor), speedup, 1e-6, 3.0, 40)
+    return changes(factor), cost(factor)
 
 
 def attention(layer: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
