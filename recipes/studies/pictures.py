@@ -106,6 +106,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SPTS, updates": {**ALL_HEADS, "label": "SPTS, ranked by all heads"},
     "SPTS, old": {"color": BLUE, "marker": "o", "mfc": "white", "label": "SPTS without updates"},
     "SPTS, smolold": {"color": BLUE, "marker": "o", "mfc": "white"},
+    "SPTS, early": {"color": BLUE, "marker": "d", "mfc": "white", "label": "SPTS from layer 6 on"},
     "POP": {"color": RED, "marker": "v", "label": "POP"},
     "FastKV": {"color": GREEN, "marker": "^", "label": "FastKV"},
     "GemFilter": {"color": ORANGE, "marker": "<", "label": "GemFilter"},
@@ -154,11 +155,17 @@ def result(file: Path) -> None:
         prompts = found["ways"][0][part]["prompts"]
         what = "hidden numbers found" if measure == "score" else "free answers"
         axis.set_title(f"{PEERS[name]}:\n{what}, {prompts} prompts", fontsize=10)
+    methods(axes[2], read("smollm2-135m/early-4k.json")["ways"][1:], "longbench", "kl")
     axes[0].set(ylabel="score, up is better", ylim=(-0.04, 1.06))
     for axis in axes[1:]:
         axis.set(yscale="log", ylabel="KL to dense, nats (less is up)")
         axis.invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    beside, [bench] = read("qwen2.5-coder-0.5b/updates.json"), read("qwen2.5-coder-0.5b/bench-1.25x.json")["rows"]
+    row = next(row for row in beside if row["tokens"] == 8192 and row["counted"] == 1.25)
+    speed = bench["spts"]["speedup"][0]
+    spread(axes[1], speed["median"], speed["range"], row["kl"], row["kl_interval"], **ALL_HEADS)
+    handles = dict(pair for axis in axes for pair in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.suptitle("95% intervals; TTFT on 2 CPU cores: right and up is better", fontsize=11)
     figure.savefig(file, dpi=150, metadata={"Software": None})
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..checkpoint.layout import read_json
 from ..modeling.configuration_spts import Schedule
 from ..utils import tables
+from ..utils.errors import UserError
 from ..utils.tables import table
 
 FILES = tables.files("search")
@@ -70,8 +71,7 @@ def as_text(search: dict[str, Any]) -> str:
 def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`. What another search
     found moves aside."""
-    earlier = read_json(folder / FILES[0]) if (folder / FILES[0]).is_file() else search
-    if _found(earlier) != _found(search):
+    if (folder / FILES[0]).is_file() and _found_before(folder) != _found(search):
         tables.keep_earlier(folder, FILES)
     drawing = partial(draw, search, num_layers) if search["points"] else None
     tables.save(search, as_text(search), folder, "search", drawing, 14)
@@ -80,6 +80,13 @@ def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
 def _found(search: dict[str, Any]) -> Any:
     """What a result says, in plain data, whatever it took to find."""
     return json.loads(json.dumps([search.get("points"), search.get("chosen")]))
+
+
+def _found_before(folder: Path) -> Any:
+    try:
+        return _found(read_json(folder / FILES[0]))
+    except UserError:
+        return None  # whatever it is, it is not this
 
 
 def draw(search: dict[str, Any], num_layers: int, figure: Any) -> None:
