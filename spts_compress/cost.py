@@ -155,8 +155,10 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         candidates_in, active, ffn_tokens, candidates_out, cached = schedule.counts(layer, length)
         probing = 0.0
         carries = schedule.probe.carries and layer >= schedule.start and schedule.skips(length)
-        if schedule.probe.heads_of(layer) and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
-            probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed
+        heads = schedule.probe.heads_of(layer)
+        if heads and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
+            share = 1.0 if isinstance(heads, str) else len(heads) / config.num_attention_heads
+            probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed * share
         if ffn_tokens < candidates_in and schedule.uses_proxies:
             probing += candidates_in * shape.proxy(schedule.proxy_of(layer))
         update = 0.0

@@ -14,6 +14,7 @@ def probe_scores(
     scaling: float,
     valid: torch.Tensor | None = None,
     unseen: torch.Tensor | None = None,
+    heads: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """Attention that each head's last queries pay to every candidate, their mean (PAP).
 
@@ -23,12 +24,20 @@ def probe_scores(
         scaling: factor of the attention logits.
         valid: which candidates are not padding, (B, T); None if all are.
         unseen: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
+        heads: those wanted, in place of all H.
 
     Returns:
         Scores (B, H, T) in float32, zero on padding and outside all windows.
     """
+    if heads is not None:
+        size = query.shape[1] // key.shape[1]
+        query = torch.stack([query[:, head] for head in heads], dim=1)
+        key = torch.stack([key[:, head // size] for head in heads], dim=1) if key.shape[1] > 1 else key
     batch, num_heads, window, _ = query.shape
     groups, candidates = key.shape[1:3]
+    if groups > 1 and key.device.type == "cpu":  # group by group, so that the logits stay in its cache
+        parts = zip(query.chunk(groups, dim=1), key.chunk(groups, dim=1), strict=True)
+        return torch.cat([probe_scores(*part, scaling, valid, unseen) for part in parts], dim=1)
     grouped = query.float().reshape(batch, groups, num_heads // groups * window, -1) * scaling
     with torch.autocast(key.device.type, enabled=False):  # scores decide, so they stay in float32
         logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, num_heads, window, candidates)
@@ -46,9 +55,9 @@ def probe_scores(
 
 def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...]) -> torch.Tensor:
     """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names."""
-    if isinstance(heads, str):
-        return raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
-    return torch.stack([raw[:, head] for head in heads]).mean(dim=0)
+    if not isinstance(heads, str):
+        raw = torch.stack([raw[:, head] for head in heads], dim=1)
+    return raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
 
 
 def pool_scores(raw: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:

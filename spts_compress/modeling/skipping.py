@@ -29,17 +29,8 @@ from .calls import SkipRequest
 from .decoding import Pass
 from .layer_plan import Count, LayerPlan, PlannedRuns
 from .profiling import part
-from .selection import (
-    FeedForwardProxy,
-    gather_among,
-    gather_tokens,
-    pool_scores,
-    probe_scores,
-    reduce_heads,
-    scatter_tokens,
-)
-from .stock_layer import StockLayer, activation_of, cos_sin_of, layer_kinds
-from .update import LowRankUpdate
+from .selection import gather_among, gather_tokens, pool_scores, probe_scores, reduce_heads, scatter_tokens
+from .stock_layer import StockLayer, add_fitted, cos_sin_of, layer_kinds
 
 
 class SkippingDecoderLayer(StockLayer):
@@ -139,8 +130,9 @@ class SkippingDecoderLayer(StockLayer):
             return carried
         window = min(probe.window_size, plan.candidates_in.width)
         query = self.probes(normed[:, -window:], *(table[:, -window:] for table in cos_sin))
-        heads = probe_scores(query, key, self.self_attn.scaling, valid, self.unseen(slots, window, plan))
-        raw = reduce_heads(self.all_heads(heads), plan.heads)
+        named = None if isinstance(plan.heads, str) or self.shares_heads() else plan.heads
+        heads = probe_scores(query, key, self.self_attn.scaling, valid, self.unseen(slots, window, plan), named)
+        raw = reduce_heads(self.all_heads(heads), "mean" if named else plan.heads)
         return raw + probe.score_carry * carried if probe.score_carry and carried is not None else raw
 
     def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
@@ -167,19 +159,6 @@ class SkippingDecoderLayer(StockLayer):
             if estimate is None:
                 return scatter_tokens(states, index, gather_tokens(states, index) + output, count.valid)
             return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
-
-
-def add_fitted(layers: Any, config: Any, schedule: Any) -> None:
-    """Gives the skipping ones of a decoder's `layers` what a schedule says was fitted for them, without its values."""
-    for index, layer in enumerate(layers):
-        if index >= schedule.start and schedule.proxy:
-            size = schedule.proxy_of(index)
-            shape = config.hidden_size, size.channels, size.rank
-            layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
-        if index >= schedule.start and schedule.update:
-            ranks = schedule.update_of(index)
-            layer.attention_update = LowRankUpdate(config.hidden_size, ranks.attention_rank)
-            layer.ffn_update = LowRankUpdate(config.hidden_size, ranks.ffn_rank)
 
 
 class SkippingModel(PlannedRuns):

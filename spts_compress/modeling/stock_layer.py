@@ -145,17 +145,23 @@ class StockLayer(Stock):
         key, value = cached
         return key, value
 
-    def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, H, T) of all heads, of which tensor parallelism has given each device some: all devices must
-        choose the same tokens."""
+    def head_groups(self) -> list[Any]:
+        """Process groups among whose devices tensor parallelism shares the heads, the innermost first."""
         # A fused projection gives every device all heads.
         weight: Any = getattr(getattr(self.self_attn, self.by_heads, None), "weight", None)
-        for dimension, placement in reversed(list(enumerate(getattr(weight, "placements", ())))):
-            if placement.is_shard():
-                mesh = weight.device_mesh
-                parts = [torch.empty_like(scores) for _ in range(mesh.size(dimension))]
-                torch.distributed.all_gather(parts, scores.contiguous(), group=mesh.get_group(dimension))
-                scores = torch.cat(parts, dim=1)
+        placements = reversed(list(enumerate(getattr(weight, "placements", ()))))
+        return [weight.device_mesh.get_group(place) for place, placement in placements if placement.is_shard()]
+
+    def shares_heads(self) -> bool:
+        """Whether a device has some of the heads only."""
+        return bool(self.head_groups())
+
+    def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, H, T) of all heads, of which a device may have some: all devices must choose the same tokens."""
+        for group in self.head_groups():
+            parts = [torch.empty_like(scores) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, scores.contiguous(), group=group)
+            scores = torch.cat(parts, dim=1)
         return scores
 
     def attention_function(self) -> Any:
@@ -176,6 +182,19 @@ class StockLayer(Stock):
     def transformed(self, normed: torch.Tensor) -> torch.Tensor:
         """The same from states (B, T, D) that are normed already."""
         return self.normed("after_feed_forward", self.mlp(normed))
+
+
+def add_fitted(layers: Any, config: Any, schedule: Any) -> None:
+    """Gives the skipping ones of a decoder's `layers` what a schedule says was fitted for them, without its values."""
+    for index, layer in enumerate(layers):
+        if index >= schedule.start and schedule.proxy:
+            size = schedule.proxy_of(index)
+            shape = config.hidden_size, size.channels, size.rank
+            layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
+        if index >= schedule.start and schedule.update:
+            ranks = schedule.update_of(index)
+            layer.attention_update = LowRankUpdate(config.hidden_size, ranks.attention_rank)
+            layer.ffn_update = LowRankUpdate(config.hidden_size, ranks.ffn_rank)
 
 
 def layers_held(cache: Any) -> list[dict[str, Any]]:

@@ -13,8 +13,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..modeling.skipping import add_fitted
-from ..modeling.stock_layer import Stock
+from ..modeling.stock_layer import Stock, add_fitted
 from .prefill import PagedDecoder
 from .setup import NewPrompts, schedule_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 from vllm._custom_ops import fused_add_rms_norm, rms_norm, rotary_embedding
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import ForwardContext, override_forward_context
 
 from ..modeling.calls import SkipRequest
@@ -122,6 +122,9 @@ class PagedLayer(SkippingDecoderLayer):
         fused_add_rms_norm(added, states, norm.weight, norm.variance_epsilon)
         self.blocks.normed = added
         return states
+
+    def shares_heads(self) -> bool:
+        return get_tensor_model_parallel_world_size() > 1
 
     def all_heads(self, scores: torch.Tensor) -> torch.Tensor:
         return tensor_model_parallel_all_gather(scores, dim=1)
