@@ -1,5 +1,5 @@
-"""The one schema of schedules, a recipe's `schedule` and a checkpoint's `spts` block alike: every fault at once, with
-its path. A checkpoint's own code reads the same block and stops at the first fault."""
+"""The schema of schedules, a recipe's `schedule` and a checkpoint's `spts` block alike: every fault at once, with its
+path. What a checkpoint's own code checks, `spts_block.py` says again: it stops at the first fault."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields

@@ -48,7 +48,9 @@ def inspect(folder: Path) -> str:
         measured = _measurements(report) if report else []
         lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a report of this toolkit, so remove it: {reason(error)}") from None
+        raise UserError(
+            f"{path}: not a report that this release reads; use the one that wrote it, or move it away: {reason(error)}"
+        ) from None
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     parts = [describe(folder.name, config, schedule, lengths, dtype, 0, None, "cpu"), files]
     if report and (names := changed(folder)):

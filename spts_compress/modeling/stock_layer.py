@@ -1,5 +1,6 @@
 """A stock decoder layer taken apart, so that it can run on some of the tokens: here is where families differ."""
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ else:
     Stock = object
 
 NORM_PIECE = 512  # tokens
+FFN_PIECE = 2**22  # numbers between a feed-forward network's matrices
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
@@ -68,24 +70,32 @@ def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
     return projected.view(*projected.shape[:2], -1, size).transpose(1, 2)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether calls of a module are seen by a hook, or bring its weights from where they are offloaded."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a linear module is no more than its matrix: not quantised, offloaded, hooked, sharded or adapted."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
-    return plain and not any(hooks)
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not watched(module)
+
+
+def in_pieces(module: Any, states: torch.Tensor, size: int) -> torch.Tensor:
+    """`module(states)`, of a module that treats states (B, T, D) token by token: on a CPU `size` tokens at a time, so
+    that what it makes on the way stays in the cache, with the very same result."""
+    if states.shape[1] <= size or states.device.type != "cpu":
+        return module(states)
+    return torch.cat([module(piece) for piece in states.split(size, dim=1)], dim=1)
 
 
 def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     """`norm(states)` for an RMS norm, which the stock module computes in many passes over memory: in one kernel on a
-    GPU, and on a CPU in pieces that stay in its cache (there with the very same result)."""
-    weight, hooks = norm.weight, (norm._forward_hooks, norm._forward_pre_hooks)
+    GPU, and on a CPU in pieces."""
     # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
-    plain = hasattr(norm, "variance_epsilon") and not hasattr(norm, "_hf_hook") and not any(hooks)
-    if plain and states.is_cuda and weight.is_cuda and weight.dtype == states.dtype:
-        return nn.functional.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
-    if states.shape[1] <= NORM_PIECE or states.is_cuda:
-        return norm(states)
-    return torch.cat([norm(piece) for piece in states.split(NORM_PIECE, dim=1)], dim=1)
+    plain = hasattr(norm, "variance_epsilon") and not watched(norm)
+    if plain and states.is_cuda and norm.weight.is_cuda and norm.weight.dtype == states.dtype:
+        return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return in_pieces(norm, states, NORM_PIECE)
 
 
 def activation_of(config: Any) -> str:
@@ -181,7 +191,16 @@ class StockLayer(Stock):
 
     def transformed(self, normed: torch.Tensor) -> torch.Tensor:
         """The same from states (B, T, D) that are normed already."""
-        return self.normed("after_feed_forward", self.mlp(normed))
+        size = normed.shape[1] if normed.is_cuda else self.ffn_piece()
+        return self.normed("after_feed_forward", in_pieces(self.mlp, normed, size))
+
+    def ffn_piece(self) -> int:
+        """How many tokens a CPU's cache has room for within the feed-forward network; no bound for one that is more
+        than its matrices, as of experts, or whose calls are seen."""
+        parts = [part for name, part in self.mlp.named_children() if name.endswith("_proj")]
+        if not parts or watched(self.mlp) or not all(map(is_plain, parts)):
+            return sys.maxsize
+        return max(1, FFN_PIECE // self.mlp.down_proj.in_features)
 
 
 def add_fitted(layers: Any, config: Any, schedule: Any) -> None:

@@ -20,7 +20,7 @@ DEFAULT_SPEEDUPS = (1.5, 1.4, 1.3, 1.2, 1.1)
 PAPER: dict[str, Any] = {"decay": 0.2, "margin": 1.25, "sink_tokens": 0, "recent_tokens": 1, "ffn_selection": "proxy"}
 PLAIN: dict[str, Any] = {**PAPER, "margin": 1.3}  # what a winner's parameters are judged against
 # Did well wherever it was tried.
-WINDOWED: dict[str, Any] = {"window_size": 32, "heads": "max", "score_carry": 1.0, "kernel_size": 31}
+QUERIES_32: dict[str, Any] = {"window_size": 32, "heads": "max", "score_carry": 1.0, "kernel_size": 31}
 FOR_NEEDLES: dict[str, Any] = {  # what searches for needles alone found
     "stages": 5, "bend": 0.7, "margin": 1.0, "ffn_selection": "attention", "window_size": 64,
     "score_carry": 0.5, "kernel_size": 63,
@@ -33,14 +33,14 @@ BY_RETRIEVAL_HEADS: dict[str, Any] = {**FOR_NEEDLES, "heads": 0.9, "score_carry"
 
 
 def seeds(starts: list[int], with_heads: bool, updated: bool, given: dict[str, list]) -> list[ScheduleParams]:
-    """What is tried in any case: the paper's settings, and its probe and windowed ones from several starts on, where
-    they are known those of retrieval heads, and those for updates; with one of the `given` values where they have
+    """What is tried in any case: the paper's settings, and from several starts on its probe, ones of more queries,
+    where they are known those of retrieval heads, and those for updates; with one of the `given` values where they have
     another."""
-    windowed = [WINDOWED, FOR_NEEDLES, *([BY_RETRIEVAL_HEADS] if with_heads else []), *([UPDATED] if updated else [])]
-    probes = [ScheduleParams(start, **probe) for probe in windowed for start in starts[::2]]
+    others = [QUERIES_32, FOR_NEEDLES, *([BY_RETRIEVAL_HEADS] if with_heads else []), *([UPDATED] if updated else [])]
+    probes = [ScheduleParams(start, **probe) for probe in others for start in starts[::2]]
     tried = [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
-    others = ({n: values[0] for n, values in given.items() if getattr(seed, n) not in values} for seed in tried)
-    return [replace(seed, **changes) for seed, changes in zip(tried, others, strict=True)]
+    changes = ({n: values[0] for n, values in given.items() if getattr(seed, n) not in values} for seed in tried)
+    return [replace(seed, **own) for seed, own in zip(tried, changes, strict=True)]
 
 
 def draw(rng: random.Random, choices: Choices) -> ScheduleParams:

@@ -1,4 +1,4 @@
-"""The eleven synthetic RULER tasks (arXiv 2404.06654), made on the spot for any tokenizer and length."""
+"""RULER's tasks (arXiv 2404.06654) but its two of questions, made on the spot for any tokenizer and length."""
 
 import random
 import string
