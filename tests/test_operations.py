@@ -1,6 +1,7 @@
 """Speed without a clock: operations as counted, a bounded number of calls, and no copies beyond the tokens at work."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spts_compress.cost import LayerShape, has_experts, layer_costs, predicted
+from spts_compress.modeling import stock_layer
 from spts_compress.plan import parameters
 
 LENGTH = 192
@@ -168,3 +170,27 @@ def test_a_decoded_token_makes_no_more_calls_than_dense():
         steps[name] = calls
     assert steps["spts"].calls.total() <= steps["dense"].calls.total()
     assert steps["spts"].copied < steps["dense"].copied
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "olmo2", "mixtral", "deepseek_v3"])
+def test_a_feed_forward_network_in_pieces_is_the_whole_one(family, monkeypatch):
+    model, ids, calls = tiny_model(family, SCHEDULE), torch.arange(LENGTH)[None] % 90 + 3, Counter()
+    runs = {id(layer.mlp): layer.mlp.forward for layer in model.model.layers}
+
+    def counted_run(mlp, states):
+        calls[states.shape[1]] += 1
+        return runs[id(mlp)](states)
+
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.mlp, "forward", partial(counted_run, layer.mlp))
+    with torch.no_grad():
+        whole = model(ids, logits_to_keep=1).logits
+        once = calls.total()
+        monkeypatch.setattr(stock_layer, "FFN_PIECE", 7 * model.config.intermediate_size)
+        torch.testing.assert_close(model(ids, logits_to_keep=1).logits, whole)
+        pieces = calls.total() - once
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda *_: None)  # which wants all tokens at once
+        model(ids, logits_to_keep=1)
+    assert calls.total() - once - pieces == once == len(runs)
+    assert (pieces > once) == any(hasattr(layer.mlp, "down_proj") for layer in model.model.layers[SCHEDULE["start"] :])

@@ -106,7 +106,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SPTS, updates": {**ALL_HEADS, "label": "SPTS, ranked by all heads"},
     "SPTS, old": {"color": BLUE, "marker": "o", "mfc": "white", "label": "SPTS without updates"},
     "SPTS, smolold": {"color": BLUE, "marker": "o", "mfc": "white"},
-    "SPTS, early": {"color": BLUE, "marker": "d", "mfc": "white", "label": "SPTS from layer 6 on"},
+    "SPTS, early": {"color": BLUE, "marker": "d", "mfc": "white", "label": "SPTS from layer 6 on (60 prompts)"},
     "POP": {"color": RED, "marker": "v", "label": "POP"},
     "FastKV": {"color": GREEN, "marker": "^", "label": "FastKV"},
     "GemFilter": {"color": ORANGE, "marker": "<", "label": "GemFilter"},

@@ -117,7 +117,7 @@ def _fitted(schedule: Schedule) -> str:
 def _in_vllm(base: Base, schedule: Schedule) -> str:
     """When vLLM skips after all, in words."""
     able = base.family in map(str.lower, FAMILIES) and holes(schedule) is None
-    return "; with `spts-compress[vllm]` installed beside it, it skips" if able else ""
+    return "; vLLM 0.32 with `spts-compress[vllm]` and model runner V1 (tried on CPUs) skips" if able else ""
 
 
 def render(
@@ -193,7 +193,7 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 
 ## Limits
 
-Skipping is lossy, prefill only, and tuned on the recipe's text. It needs left padding, and a cache that is neither
+Skipping is lossy, prefill only, and fitted on the recipe's text. It needs left padding, and a cache that is neither
 quantised nor offloaded and static. Prompts below the
 budgets{f" or {schedule.min_length} tokens" if schedule.min_length else ""} run dense. vLLM loads it
 (`trust_remote_code=True`) and runs it dense{_in_vllm(base, schedule)}. SGLang and llama.cpp were not tried;
