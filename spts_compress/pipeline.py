@@ -20,7 +20,7 @@ from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
-from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
+from .checkpoint.layout import BESIDE_REPORT, CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
 from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
@@ -35,6 +35,7 @@ from .search import dense_reference, space
 from .search import report as search_report
 from .search import run as searching
 from .search.prompts import PromptSet
+from .tasks.example import text_notes
 from .timing.break_even import shortest_paying_length
 from .timing.pairs import GREEDY, stock_twin
 from .timing.stage_timer import StageTimer
@@ -126,18 +127,25 @@ def run(
         for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
                 fit["skipped"] = ranking
-        report = {"proxies": fits, "search": searched, "stages": stage.costs if begins_anew else {}, **measured}
+        for row in measured["fidelity"] if ready.same_text else ():
+            row["prompts"] = "text searched on"
+        report = {
+            "proxies": fits,
+            "search": searched,
+            "same_text": ready.same_text,
+            "stages": stage.costs if begins_anew else {},
+            **measured,
+        }
         report["fitted_on"] = sorted(ready.searched_on.union(ready.sequences.fitted if ready.parameters else ()))
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
         found = None if searched is None else search_report.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
-        (staging / CARD).write_text(shown, encoding="utf-8")
-        report["card"] = file_hash(staging / CARD)
-        (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        (staging / RECIPE).write_text(verbatim, encoding="utf-8")
-        (staging / RESOLVED_RECIPE).write_text(_resolved(ready), encoding="utf-8")
+        for name, text in ((CARD, shown), (RECIPE, verbatim), (RESOLVED_RECIPE, _resolved(ready))):
+            (staging / name).write_text(text, encoding="utf-8")
         if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():
             shutil.copyfile(plot, staging / SEARCH_PLOT)
+        report["beside"] = {n: file_hash(staging / n) for n in BESIDE_REPORT if (staging / n).exists()}
+        (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         write_manifest(staging, ready.carried.names)
     return report
 
@@ -214,9 +222,10 @@ class Prepared:
     """What search and export start from.
 
     `recipe`: with every value. `carried`: what of the base travels. `haystack`: text of the report's prompts.
-    `prompts`: those of a search; None without one. `searched_on`: keys of the documents they are made of. `model`: the
-    stock model; None once it is not needed. `schedule`: with the sizes of the proxies, whose `parameters` go by their
-    name in the exported model. `fits`: see `fit_proxies`.
+    `prompts`: those of a search; None without one. `searched_on`: keys of the documents they are made of;
+    `same_text`: whether the haystack has some of these. `model`: the stock model; None once it is not needed.
+    `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`:
+    see `fit_proxies`.
     """
 
     recipe: Recipe
@@ -227,6 +236,7 @@ class Prepared:
     haystack: str
     prompts: PromptSet | None
     searched_on: frozenset[str]
+    same_text: bool
     model: Any
     schedule: Schedule
     parameters: dict[str, torch.Tensor]
@@ -258,7 +268,7 @@ def prepare(
     Raises:
         UserError: for bad input, where possible before long work.
     """
-    stage, prompts, searched_on = stage or StageTimer(device), None, frozenset[str]()
+    stage, prompts, searched_on, same_text = stage or StageTimer(device), None, frozenset[str](), False
     with stage("model and text"):
         texts = documents(recipe.calibration, log)
         with ranks.main_first():  # who may convert or download it
@@ -275,9 +285,12 @@ def prepare(
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
             text = _unseen("search.text", recipe.search.text, sequences)
+            for note in text_notes(text):
+                log(f"search: {note}")
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
-            own = recipe.search.text
-            searched_on = frozenset(map(document_key, from_files(Path(own)) if own else texts[0]))
+            searched_on = _document_keys(recipe.search.text, texts[0])
+            asked_about = _document_keys(recipe.report.text, texts[0]) - sequences.fitted
+            same_text = not searched_on.isdisjoint(asked_about)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]
@@ -286,7 +299,9 @@ def prepare(
             key = fingerprint(base.key, recipe.model.dtype, torch.device(device).type, environment())
             longest, places = max(recipe.report.lengths), norms_of(base.family)
             fitted = fit_proxies(model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks)
-    ready = Prepared(recipe, base, carried, tokenizer, sequences, haystack, prompts, searched_on, model, *fitted)
+    ready = Prepared(
+        recipe, base, carried, tokenizer, sequences, haystack, prompts, searched_on, same_text, model, *fitted
+    )
     if prompts is not None and ready.schedule.update:
         with stage("updates for the search"), ranks.main_first():
             ready = _with_updates(ready, store, on_dense=True)
@@ -415,6 +430,11 @@ def _unseen(name: str, path: str | None, sequences: Blocks) -> str:
     return "\n\n".join(texts)
 
 
+def _document_keys(path: str | None, texts: list[str]) -> frozenset[str]:
+    """Keys of the documents of a file or folder, or of `texts` if none is named."""
+    return frozenset(map(document_key, from_files(Path(path)) if path else texts))
+
+
 def _read_haystacks(recipe: Recipe) -> None:
     """Read the text of prompts once, so that what is wrong with it shows early."""
     for path in (recipe.report.text, recipe.search and recipe.search.text):
@@ -446,6 +466,8 @@ def _resolved(ready: Prepared) -> str:
     lines += [f"# base {name}: sha256 {digest}" for name, digest in ready.base.weights.items()]
     if ready.recipe.search and ready.schedule.proxy:
         lines.append("# the proxies were fitted for all candidates; this schedule alone may choose other sizes of them")
+    if ready.recipe.search:
+        lines.append("# the schedule was searched for on text that a checkpoint made by this recipe does not know of")
     data = ready.recipe.model_dump()
     data["model"]["revision"] = ready.base.revision or ready.recipe.model.revision
     data["schedule"] = {k: v for k, v in ready.schedule.to_dict().items() if k not in ("proxy", "enabled")}

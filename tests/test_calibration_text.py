@@ -241,6 +241,30 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path):
     datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "splits")
     for name in ("one", "splits"):
         assert documents(section(source="dataset", dataset=str(tmp_path / name))) == [TWO]
+    datasets.Dataset.from_dict({"text": TWO}, split="test").save_to_disk(tmp_path / "test")
+    assert documents(section(source="dataset", dataset=str(tmp_path / "test"), split="test")) == [TWO]
+    with pytest.raises(UserError, match="it is the split test, not validation"):
+        documents(section(source="dataset", dataset=str(tmp_path / "test"), split="validation"))
+
+
+def test_what_is_not_read_is_told(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / name, name * 16 * 300)
+    said = []
+    for tokens, told in ((300, True), (3000, False)):
+        said.clear()
+        [found] = documents(section(source="files", path=str(tmp_path), tokens=tokens), said.append)
+        assert len(found) == 2 - told
+        assert said == [f"calibration: the first 1 documents of {tmp_path} are enough; the others are not read"] * told
+
+
+def test_a_folder_behind_a_link_is_read_and_no_folder_twice(tmp_path):
+    for place in ("texts/own", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        write(tmp_path / place / "a.txt", place)
+    (tmp_path / "texts/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "texts")
+    assert sorted(from_files(tmp_path / "texts")) == ["elsewhere", "texts/own"]
 
 
 def test_a_dataset_that_is_not_there_is_one_line(tmp_path):

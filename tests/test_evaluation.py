@@ -542,6 +542,25 @@ def test_an_evaluation_of_something_else_leaves_an_earlier_ones_tables(checkpoin
     assert "| 512 " in tables["evaluation-1.md"] and "| 600 " in tables["evaluation.md"]
 
 
+def test_an_evaluation_on_other_text_of_the_same_name_leaves_an_earlier_ones_tables(checkpoint, tmp_path):
+    text, haystack = (checkpoint.parent / "prose.txt").read_text(), tmp_path / "text.txt"
+    options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack", haystack, "--output", tmp_path]
+    for part in (text[:9000], text[:9000], text[9000:]):
+        haystack.write_text(part)
+        run("evaluate", checkpoint, *options)
+    assert sorted(path.name for path in tmp_path.glob("evaluation*.json")) == ["evaluation-1.json", "evaluation.json"]
+
+
+def test_a_haystack_most_of_which_no_prompt_has_is_told(checkpoint, tmp_path):
+    prose, haystack = (checkpoint.parent / "prose.txt").read_text(), tmp_path / "text.txt"
+    options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack", haystack, "--output"]
+    for lines, told in ((0, False), (2000, True)):
+        haystack.write_text(prose[:9000] + "".join(f"total[{n}] = {n} * 0x{n};\n" for n in range(lines)))
+        shown = run("evaluate", checkpoint, *options, tmp_path / f"{lines}")
+        assert ("of the text is sentences in plain words" in shown) is told
+        assert "in which it stands more than once" not in shown
+
+
 def test_fidelity_takes_longbench_prompts_too(checkpoint, tmp_path):
     bench = bench_folder(tmp_path)
     options = ["--suite", "fidelity", "--longbench", bench, "--lengths", "600", "--items", "1", "--dtype", "float32"]
@@ -571,10 +590,11 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
 def test_a_haystack_shorter_than_its_prompts_is_told(checkpoint, tmp_path):
     text = (checkpoint.parent / "prose.txt").read_text()
     options = ["--suite", "fidelity", "--lengths", 400, "--items", 3, "--haystack"]
-    for characters, told in ((1500, True), (9000, False)):
+    for characters, shared, repeated in ((350, True, True), (1500, True, False), (9000, False, False)):
         (tmp_path / "text.txt").write_text(text[:characters])
         shown = run("evaluate", checkpoint, *options, tmp_path / "text.txt", "--output", tmp_path / "out")
-        assert ("prompts share parts of it" in shown) is told
+        assert ("prompts share parts of it" in shown) is shared
+        assert ("shorter than a prompt of 400 tokens, in which it stands more than once" in shown) is repeated
 
 
 def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):

@@ -25,7 +25,7 @@ def made_here(folder: Path, text: str = "old") -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(text)
     (folder / "README.md").write_text("card")
-    (folder / "spts_report.json").write_text(json.dumps({"card": file_hash(folder / "README.md")}))
+    (folder / "spts_report.json").write_text(json.dumps({"beside": {"README.md": file_hash(folder / "README.md")}}))
     listed = {"config.json": file_hash(folder / "config.json"), "extra/x.jinja": sha256().hexdigest()}
     (folder / "spts_files.json").write_text(json.dumps({"sha256": listed}))
     return folder
@@ -56,10 +56,12 @@ def test_what_is_free_to_be_made(tmp_path):
 
 def test_what_was_made_in_a_checkpoint_since_its_export_is_not_replaced(tmp_path):
     out = made_here(tmp_path / "out")
-    names = ("config.json", "README.md", "spts_evaluation.json")
+    names = ("config.json", "model-1.safetensors", "README.md", "recipe.yaml", "search.png", "spts_evaluation.json")
+    listed = json.loads((out / "spts_files.json").read_text())["sha256"]
+    (out / "spts_files.json").write_text(json.dumps({"sha256": {**listed, "model-1.safetensors": "of the base's"}}))
     for name in names:
         (out / name).write_text("mine")
-    for message in (f"{' and '.join(names[first:])} changed" for first in range(3)):
+    for message in (f"{' and '.join(names[first:])} changed" for first in range(len(names))):
         with pytest.raises(UserError, match=rf"out: {message} since the export; move or delete"), new_folder(out, True):
             raise RuntimeError("must not come here")
         (out / message.split()[0]).unlink()

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -222,6 +223,8 @@ def dataset_records(
     try:
         if (Path(path) / "state.json").is_file():  # how `save_to_disk` leaves one split, or several
             rows = datasets.load_from_disk(path)
+            if rows.split is not None and split not in ("train", str(rows.split)):
+                raise ValueError(f"it is the split {rows.split}, not {split}")
         elif (Path(path) / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(str(Path(path) / split))
         else:
@@ -276,7 +279,7 @@ def _all_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     try:
         files = [path]
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if not re.search(r"(^|/)\.", p.relative_to(path).as_posix()))
+            inside = (p for p in sorted(_below(path)) if not re.search(r"(^|/)\.", p.relative_to(path).as_posix()))
             files = [p for p in inside if _ending(p) in ENDINGS and p.is_file()]
         if not files:
             raise UserError(f"no text in {path}; give {wanted}")
@@ -285,6 +288,15 @@ def _all_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
             yield from next(read for endings, told, read in FORMATS if text.ending in endings or told(text))(text)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, csv.Error) as error:
         raise UserError(f"{file}: can't be read: {getattr(error, 'strerror', None) or reason(error)}") from None
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, links followed, each folder once."""
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders[:] = [name for name, where in real.items() if where not in seen and not seen.add(where)]  # type: ignore[func-returns-value]
+        yield from (Path(place) / name for name in names)
 
 
 def _plain(file: TextFile) -> Iterator[Record]:

@@ -56,8 +56,8 @@ def documents(section: CalibrationSection, log: Callable[[str], None] = lambda _
     readers: dict[str, Callable[[], Iterable[str]]] = {
         "python-docs": python_docs,
         "python-code": python_code,
-        "files": lambda: _enough(from_files(Path(str(section.path)), *options), section.tokens),
-        "dataset": lambda: _enough(corpus.documents(records, dataset, *options), section.tokens),
+        "files": lambda: _enough(from_files(Path(str(section.path)), *options), section, str(section.path), log),
+        "dataset": lambda: _enough(corpus.documents(records, dataset, *options), section, dataset, log),
     }
     sources = [list(readers[source]()) for source in section.source]
     if skipped.count:
@@ -65,13 +65,16 @@ def documents(section: CalibrationSection, log: Callable[[str], None] = lambda _
     return sources
 
 
-def _enough(texts: Iterator[str], tokens: int) -> Iterator[str]:
-    """The first documents, until there are many more characters than `tokens` need; memory stays bounded."""
+def _enough(texts: Iterator[str], section: CalibrationSection, name: str, log: Callable[[str], None]) -> Iterator[str]:
+    """The first documents of a source called `name`, until there are many more characters than `section.tokens` need;
+    memory stays bounded. `log` is told if some are left."""
     characters = 0
-    for text in texts:
+    for number, text in enumerate(texts, 1):
         yield text
         characters += len(text)
-        if characters > 32 * tokens:
+        if characters > 32 * section.tokens:
+            if next(texts, None) is not None:
+                log(f"calibration: the first {number} documents of {name} are enough; the others are not read")
             return
 
 

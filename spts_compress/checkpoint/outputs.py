@@ -10,7 +10,7 @@ from typing import Any
 
 from ..utils.errors import UserError, some
 from ..utils.store import claimed, file_hash, full_disk_named
-from .layout import CARD, CERTIFICATE, CONFIG, FREE, MANIFEST, PROXIES, REPORT, all_files, read_json
+from .layout import BESIDE_REPORT, CERTIFICATE, CONFIG, FREE, MANIFEST, PROXIES, REPORT, all_files, read_json
 
 WEIGHTS_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -138,28 +138,28 @@ def _listed(folder: Path) -> set[str] | None:
         return None
 
 
-def changed(folder: Path) -> list[str]:
-    """Files of a checkpoint that are not as its list says, or are gone, or the list if it says nothing; that the base's
-    weights, which take long to read, are the same is left to `verify`."""
+def changed(folder: Path, weights: bool = False) -> list[str]:
+    """Files of a checkpoint that are not as its list says, or are gone, or the list if it says nothing; the base's
+    weights, which take long to read, are compared if `weights` is set, and by `verify`."""
     listed = read_json(folder / MANIFEST).get("sha256") if (folder / MANIFEST).is_file() else None
     if not isinstance(listed, dict):
         return [MANIFEST]
 
     def same(path: Path, digest: Any) -> bool:
-        weights = path.suffix == ".safetensors" and path.name != PROXIES
-        return path.is_file() and (weights or file_hash(path) == digest)
+        unread = path.suffix == ".safetensors" and path.name != PROXIES and not weights
+        return path.is_file() and (unread or file_hash(path) == digest)
 
     return [name for name, digest in listed.items() if not same(folder / name, digest)]
 
 
 def _made_since(folder: Path) -> list[str]:
     """What is in a checkpoint made here since its export: files that were edited, such as a schedule tuned by hand, a
-    card that was added to, and an evaluation."""
-    card, stated = folder / CARD, None
-    with suppress(UserError):  # no report, or none that can be read
-        stated = read_json(folder / REPORT).get("card")
-    edited = [name for name in changed(folder) if (folder / name).is_file()]
-    edited += [CARD] if card.is_file() and file_hash(card) != stated else []
+    card that was added to, other weights, and an evaluation."""
+    stated: dict[str, str] = {}
+    with suppress(UserError, AttributeError):  # no report, or none that can be read
+        stated = read_json(folder / REPORT).get("beside", {})
+    edited = [name for name in changed(folder, weights=True) if (folder / name).is_file()]
+    edited += [n for n in BESIDE_REPORT if (folder / n).is_file() and file_hash(folder / n) != stated.get(n)]
     return edited + [CERTIFICATE] * (folder / CERTIFICATE).is_file()
 
 

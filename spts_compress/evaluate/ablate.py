@@ -24,6 +24,7 @@ from .suites import (
     computed_how,
     fitted_note,
     fitted_on,
+    haystack_notes,
     mode_keys,
     require_context,
 )
@@ -107,7 +108,7 @@ def ablate(
     counts = {name: sum(not schedule.skips(e.tokens) for e in examples) for name, schedule in tried.items()}
     unskipped = {name: count for name, count in counts.items() if count}
     setting = {"hardware": machine, "how": how, "tokens": ids.shape[1], "pairs": pairs}
-    setting["fitted_on"] = fitted_on(config, folder_keys)
+    setting["fitted_on"], setting["notes"] = fitted_on(config, folder_keys), haystack_notes(config, tokenizer)
     setting |= {"items": config.items, "length": config.lengths[0], "new_tokens": [*new_tokens], "unskipped": unskipped}
     return {"setting": setting, "rows": rows}
 
@@ -115,5 +116,5 @@ def ablate(
 def save(result: dict[str, Any], output: Path) -> str:
     """Write `ablation.json` and `ablation.md` into `output`, and return the table; an earlier one stays."""
     tables.keep_earlier(output, tables.files("ablation"))
-    shown = "\n\n".join([*fitted_note(result["setting"]), ablation_table(result)])
+    shown = "\n\n".join([*fitted_note(result["setting"]), ablation_table(result), *result["setting"]["notes"]])
     return tables.save(result, shown, output, "ablation")

@@ -151,13 +151,15 @@ def speed_table(report: dict) -> str:
 
 
 def score_tables(result: dict) -> str:
-    """Scores of `tasks` and `fidelity` of free answers, of a report or an evaluation; empty if none was measured."""
+    """Scores of `tasks` and `fidelity` of free answers, of a report or an evaluation, with `notes` on their text;
+    empty if none was measured."""
     both = ((TASK_COLUMNS, result["tasks"]), (FIDELITY_COLUMNS, result["fidelity"]))
     parts = [columns_table(columns, rows) for columns, rows in both if rows]
     if any(row.get("unskipped") for _, rows in both for row in rows):
         parts.append(UNSKIPPED)
     if any(row.get("overlap") for row in result["fidelity"]):
         parts.append(OVERLAPPING)
+    parts += result.get("notes", [])
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,7 @@ from ..cost import predicted
 from ..fit import metrics
 from ..recipe import ReportSection
 from ..tasks import agreement, ruler
-from ..tasks.example import Example
+from ..tasks.example import Example, text_notes
 from ..tasks.recovery import fidelity_summary, score_rows, summary
 from ..tasks.runner import answers, encode
 from ..timing.pairs import Way, compare
@@ -70,7 +70,8 @@ def measure_all(
 
     Returns:
         `speed`, a row of `compare` with the `flops` that were counted for each length; `tasks`, the score of needles,
-        and `fidelity` of free answers, both as in an evaluation; `skipped_states`, each proxy's ranking by layer.
+        and `fidelity` of free answers, both as in an evaluation; `skipped_states`, each proxy's ranking by layer;
+        `notes`, see `text_notes`.
     """
     ways: dict[str, Way] = {"dense": (dense, {}), "spts": (spts, {})}
     schedule, longest = spts.config.schedule(), section.longest
@@ -129,4 +130,5 @@ def measure_all(
         "tasks": summary(score_rows([row for pair in needles for row in pair])),
         "fidelity": fidelity,
         "skipped_states": states,
+        "notes": text_notes(haystack, [longest] if agreement.overlap(tokenizer, haystack, longest, 1) else []),
     }

@@ -20,7 +20,7 @@ from ..checkpoint.keys import environment, folder_key, watch
 from ..checkpoint.layout import CARD, CERTIFICATE, REPORT, read_json
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
-from ..tasks.example import Example, sentences
+from ..tasks.example import Example, sentences, text_notes
 from ..tasks.runner import MODES, Answers, answer_key, own_file, run, ways_of
 from ..utils import tables
 from ..utils.devices import hardware
@@ -227,6 +227,7 @@ def collect(
     }
     setting: dict[str, Any] = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
     setting["fitted_on"], setting["overlapping"] = fitted_on(config, folder_keys), overlapping
+    setting |= {"notes": haystack_notes(config, tokenizer), "prompts": fingerprint(wanted)}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -273,6 +274,7 @@ def summarise(output: Path) -> dict[str, Any]:
     return {
         "setting": setting,
         "missing": sum(map(len, wanted.values())) - sum(map(len, rows.values())),
+        "notes": setting.pop("notes", []),
         "tasks": recovery.summary(scored),
         "fidelity": [
             {
@@ -299,6 +301,14 @@ def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
     return {"documents": sum(seen), "of": len(seen)}
 
 
+def haystack_notes(config: EvalConfig, tokenizer: Any) -> list[str]:
+    """See `text_notes`; none if no prompt is made of the haystack."""
+    if {*config.suites} == {"longbench"}:
+        return []
+    haystack = config.text()
+    return text_notes(haystack, [n for n in config.lengths if agreement.overlap(tokenizer, haystack, n, 1)])
+
+
 def fitted_note(setting: dict[str, Any]) -> list[str]:
     """What a table says of that, if anything."""
     seen = setting.get("fitted_on")
@@ -317,7 +327,7 @@ def save(result: dict[str, Any], output: Path) -> str:
     evaluation's stay, unless it is the same one."""
     path, new = output / RESULTS[0], result["setting"]
     old = read_json(path).get("setting", {}) if path.is_file() else new
-    if any(old.get(name) != new[name] for name in ("keys", "request")):
+    if any(old.get(name) != new.get(name) for name in ("keys", "request", "prompts")):
         tables.keep_earlier(output, RESULTS)
     drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
     return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)

@@ -24,7 +24,7 @@ SEARCHED = """
 ## Search
 
 The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one. The text
-searched on is that of the prompts measured above, unless the recipe has a `report.text` or a `search.text`.
+searched on is {that} of the prompts measured above.
 
 {tables}
 
@@ -139,7 +139,9 @@ def render(
     )
     for name, value in license_of(base).items():
         setattr(data, name, value)
-    searched = SEARCHED.format(tables=search) if search else ""
+    searched = ""
+    if search:
+        searched = SEARCHED.format(tables=search, that="also that" if report.get("same_text") else "not that")
     machine, keys = report["hardware"], report["keys"]
     needle = "the number hidden in the text" if keys == 1 else f"one of {keys} numbers hidden in the text"
     threads = f", {machine['threads']} threads" if machine["threads"] else ""

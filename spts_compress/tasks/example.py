@@ -10,6 +10,7 @@ from unicodedata import category
 from ..utils.errors import UserError
 
 TIME, DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""), datetime(2024, 7, 26)
+PROSE = 0.5  # prompts made of less than this share of a text are not like it
 # Of scripts that have marks of their own, some of which put no space after a sentence.
 ENDS, COMMAS, CLOSING = "。！？।؟۔።။។", "，、،", "”’」』）"  # noqa: RUF001
 
@@ -167,6 +168,21 @@ def different(task: str, examples: list[Example]) -> list[Example]:
 
 def _is_plain(letter: str) -> bool:
     return letter.isalpha() or letter in f" ,.{COMMAS}{ENDS}" or category(letter).startswith("M")
+
+
+def text_notes(text: str, repeats_at: Sequence[int] = ()) -> list[str]:
+    """What has to be said of a text that prompts are made of, if anything: that most of it is not in them, or that it
+    is shorter than prompts of so many tokens, in which it then stands more than once."""
+    share, notes = sum(map(len, sentences(text))) / len(re.sub(r"\s+", " ", text)), list[str]()
+    if share < PROSE:
+        notes.append(
+            f"Only {share:.0%} of the text is sentences in plain words, of which alone prompts are made: they are not "
+            "like the rest of it."
+        )
+    if repeats_at:
+        lengths = " and ".join(map(str, repeats_at))
+        notes.append(f"The text is shorter than a prompt of {lengths} tokens, in which it stands more than once.")
+    return notes
 
 
 def sentences(prose: str) -> list[str]:
