@@ -157,10 +157,12 @@ class ScheduleParams:
     which ones are drawn unless the recipe's `search.choices` names others.
 
     start: first skipping layer. stages: their number. bend: their lengths, 1 for equal ones, more for short first
-    ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next one's
-    budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes under.
-    heads: as in `Probe`, or a share: only heads that find so much of what the best one finds score, also in layers
-    before the start. kv: drawn only with updates. The rest as in `Schedule` and `Probe`.
+    ones. decay: the last stage's budget over the first one's. margin: candidates a stage leaves, over the next
+    one's budget (0: all). ffn: the feed-forward network's budget over the attention's. floor: tokens no budget goes
+    under. filters: whether the first skipping layer works on all tokens, of which those leave that the next stage
+    has no budget for, as in FastKV (arXiv 2502.01068). heads: as in `Probe`, or a share: only heads that find so
+    much of what the best one finds score, also in layers before the start. kv: drawn only with updates. The rest as
+    in `Schedule` and `Probe`.
     """
 
     start: int
@@ -170,6 +172,7 @@ class ScheduleParams:
     margin: Annotated[float, Field(ge=0), AfterValidator(_margin), (0.0, 1.0, 1.3, 1.8, 2.5)] = 1.6
     ffn: Annotated[float, Field(gt=0), (0.5, 0.75, 1.0, 1.4, 2.0)] = 1.0
     floor: Annotated[Natural, (0, 128, 256)] = 0
+    filters: Annotated[bool, (False, True)] = False
     ffn_selection: Annotated[Literal["proxy", "relative", "attention"], ("relative", "proxy", "attention")] = "relative"
     window_size: Annotated[Positive, (1, 8, 32, 64, 96, 128)] = 1
     heads: Annotated[str | float, AfterValidator(_reduction), ("mean", "max", 0.8, 0.9)] = "mean"

@@ -289,6 +289,19 @@ def test_a_head_is_worth_what_it_finds_of_the_copied_tokens(family, tmp_path):
             assert worth == pytest.approx(float(copied[top].sum() / copied[middle].sum()), abs=1e-4)
 
 
+@pytest.mark.parametrize(("start", "margin", "stages"), [(1, 0.0, 1), (2, 1.0, 1), (3, 1.3, 2), (2, 1.0, 3)])
+def test_a_filter_drops_tokens_for_good_in_its_first_layer_alone(start, margin, stages):
+    costs = Costs(tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
+    params = ScheduleParams(start, filters=True, stages=stages, decay=1.0, margin=margin)
+    found = costs.scale_to_cost(params, ("speedup", 1.1))
+    assert faults(found, 5, 4) == [] and found.start == start
+    first, *others = (found.counts(layer, 1000) for layer in range(start, 5))
+    assert first.active == first.ffn_tokens == 1000 > first.candidates_out
+    assert {count.candidates_in for count in others[:1]} == {first.candidates_out}
+    budgets = {count.active for count in others}
+    assert len(budgets) == 1 and (budgets == {first.candidates_out}) == (margin <= 1.0)
+
+
 def test_shapes_choose_heads_by_what_they_find():
     config = tiny_model(vocab_size=300).config
     proxies = {layer: Proxy(12, 4) for layer in range(1, 5)}

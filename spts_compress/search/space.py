@@ -29,6 +29,9 @@ UPDATED: dict[str, Any] = {  # did well with updates
     "decay": 0.35, "margin": 0.0, "ffn_selection": "attention", "window_size": 16, "score_carry": 0.5,
     "kernel_size": 31, "kv": 0.5,
 }  # fmt: skip
+FILTER: dict[str, Any] = {  # FastKV's, which came nearest to a small model's free answers at 2x
+    "filters": True, "stages": 1, "margin": 1.0, "ffn_selection": "attention", "window_size": 8, "kernel_size": 7,
+}  # fmt: skip
 BY_RETRIEVAL_HEADS: dict[str, Any] = {**FOR_NEEDLES, "heads": 0.9, "score_carry": 1.0, "kernel_size": 95}
 
 
@@ -36,7 +39,13 @@ def seeds(starts: list[int], with_heads: bool, updated: bool, given: dict[str, l
     """What is tried in any case: the paper's settings, and from several starts on its probe, ones of more queries,
     where they are known those of retrieval heads, and those for updates; with one of the `given` values where they have
     another."""
-    others = [QUERIES_32, FOR_NEEDLES, *([BY_RETRIEVAL_HEADS] if with_heads else []), *([UPDATED] if updated else [])]
+    others = [
+        QUERIES_32,
+        FOR_NEEDLES,
+        FILTER,
+        *([BY_RETRIEVAL_HEADS] if with_heads else []),
+        *([UPDATED] if updated else []),
+    ]
     probes = [ScheduleParams(start, **probe) for probe in others for start in starts[::2]]
     tried = [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
     changes = ({n: values[0] for n, values in given.items() if getattr(seed, n) not in values} for seed in tried)
@@ -82,7 +91,7 @@ def schedule(
     update: tuple[Update, ...] = (),
 ) -> Schedule:
     """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1). Where
-    heads score before it starts, it has a first stage that keeps all.
+    heads score before it starts, or it `filters`, it has a first stage that keeps all.
 
     Args:
         proxies: size of every layer's proxy, up to the last layer.
@@ -93,9 +102,10 @@ def schedule(
     def amount(fraction: float) -> Amount:
         return Amount(round(min(1.0, fraction), 4), params.floor)
 
-    start, depth = params.start, max(proxies) + 1 - params.start
+    start, begin = params.start, min(params.start + params.filters, max(proxies))
+    depth = max(proxies) + 1 - begin
     shares = [(i / params.stages) ** params.bend for i in range(1, params.stages + 1)]
-    ends = sorted({start - 1 + max(1, round(depth * share)) for share in shares})
+    ends = sorted({begin - 1 + max(1, round(depth * share)) for share in shares})
     fractions = [scale * params.decay ** (i / max(1, len(ends) - 1)) for i in range(len(ends))]
     budgets = [(amount(fraction), amount(fraction * params.ffn)) for fraction in fractions]
     needs = [max(budget.fraction for budget in both) for both in budgets]
@@ -104,6 +114,8 @@ def schedule(
         Stage(end, budget, prune, None if ffn == budget else ffn)
         for end, (budget, ffn), prune in zip(ends, budgets, [*prunes, None], strict=True)
     ]
+    if begin > start:
+        stages.insert(0, Stage(start, Amount(1.0), amount(needs[0] * max(1.0, params.margin))))
     scoring = scoring_heads(params, heads or {})
     if not isinstance(scoring, str) and scoring[0][0] < start:
         stages, start = [Stage(start - 1, Amount(1.0)), *stages], scoring[0][0]
