@@ -330,7 +330,7 @@ def test_what_is_tried_in_any_case_keeps_to_the_choices_of_the_recipe(monkeypatc
     costs = Costs(tiny_model(vocab_size=300).config, 1000, {}, {(1, 0): 1.0})
     run._front(section, costs, None, [], [], lambda _: None)
     assert len(tried) > 4 and all(getattr(seed, name) in values for seed in tried for name, values in given.items())
-    assert {seed.kernel_size for seed in tried} == {1, 31, 63, 95}  # what is not given stays
+    assert {seed.kernel_size for seed in tried} == {1, 7, 31, 63, 95}  # what is not given stays
 
 
 def test_a_measured_cost_takes_the_place_of_the_counted_one():

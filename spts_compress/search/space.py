@@ -39,13 +39,8 @@ def seeds(starts: list[int], with_heads: bool, updated: bool, given: dict[str, l
     """What is tried in any case: the paper's settings, and from several starts on its probe, ones of more queries,
     where they are known those of retrieval heads, and those for updates; with one of the `given` values where they have
     another."""
-    others = [
-        QUERIES_32,
-        FOR_NEEDLES,
-        FILTER,
-        *([BY_RETRIEVAL_HEADS] if with_heads else []),
-        *([UPDATED] if updated else []),
-    ]
+    others = [QUERIES_32, FOR_NEEDLES, FILTER]
+    others += [BY_RETRIEVAL_HEADS] * with_heads + [UPDATED] * updated
     probes = [ScheduleParams(start, **probe) for probe in others for start in starts[::2]]
     tried = [ScheduleParams(starts[0], **PAPER), *(ScheduleParams(start) for start in starts[::3]), *probes]
     changes = ({n: values[0] for n, values in given.items() if getattr(seed, n) not in values} for seed in tried)
