@@ -35,7 +35,6 @@ from .search import dense_reference, space
 from .search import report as search_report
 from .search import run as searching
 from .search.prompts import PromptSet
-from .tasks.example import text_notes
 from .timing.break_even import shortest_paying_length
 from .timing.pairs import GREEDY, stock_twin
 from .timing.stage_timer import StageTimer
@@ -147,6 +146,7 @@ def run(
         report["beside"] = {n: file_hash(staging / n) for n in BESIDE_REPORT if (staging / n).exists()}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         write_manifest(staging, ready.carried.names)
+    store.forget("speed", "break-even")  # times, which a later run takes anew: this machine may have been busy
     return report
 
 
@@ -285,9 +285,9 @@ def prepare(
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
             text = _unseen("search.text", recipe.search.text, sequences)
-            for note in text_notes(text):
-                log(f"search: {note}")
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
+            for note in prompts.notes():
+                log(f"search: {note}")
             searched_on = _document_keys(recipe.search.text, texts[0])
             asked_about = _document_keys(recipe.report.text, texts[0]) - sequences.fitted
             same_text = not searched_on.isdisjoint(asked_about)

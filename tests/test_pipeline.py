@@ -326,7 +326,7 @@ def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corp
     run("recipe", recipe, "--set", "export.break_even=true")
     assert (tmp_path / "out/recipe.yaml").read_text() == "# --set export.break_even=true\n" + text
     run("recipe", recipe, "--set", "export.break_even=true", "--force")
-    assert len(timed) == 1 and "spts" in timed[0].__module__  # kept, as all finished work
+    assert len(timed) == 2 and "spts" in timed[0].__module__  # anew: the machine may have been busy
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.config.spts["min_length"] == 128
     ids = torch.randint(3, 300, (1, 128), generator=torch.Generator().manual_seed(1))
@@ -344,6 +344,7 @@ def test_a_searched_schedule_is_exported_and_its_figures_are_kept(corpus, tmp_pa
     path = recipe_for(base, corpus, tmp_path)
     data = yaml.safe_load(path.read_text())
     del data["schedule"]
+    search["choices"] = {"ffn_selection": ["relative"]}  # so that proxies are used
     path.write_text(yaml.safe_dump({**data, "search": {**search, "candidates": 4, "rounds": 1}}))
     assert "search    speedup 1.15; 4 candidates and 1 rounds of 2" in run("recipe", path, "--dry-run")
     run("recipe", path)

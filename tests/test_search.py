@@ -237,6 +237,14 @@ def test_what_confirms_a_search_was_not_searched_on():
         PromptSet(section, TOKENIZER, TEXT * 9).filled(SINGLE_PROCESS)
 
 
+@pytest.mark.parametrize(("count", "repeats", "shares"), [(8, True, True), (100, False, True), (4000, False, False)])
+def test_text_shorter_than_the_prompts_of_a_search_is_told(count, repeats, shares):
+    section = SearchSection(kinds=["free"], lengths=[512], prompts=16)
+    prose = " ".join(f"The owls of wood number {n % 100} sleep in a warm and quiet old tree." for n in range(count))
+    notes = " ".join(PromptSet(section, TOKENIZER, prose).notes())
+    assert ("shorter than a prompt of 512 tokens" in notes, "share parts of it" in notes) == (repeats, shares)
+
+
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
 def test_a_layer_is_reliable_if_its_top_tokens_are_what_the_answer_attends_to(family, tmp_path):
     """Against stock eager attention: the answer's attention to each layer's top quarter by the prompt's last query."""

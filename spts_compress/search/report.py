@@ -61,6 +61,7 @@ def as_text(search: dict[str, Any]) -> str:
         f"in this run, of which {seconds['dense'] / 60:.0f} for dense answers. The loss is the KL to dense along its "
         "own answers, half the mean over the kinds of prompt, half the worst kind's.",
         front_table(search),
+        *search.get("notes", []),
     ]
     if search["points"]:
         point = shown_point(search)

@@ -99,13 +99,13 @@ def run(
         key: what every figure depends on beside schedule and prompt.
 
     Returns:
-        `points`, one for each cost: `cost`, `winner`, `held_out` and `quality` with its interval on the prompts that
-        confirm, what the loss becomes `without` each chosen value and with other `budgets` in one stage, a `diagnosis`
-        of what is lost, and all that was `tried`. `chosen`: the number of the point that meets the target, None if none
-        does. `reliability` of every layer's ranking by the last winner's probe. `heads`: layer, head and what it finds
-        over what the best one does, best first; None if no candidate could choose some. `latencies`: the table of
-        measured costs, None if they are counted. And the numbers of `candidates` and `evaluations`, those of
-        earlier runs included, and the `seconds` of this run.
+        `points`, one for each cost: `cost`, `winner`, `held_out` and `quality` with its interval on the prompts
+        that confirm, what the loss becomes `without` each chosen value and with other `budgets` in one stage, a
+        `diagnosis` of what is lost, and all that was `tried`. `chosen`: the number of the point that meets the
+        target, None if none does. `notes` on the prompts. `reliability` of every layer's ranking by the last
+        winner's probe. `heads`: layer, head and what it finds over what the best one does, best first; None if no
+        candidate could choose some. `latencies`: the table of measured costs, None if they are counted. And the
+        numbers of `candidates` and `evaluations`, those of earlier runs included, and the `seconds` of this run.
     """
     begin, section, num_layers = time.monotonic(), prompts.section, model.config.num_hidden_layers
     longest, fitted = max(section.lengths), skipping.config.schedule()
@@ -148,8 +148,12 @@ def run(
         rank = partial(reliability, skipping, prompts.tokenizer, probe)
         rankings = mean("reliability", RELIABILITY_PROMPTS, rank, fingerprint(key, asdict(probe))).tolist()
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
+    notes = prompts.notes()
+    if section.require_dense_correct and (wrong := sum(not r.right(prompts.tokenizer) for r in references)):
+        notes.append(f"Of the {len(references)} prompts the dense model answers {wrong} wrongly; they count too.")
     return {
         "points": points,
+        "notes": notes,
         "chosen": meets[-1] if meets and section.decides else None,
         "reliability": rankings,
         "heads": heads and sorted(([*pair, worth] for pair, worth in heads.items()), key=lambda row: -row[2]),

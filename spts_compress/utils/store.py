@@ -196,5 +196,11 @@ class Store:
         with writing(self.path(name, key, ".safetensors")) as partial:
             save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
 
+    def forget(self, *names: str) -> None:
+        """Remove all plain data of units whose names begin so."""
+        for name in names:
+            for path in self.root.glob(f"{name}-*.json"):
+                path.unlink(missing_ok=True)
+
     def drop(self, name: str, key: str) -> None:
         self.path(name, key, ".safetensors").unlink(missing_ok=True)
