@@ -294,9 +294,11 @@ def _below(folder: Path) -> Iterator[Path]:
     """All files below a folder, links followed, each folder once."""
     seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders[:] = [name for name, where in real.items() if where not in seen and not seen.add(where)]  # type: ignore[func-returns-value]
         yield from (Path(place) / name for name in names)
+        for name in sorted(folders):
+            if (real := os.path.realpath(os.path.join(place, name))) in seen:
+                folders.remove(name)
+            seen.add(real)
 
 
 def _plain(file: TextFile) -> Iterator[Record]:
