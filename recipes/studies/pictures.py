@@ -107,6 +107,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SPTS, old": {"color": BLUE, "marker": "o", "mfc": "white", "label": "SPTS without updates"},
     "SPTS, smolold": {"color": BLUE, "marker": "o", "mfc": "white"},
     "SPTS, early": {"color": BLUE, "marker": "d", "mfc": "white", "label": "SPTS from layer 6 on (60 prompts)"},
+    "SPTS, filter": {"color": BLUE, "marker": "h", "label": "SPTS that filters in layer 5 (60 prompts)"},
     "POP": {"color": RED, "marker": "v", "label": "POP"},
     "FastKV": {"color": GREEN, "marker": "^", "label": "FastKV"},
     "GemFilter": {"color": ORANGE, "marker": "<", "label": "GemFilter"},
@@ -155,7 +156,8 @@ def result(file: Path) -> None:
         prompts = found["ways"][0][part]["prompts"]
         what = "hidden numbers found" if measure == "score" else "free answers"
         axis.set_title(f"{PEERS[name]}:\n{what}, {prompts} prompts", fontsize=10)
-    methods(axes[2], read("smollm2-135m/early-4k.json")["ways"][1:], "longbench", "kl")
+    for name in ("early", "filter"):
+        methods(axes[2], read(f"smollm2-135m/{name}-4k.json")["ways"][1:], "longbench", "kl")
     axes[0].set(ylabel="score, up is better", ylim=(-0.04, 1.06))
     for axis in axes[1:]:
         axis.set(yscale="log", ylabel="KL to dense, nats (less is up)")
