@@ -20,7 +20,7 @@ from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
-from .checkpoint.layout import BESIDE_REPORT, CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
+from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
 from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
@@ -41,7 +41,7 @@ from .timing.stage_timer import StageTimer
 from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason
-from .utils.store import Store, as_tensor, claimed, file_hash, fingerprint, from_tensor
+from .utils.store import Store, as_tensor, claimed, fingerprint, from_tensor
 from .utils.tables import size
 
 Log = Callable[[str], None]
@@ -97,7 +97,7 @@ def run(
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     refuse_among_inputs(output, root, base, texts)
     check_first(recipe, output, root, device)
-    store, stage, searched = Store(root), StageTimer(device), None
+    store, measures, stage, searched = Store(root), Store(root), StageTimer(device), None
     begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
     with ExitStack() as stack:
         if ranks.is_main:
@@ -121,7 +121,7 @@ def run(
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
         gc.collect()
         _export(ready, staging, stage, log)
-        measured = _measure(ready, staging, device, Store(root))  # the base is no longer needed
+        measured = _measure(ready, staging, device, measures)  # the base is no longer needed
         fits = judged(ready.fits, ready.schedule, max(ready.recipe.report.lengths))
         for fit in fits:
             if ranking := measured["skipped_states"].get(str(fit["layer"])):
@@ -143,10 +143,10 @@ def run(
             (staging / name).write_text(text, encoding="utf-8")
         if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():
             shutil.copyfile(plot, staging / SEARCH_PLOT)
-        report["beside"] = {n: file_hash(staging / n) for n in BESIDE_REPORT if (staging / n).exists()}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         write_manifest(staging, ready.carried.names)
-    store.forget("speed", "break-even")  # times, which a later run takes anew: this machine may have been busy
+    measures.forget("speed")  # times, which a later run takes anew, since this machine may have been busy
+    store.forget("break-even")
     return report
 
 

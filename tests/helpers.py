@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from click.testing import CliRunner
@@ -52,7 +53,9 @@ def recipe_for(base, corpus, folder, **changes):
     return path
 
 
-def contents(folder: Path) -> dict[str, str]:
+def contents(folder: Path) -> dict[str, Any]:
     """Hashes of everything that does not hold a measured time or a path."""
     skip = {"README.md", "spts_report.json", "recipe.yaml", "recipe.resolved.yaml"}
-    return {p.name: file_hash(p) for p in folder.iterdir() if p.name not in skip}
+    hashes = {p.name: file_hash(p) for p in folder.iterdir() if p.name not in skip}
+    listed = json.loads((folder / "spts_files.json").read_text())
+    return {**hashes, "spts_files.json": {name: value for name, value in listed.items() if name != "told"}}

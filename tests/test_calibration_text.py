@@ -258,6 +258,13 @@ def test_what_is_not_read_is_told(tmp_path):
         assert said == [f"calibration: the first 1 documents of {tmp_path} are enough; the others are not read"] * told
 
 
+def test_a_link_to_nothing_in_a_folder_of_text_is_named(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=r"b\.txt: can't be read: No such file"):
+        list(from_files(tmp_path))
+
+
 def test_a_folder_behind_a_link_is_read_and_no_folder_twice(tmp_path):
     for place in ("texts/own", "elsewhere"):
         (tmp_path / place).mkdir(parents=True)

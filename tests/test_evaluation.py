@@ -582,9 +582,26 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
         (tmp_path / f"texts/{name}.txt").write_text(part)
     options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack"]
     shown = run("evaluate", folder, *options, tmp_path / "texts", "--output", tmp_path / "out", "--certify")
-    note = "The checkpoint was fitted, or its schedule chosen, on 1 of the haystack's 2 documents."
+    note = "The checkpoint was fitted, or its schedule chosen, on 1 of 2 documents that prompts are made of."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
+
+
+def test_benchmark_documents_that_were_fitted_on_are_told(checkpoint, tmp_path):
+    folder, bench = shutil.copytree(checkpoint, tmp_path / "model"), bench_folder(tmp_path)
+    context = json.loads((bench / "qasper.jsonl").read_text().splitlines()[0])["context"]
+    (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(context)]}))
+    options = ["--suite", "longbench", "--longbench", bench, "--task", "qasper", "--lengths", 600, "--items", 1]
+    shown = run("evaluate", folder, *options, "--output", tmp_path / "out")
+    assert "on 1 of 1 documents that prompts are made of" in shown
+
+
+def test_scoring_fewer_answers_than_before_leaves_the_earlier_tables(checkpoint, tmp_path):
+    common = ["evaluate", checkpoint, "--output", tmp_path, "--suite", "ruler", "--task", "niah_single_1"]
+    whole = run(*common, "--items", 1, "--lengths", 512)
+    (tmp_path / "answers.jsonl").unlink()
+    assert "Not finished" in run(*common, "--items", 1, "--lengths", 512, "--rescore") and "| 512 " in whole
+    assert "| 512 " in (tmp_path / "evaluation-1.md").read_text()
 
 
 def test_a_haystack_shorter_than_its_prompts_is_told(checkpoint, tmp_path):
@@ -602,7 +619,7 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     folder, prose = shutil.copytree(checkpoint, tmp_path / "model"), checkpoint.parent / "prose.txt"
     (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(prose.read_text())]}))
     shown = run("ablate", folder, "--output", tmp_path, *options, "--haystack", prose)
-    assert "The checkpoint was fitted, or its schedule chosen, on 1 of the haystack's 1 documents." in shown
+    assert "The checkpoint was fitted, or its schedule chosen, on 1 of 1 documents that prompts are made of." in shown
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
     assert list(rows) == names and all(name in shown for name in names)

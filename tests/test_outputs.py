@@ -25,9 +25,9 @@ def made_here(folder: Path, text: str = "old") -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(text)
     (folder / "README.md").write_text("card")
-    (folder / "spts_report.json").write_text(json.dumps({"beside": {"README.md": file_hash(folder / "README.md")}}))
     listed = {"config.json": file_hash(folder / "config.json"), "extra/x.jinja": sha256().hexdigest()}
-    (folder / "spts_files.json").write_text(json.dumps({"sha256": listed}))
+    told = {"README.md": file_hash(folder / "README.md")}
+    (folder / "spts_files.json").write_text(json.dumps({"sha256": listed, "told": told}))
     return folder
 
 
@@ -56,9 +56,11 @@ def test_what_is_free_to_be_made(tmp_path):
 
 def test_what_was_made_in_a_checkpoint_since_its_export_is_not_replaced(tmp_path):
     out = made_here(tmp_path / "out")
-    names = ("config.json", "model-1.safetensors", "README.md", "recipe.yaml", "search.png", "spts_evaluation.json")
-    listed = json.loads((out / "spts_files.json").read_text())["sha256"]
-    (out / "spts_files.json").write_text(json.dumps({"sha256": {**listed, "model-1.safetensors": "of the base's"}}))
+    names = ("config.json", "model-1.safetensors", "README.md", "recipe.yaml", "spts_report.json", "search.png")
+    names += ("spts_evaluation.json",)
+    listed = json.loads((out / "spts_files.json").read_text())
+    listed["sha256"]["model-1.safetensors"] = "of the base's"
+    (out / "spts_files.json").write_text(json.dumps(listed))
     for name in names:
         (out / name).write_text("mine")
     for message in (f"{' and '.join(names[first:])} changed" for first in range(len(names))):

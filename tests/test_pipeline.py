@@ -314,6 +314,18 @@ def test_reload_of_a_saved_checkpoint_is_exact(built, tmp_path):
     assert again.config.spts == model.config.spts
 
 
+def test_a_finished_run_forgets_its_own_times_alone(tmp_path):
+    store, other = Store(tmp_path), Store(tmp_path)
+    (tmp_path / "speed-mine.json").write_text("[]")
+    other.json("speed-512", "b" * 16, list)
+    store.json("speed-512", "a" * 16, list)
+    store.json("needle-0", "a" * 16, list)
+    store.forget("speed")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "speed-mine.json", f"speed-512-{'b' * 16}.json", f"needle-0-{'a' * 16}.json"
+    }  # fmt: skip
+
+
 def test_short_prompts_run_dense_up_to_the_break_even_that_was_timed(built, corpus, tmp_path, monkeypatch):
     _, base, _, _ = built
     recipe, timed = recipe_for(base, corpus, tmp_path), []

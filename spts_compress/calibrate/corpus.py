@@ -280,7 +280,7 @@ def _all_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         files = [path]
         if path.is_dir():
             inside = (p for p in sorted(_below(path)) if not re.search(r"(^|/)\.", p.relative_to(path).as_posix()))
-            files = [p for p in inside if _ending(p) in ENDINGS and p.is_file()]
+            files = [p for p in inside if _ending(p) in ENDINGS and (p.is_file() or p.is_symlink())]  # or to nothing
         if not files:
             raise UserError(f"no text in {path}; give {wanted}")
         for file in files:
@@ -290,10 +290,14 @@ def _all_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         raise UserError(f"{file}: can't be read: {getattr(error, 'strerror', None) or reason(error)}") from None
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _below(folder: Path) -> Iterator[Path]:
     """All files below a folder, links followed, each folder once."""
     seen = {os.path.realpath(folder)}
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         yield from (Path(place) / name for name in names)
         for name in sorted(folders):
             if (real := os.path.realpath(os.path.join(place, name))) in seen:

@@ -17,8 +17,8 @@ CODE = tuple(sorted(path.name for path in Path(modeling.__file__).parent.glob("*
 MANIFEST = "spts_files.json"
 CARD, RECIPE, RESOLVED_RECIPE, REPORT = "README.md", "recipe.yaml", "recipe.resolved.yaml", "spts_report.json"
 CERTIFICATE, SEARCH_PLOT = "spts_evaluation.json", "search.png"
-BESIDE_REPORT = (CARD, RECIPE, RESOLVED_RECIPE, SEARCH_PLOT)  # whose hashes the report holds
-FREE = (*BESIDE_REPORT, REPORT, CERTIFICATE, MANIFEST)  # tells of it and decides nothing
+TOLD = (CARD, RECIPE, RESOLVED_RECIPE, REPORT, SEARCH_PLOT)  # of the export, in which it decides nothing
+FREE = (*TOLD, CERTIFICATE, MANIFEST)
 # Names that the export needs for itself: a base's file of such a name travels under another one. A plain
 # model.safetensors is among them, since it would hide the index.
 OWN = (CONFIG, WEIGHTS, INDEX, PROXIES, *CODE, *FREE)

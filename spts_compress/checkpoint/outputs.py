@@ -4,13 +4,13 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError, some
 from ..utils.store import claimed, file_hash, full_disk_named
-from .layout import BESIDE_REPORT, CERTIFICATE, CONFIG, FREE, MANIFEST, PROXIES, REPORT, all_files, read_json
+from .layout import CERTIFICATE, CONFIG, FREE, MANIFEST, PROXIES, TOLD, all_files, read_json
 
 WEIGHTS_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -155,11 +155,9 @@ def changed(folder: Path, weights: bool = False) -> list[str]:
 def _made_since(folder: Path) -> list[str]:
     """What is in a checkpoint made here since its export: files that were edited, such as a schedule tuned by hand, a
     card that was added to, other weights, and an evaluation."""
-    stated: dict[str, str] = {}
-    with suppress(UserError, AttributeError):  # no report, or none that can be read
-        stated = read_json(folder / REPORT).get("beside", {})
+    stated = read_json(folder / MANIFEST).get("told", {})
     edited = [name for name in changed(folder, weights=True) if (folder / name).is_file()]
-    edited += [n for n in BESIDE_REPORT if (folder / n).is_file() and file_hash(folder / n) != stated.get(n)]
+    edited += [n for n in TOLD if (folder / n).is_file() and file_hash(folder / n) != stated.get(n)]
     return edited + [CERTIFICATE] * (folder / CERTIFICATE).is_file()
 
 

@@ -33,7 +33,7 @@ OVERLAPPING = (
 def share_of_dense(row: dict[str, Any], what: str) -> str:
     """Bytes of SPTS, and what part of dense's they are."""
     dense, spts = (row[mode][what] for mode in ("dense", "spts"))
-    return f"{size(spts)} ({spts / max(1, dense):.0%})"
+    return f"{size(spts)} ({spts / dense:.0%})" if dense else size(spts)
 
 
 def prompts(row: dict[str, Any]) -> str:

@@ -89,14 +89,23 @@ def files(processes: int) -> tuple[str, ...]:
     return (*(own_file(Path("answers.jsonl"), rank).name for rank in range(processes)), "setting.json", *RESULTS)
 
 
-def _longbench_examples(
-    config: EvalConfig, tokenizer: Any, length: int, answer_tokens: int | None = None
-) -> Iterator[Example]:
+def _longbench_tasks(config: EvalConfig) -> Iterator[tuple[longbench.LongBench, str]]:
     if config.longbench is not None:
         bench = longbench.LongBench(config.longbench)
         for task in dict.fromkeys(config.tasks) or bench.tasks():
             if task in longbench.TASKS:
-                yield from bench.examples(task, tokenizer, length, config.items, answer_tokens)
+                yield bench, task
+
+
+def _longbench_examples(
+    config: EvalConfig, tokenizer: Any, length: int, answer_tokens: int | None = None
+) -> Iterator[Example]:
+    for bench, task in _longbench_tasks(config):
+        yield from bench.examples(task, tokenizer, length, config.items, answer_tokens)
+
+
+def _longbench_documents(config: EvalConfig) -> list[str]:
+    return [text for bench, task in _longbench_tasks(config) for text in bench.documents(task, config.items)]
 
 
 def all_examples(config: EvalConfig, tokenizer: Any) -> list[Example]:
@@ -295,8 +304,10 @@ def summarise(output: Path) -> dict[str, Any]:
 
 
 def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
-    """How many `documents` of the haystack's the checkpoint was fitted or chosen on, and `of` how many."""
+    """How many `documents` of those that prompts are made of something was fitted or chosen on, and `of` how many."""
     documents = config.documents() if {*config.suites} != {"longbench"} else []
+    if {*config.suites} & {"longbench", "fidelity"}:
+        documents = [*documents, *_longbench_documents(config)]
     seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
     return {"documents": sum(seen), "of": len(seen)}
 
@@ -312,7 +323,9 @@ def haystack_notes(config: EvalConfig, tokenizer: Any) -> list[str]:
 def fitted_note(setting: dict[str, Any]) -> list[str]:
     """What a table says of that, if anything."""
     seen = setting.get("fitted_on")
-    note = "The checkpoint was fitted, or its schedule chosen, on {documents} of the haystack's {of} documents."
+    note = (
+        "The checkpoint was fitted, or its schedule chosen, on {documents} of {of} documents that prompts are made of."
+    )
     return [note.format(**seen)] if seen and seen["documents"] else []
 
 
@@ -326,8 +339,9 @@ def save(result: dict[str, Any], output: Path) -> str:
     """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables; an earlier
     evaluation's stay, unless it is the same one."""
     path, new = output / RESULTS[0], result["setting"]
-    old = read_json(path).get("setting", {}) if path.is_file() else new
-    if any(old.get(name) != new.get(name) for name in ("keys", "request", "prompts")):
+    old = read_json(path) if path.is_file() else result
+    other = any(old.get("setting", {}).get(name) != new.get(name) for name in ("keys", "request", "prompts"))
+    if other or result["missing"] > old.get("missing", 0):  # answers may be gone
         tables.keep_earlier(output, RESULTS)
     drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
     return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)

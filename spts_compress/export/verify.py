@@ -8,19 +8,22 @@ from .. import __version__, schedule
 from ..checkpoint import loadable
 from ..checkpoint.families import FAMILIES, code_files, exported_config, model_class
 from ..checkpoint.keys import stale
-from ..checkpoint.layout import CERTIFICATE, CONFIG, FREE, MANIFEST, NOTES, all_files, inside, matches, read_json
+from ..checkpoint.layout import CERTIFICATE, CONFIG, FREE, MANIFEST, NOTES, TOLD, all_files, inside, matches, read_json
 from ..utils.errors import UserError, reason
 from ..utils.store import file_hash, writing
 
 
 def write_manifest(folder: Path, names: dict[str, str]) -> None:
-    """List the SHA-256 of every file in `folder` that decides what is loaded, and what the base called its own.
+    """List the SHA-256 of every file in `folder` that decides what is loaded, and apart of those that tell of it, and
+    what the base called its own.
 
     Args:
         names: the base's name of a file -> the export's, relative to their folders.
     """
     files = {name: file_hash(folder / name) for name in all_files(folder) if name not in FREE}
-    data = {"spts_compress": __version__, "sha256": files, "base": {new: name for name, new in names.items()}}
+    data: dict[str, Any] = {"spts_compress": __version__, "sha256": files}
+    told = {name: file_hash(folder / name) for name in TOLD if (folder / name).is_file()}
+    data |= {"base": {new: name for name, new in names.items()}, "told": told}
     with writing(folder / MANIFEST) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
 """LongBench (arXiv 2308.14508) in its own format, from a folder or a dataset on the Hub."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ class LongBench:
 
     def tasks(self) -> list[str]:
         """The tasks that are there."""
-        there = [name for name in TASKS if self.folder is None or (self.folder / f"{name}.jsonl").is_file()]
+        there = [name for name in TASKS if self.folder is None or os.path.lexists(self.folder / f"{name}.jsonl")]
         if not there:
             raise UserError(f"{self.source}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
         return there
@@ -77,6 +78,10 @@ class LongBench:
             example = Example(task, index, text, row["answers"], tokens, length, room, scorer=how, classes=names)
             made.setdefault(text, example)  # equal lines count once
         return list(made.values())
+
+    def documents(self, task: str, count: int) -> list[str]:
+        """What the first `count` examples of a task are about."""
+        return [row["context"] for _, row in zip(range(count), self._rows(task), strict=False)]
 
     def _rows(self, task: str) -> Iterator[dict]:
         if self.folder is None:

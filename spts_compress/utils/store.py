@@ -143,6 +143,7 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self.check: Callable[[], None] = lambda: None
+        self.had = set[Path]()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -163,6 +164,7 @@ class Store:
     def json(self, name: str, key: str, make: Callable[[], Any]) -> Any:
         """The unit's plain data; `make()` and kept if it is not there yet."""
         path = self.path(name, key, ".json")
+        self.had.add(path)
         if path.exists():
             try:
                 return json.loads(path.read_text())
@@ -196,10 +198,10 @@ class Store:
         with writing(self.path(name, key, ".safetensors")) as partial:
             save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
 
-    def forget(self, *names: str) -> None:
-        """Remove all plain data of units whose names begin so."""
-        for name in names:
-            for path in self.root.glob(f"{name}-*.json"):
+    def forget(self, name: str) -> None:
+        """Remove the plain data that this run had of units whose names begin so."""
+        for path in self.had:
+            if path.name.startswith(f"{name}-"):
                 path.unlink(missing_ok=True)
 
     def drop(self, name: str, key: str) -> None:
