@@ -125,7 +125,9 @@ def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
     assert all(name in cited for name in ("Zimeng Wu", "Donghao Wang", "Chaozhe Jin", "Jiaxin Chen", "Yunhong Wang"))
     assert "H100" not in text and "runs it dense" in cited and "median of 2 pairs" in cited
     assert [text.count(name) for name in ("SPEED", "QUALITY", "PROXIES", "## Search")] == [1, 1, 1, 0]
-    assert "## Search" in card.render(base, model.config.schedule(), report, "", "", "", "TABLES")
+    for same, words in ((False, "searched on is not that of"), (True, "searched on is also that of")):
+        shown = card.render(base, model.config.schedule(), {**report, "same_text": same}, "", "", "", "TABLES")
+        assert "## Search" in shown and words in shown
 
 
 def test_a_licence_is_read_whatever_else_the_bases_card_says(tmp_path):
