@@ -16,7 +16,7 @@ from ..modeling.configuration_spts import Counts, Probe, Schedule
 from ..modeling.decoding import Pass
 from ..modeling.layer_plan import Count, LayerPlan
 from ..modeling.skipping import SkippingDecoderLayer, SkippingModel
-from ..modeling.stock_layer import layer_kinds, split_heads
+from ..modeling.stock_layer import in_pieces, layer_kinds, split_heads
 
 PIECE = 256  # tokens
 
@@ -107,12 +107,7 @@ class PagedLayer(SkippingDecoderLayer):
 
     def transformed(self, normed: torch.Tensor) -> torch.Tensor:
         """On a CPU in pieces, so that what is between the network's two products stays in its cache."""
-        if normed.shape[1] <= PIECE or normed.is_cuda:
-            return self.layer.mlp(normed)
-        made = torch.empty_like(normed)
-        for piece, place in zip(normed.split(PIECE, dim=1), made.split(PIECE, dim=1), strict=True):
-            place.copy_(self.layer.mlp(piece))
-        return made
+        return in_pieces(self.layer.mlp, normed, PIECE)
 
     def _add(self, states: torch.Tensor, index: Any, output: torch.Tensor, _: Any, estimate: Any) -> torch.Tensor:  # type: ignore[override]
         """As in modeling, in place, by vLLM's kernel that makes the next norm with the sum; `normed` then has it."""
