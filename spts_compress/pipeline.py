@@ -281,16 +281,14 @@ def prepare(
             log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, log)
-        haystack = _unseen("report.text", recipe.report.text, sequences)
+        haystack, asked_about = _unseen("report.text", recipe.report.text, sequences, texts[0])
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
-            text = _unseen("search.text", recipe.search.text, sequences)
+            text, searched_on = _unseen("search.text", recipe.search.text, sequences, texts[0])
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
-            for note in prompts.notes():
+            for note in prompts.notes:
                 log(f"search: {note}")
-            searched_on = _document_keys(recipe.search.text, texts[0])
-            asked_about = _document_keys(recipe.report.text, texts[0]) - sequences.fitted
-            same_text = not searched_on.isdisjoint(asked_about)
+            same_text = not searched_on.isdisjoint(asked_about - sequences.fitted)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]
@@ -412,27 +410,23 @@ def _measure(ready: Prepared, folder: Path, device: str, store: Store) -> dict[s
     return measure_all(stock_twin(spts), spts, ready.tokenizer, ready.haystack, section, keep)
 
 
-def _unseen(name: str, path: str | None, sequences: Blocks) -> str:
-    """Text that nothing was fitted on: that of a file or folder, which the recipe calls `name`, or of the calibration
-    documents that are left.
+def _unseen(name: str, path: str | None, sequences: Blocks, calibration: list[str]) -> tuple[str, frozenset[str]]:
+    """Text that nothing was fitted on: that of a file or folder, which the recipe calls `name`, or of those of the
+    documents for `calibration` that are left; and the keys of all documents there.
 
     Raises:
         UserError: if something was fitted on a document of the file or folder.
     """
+    texts = calibration if path is None else list(from_files(Path(path)))
+    keys = [document_key(text) for text in texts]
     if path is None:
-        return sequences.unseen
-    texts = list(from_files(Path(path)))
-    if seen := sum(document_key(text) in sequences.fitted for text in texts):
+        return sequences.unseen, frozenset(keys)
+    if seen := sum(key in sequences.fitted for key in keys):
         raise UserError(
             f"{name}: the calibration fits on {seen} of the {len(texts)} documents in {path}: leave it out, and "
             "documents held out there are taken, or give other text"
         )
-    return "\n\n".join(texts)
-
-
-def _document_keys(path: str | None, texts: list[str]) -> frozenset[str]:
-    """Keys of the documents of a file or folder, or of `texts` if none is named."""
-    return frozenset(map(document_key, from_files(Path(path)) if path else texts))
+    return "\n\n".join(texts), frozenset(keys)
 
 
 def _read_haystacks(recipe: Recipe) -> None:

@@ -241,7 +241,7 @@ def test_what_confirms_a_search_was_not_searched_on():
 def test_text_shorter_than_the_prompts_of_a_search_is_told(count, repeats, shares):
     section = SearchSection(kinds=["free"], lengths=[512], prompts=16)
     prose = " ".join(f"The owls of wood number {n % 100} sleep in a warm and quiet old tree." for n in range(count))
-    notes = " ".join(PromptSet(section, TOKENIZER, prose).notes())
+    notes = " ".join(PromptSet(section, TOKENIZER, prose).notes)
     assert ("shorter than a prompt of 512 tokens" in notes, "share parts of it" in notes) == (repeats, shares)
 
 

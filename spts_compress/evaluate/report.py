@@ -11,7 +11,7 @@ from ..cost import predicted
 from ..fit import metrics
 from ..recipe import ReportSection
 from ..tasks import agreement, ruler
-from ..tasks.example import Example, text_notes
+from ..tasks.example import Example, is_shorter, text_notes
 from ..tasks.recovery import fidelity_summary, score_rows, summary
 from ..tasks.runner import answers, encode
 from ..timing.pairs import Way, compare
@@ -119,7 +119,7 @@ def measure_all(
         states = keep("skipped-states", skipped_states)
     fidelity = []
     if agreed:
-        overlap = agreement.overlap(tokenizer, haystack, longest, section.answers)
+        overlap = is_shorter(haystack, longest * section.answers, tokenizer)
         row = {"length": longest, "prompts": "held-out text", "overlap": overlap}
         fidelity.append({**row, **fidelity_summary(agreed)})
     return {
@@ -130,5 +130,5 @@ def measure_all(
         "tasks": summary(score_rows([row for pair in needles for row in pair])),
         "fidelity": fidelity,
         "skipped_states": states,
-        "notes": text_notes(haystack, [longest] if agreement.overlap(tokenizer, haystack, longest, 1) else []),
+        "notes": text_notes(haystack, [longest], tokenizer),
     }

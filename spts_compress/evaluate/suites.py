@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +21,7 @@ from ..checkpoint.keys import environment, folder_key, watch
 from ..checkpoint.layout import CARD, CERTIFICATE, REPORT, read_json
 from ..export.card import with_results
 from ..tasks import agreement, longbench, recovery, ruler, synthetic
-from ..tasks.example import Example, sentences, text_notes
+from ..tasks.example import Example, is_shorter, sentences, text_notes
 from ..tasks.runner import MODES, Answers, answer_key, own_file, run, ways_of
 from ..utils import tables
 from ..utils.devices import hardware
@@ -75,13 +76,15 @@ class EvalConfig:
             raise UserError("--lengths must be at least 256, --items and --batch at least 1")
         return self
 
+    @cached_property
     def documents(self) -> list[str]:
         """Those of the haystack."""
         return list(data.from_files(Path(self.haystack))) if self.haystack else data.python_docs()
 
+    @cached_property
     def text(self) -> str:
         """The haystack."""
-        return "\n\n".join(self.documents())
+        return "\n\n".join(self.documents)
 
 
 def files(processes: int) -> tuple[str, ...]:
@@ -110,7 +113,7 @@ def _longbench_documents(config: EvalConfig) -> list[str]:
 
 def all_examples(config: EvalConfig, tokenizer: Any) -> list[Example]:
     """Every example of the suites but `fidelity`, made anew from the configuration alone."""
-    haystack, examples = config.text(), list[Example]()
+    haystack, examples = config.text, list[Example]()
     for length in config.lengths:
         for suite, source in (("ruler", ruler), ("diversity", synthetic)):
             for task in source.TASKS if suite in config.suites else ():
@@ -220,8 +223,8 @@ def collect(
     examples, free, text = all_examples(config, tokenizer), list[Example](), ""
     overlapping: list[int] = []
     if "fidelity" in config.suites:
-        haystack = config.text()
-        overlapping = [n for n in config.lengths if agreement.overlap(tokenizer, haystack, n, config.items)]
+        haystack = config.text
+        overlapping = [n for n in config.lengths if is_shorter(haystack, n * config.items, tokenizer)]
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
 
     def following(example: Example) -> str | None:
@@ -305,7 +308,7 @@ def summarise(output: Path) -> dict[str, Any]:
 
 def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
     """How many `documents` of those that prompts are made of something was fitted or chosen on, and `of` how many."""
-    documents = config.documents() if {*config.suites} != {"longbench"} else []
+    documents = config.documents if {*config.suites} != {"longbench"} else []
     if {*config.suites} & {"longbench", "fidelity"}:
         documents = [*documents, *_longbench_documents(config)]
     seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
@@ -316,8 +319,7 @@ def haystack_notes(config: EvalConfig, tokenizer: Any) -> list[str]:
     """See `text_notes`; none if no prompt is made of the haystack."""
     if {*config.suites} == {"longbench"}:
         return []
-    haystack = config.text()
-    return text_notes(haystack, [n for n in config.lengths if agreement.overlap(tokenizer, haystack, n, 1)])
+    return text_notes(config.text, config.lengths, tokenizer)
 
 
 def fitted_note(setting: dict[str, Any]) -> list[str]:

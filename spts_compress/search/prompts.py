@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..recipe import SearchSection
 from ..tasks import agreement, ruler, synthetic
-from ..tasks.example import Example, ask_about, different, sentences, text_notes
+from ..tasks.example import Example, ask_about, different, is_shorter, sentences, text_notes
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 
@@ -72,13 +72,12 @@ class PromptSet:
         middle = len(parts) // 2
         return " ".join(parts[:middle] or parts), " ".join(parts[middle:])
 
+    @cached_property
     def notes(self) -> list[str]:
         """What has to be said of the text, if anything: see `text_notes`, and whether prompts share parts of it."""
-        lengths, together = self.section.lengths, self.section.prompts * sum(self.section.lengths)
-        shorter = min(self.halves, key=len)
-        repeats_at = [length for length in lengths if agreement.overlap(self.tokenizer, shorter, length, 1)]
-        notes = text_notes(self.prose, repeats_at)
-        if agreement.overlap(self.tokenizer, shorter, together, 1):
+        lengths, shorter = self.section.lengths, min(self.halves, key=len)
+        notes = text_notes(self.prose, lengths, self.tokenizer, shorter)
+        if is_shorter(shorter, self.section.prompts * sum(lengths), self.tokenizer):
             notes.append(
                 "Each half of the text is shorter than a kind's prompts that are made of it, together, so that they "
                 "share parts of it, and intervals are narrower than those of as many different texts."

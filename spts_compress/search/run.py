@@ -148,7 +148,7 @@ def run(
         rank = partial(reliability, skipping, prompts.tokenizer, probe)
         rankings = mean("reliability", RELIABILITY_PROMPTS, rank, fingerprint(key, asdict(probe))).tolist()
     meets = [i for i, p in enumerate(points) if section.quality is None or p["quality"] >= section.quality]
-    notes = prompts.notes()
+    notes = [*prompts.notes]
     if section.require_dense_correct and (wrong := sum(not r.right(prompts.tokenizer) for r in references)):
         notes.append(f"Of the {len(references)} prompts the dense model answers {wrong} wrongly; they count too.")
     return {

@@ -12,7 +12,7 @@ import torch
 
 from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
-from .example import Example, ask_about, different, sentences, token_count
+from .example import Example, ask_about, different, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
@@ -36,12 +36,6 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
         for index, start in enumerate(starts)
     ]
     return different(TASK, made)
-
-
-def overlap(tokenizer: Any, haystack: str, length: int, count: int) -> bool:
-    """Whether `haystack` has fewer tokens than so many `examples` together, which then share parts of it."""
-    text = " ".join(sentences(haystack))[: 16 * length * count]  # no more than tells
-    return token_count(tokenizer, text) < length * count
 
 
 @torch.no_grad()

@@ -170,18 +170,29 @@ def _is_plain(letter: str) -> bool:
     return letter.isalpha() or letter in f" ,.{COMMAS}{ENDS}" or category(letter).startswith("M")
 
 
-def text_notes(text: str, repeats_at: Sequence[int] = ()) -> list[str]:
-    """What has to be said of a text that prompts are made of, if anything: that most of it is not in them, or that it
-    is shorter than prompts of so many tokens, in which it then stands more than once."""
+def is_shorter(text: str, tokens: int, tokenizer: Any) -> bool:
+    """Whether a text's sentences have fewer than so many `tokens`: prompts of as many together share parts of it."""
+    return token_count(tokenizer, " ".join(sentences(text))[: 16 * tokens]) < tokens  # no more than tells
+
+
+def text_notes(text: str, lengths: Sequence[int], tokenizer: Any, part: str | None = None) -> list[str]:
+    """What has to be said of a text that prompts of so many tokens are made of, if anything: that most of it is not in
+    them, or that it is shorter than one, in which it then stands more than once.
+
+    Args:
+        part: the shortest part of the text that a prompt is made of; all of it by default.
+    """
     share, notes = sum(map(len, sentences(text))) / len(re.sub(r"\s+", " ", text)), list[str]()
     if share < PROSE:
         notes.append(
             f"Only {share:.0%} of the text is sentences in plain words, of which alone prompts are made: they are not "
             "like the rest of it."
         )
-    if repeats_at:
-        lengths = " and ".join(map(str, repeats_at))
-        notes.append(f"The text is shorter than a prompt of {lengths} tokens, in which it stands more than once.")
+    longer = [f"{length}" for length in lengths if is_shorter(part or text, length, tokenizer)]
+    if longer:
+        notes.append(
+            f"The text is shorter than a prompt of {' and '.join(longer)} tokens, in which it stands more than once."
+        )
     return notes
 
 
