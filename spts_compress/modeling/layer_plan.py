@@ -38,7 +38,8 @@ class Count:
 @dataclass(frozen=True)
 class LayerPlan:
     """What one skipping layer does: its counts of tokens, as in the schedule's `Counts`; equal ones are one object.
-    `heads`: of the layer, that score. `window`: of attention, where it is shorter than the longest prompt."""
+    `heads`: how the layer's are reduced, or the numbers of those that score (H'), or None if none does. `window`: of
+    attention, where it is shorter than the longest prompt."""
 
     candidates_in: Count
     active: Count
@@ -46,7 +47,7 @@ class LayerPlan:
     candidates_out: Count
     cached: Count
     schedule: Any
-    heads: str | tuple[int, ...]
+    heads: Any
     window: int | None
 
     def counts(self) -> dict[str, Count]:
@@ -67,6 +68,8 @@ class LayerPlan:
         """The plan on a device; accelerate calls this where layers are on several."""
         moved = {id(count): count.to(device) for count in self.counts().values()}  # equal ones stay one object
         changes: dict[str, Any] = {name: moved[id(count)] for name, count in self.counts().items()}
+        if isinstance(self.heads, torch.Tensor):
+            changes["heads"] = self.heads.to(device)
         return replace(self, **changes)
 
     @property
@@ -91,6 +94,17 @@ class LayerPlan:
             return select(order, count.width, count.rows)
 
 
+def heads_of(probe: Any, layers: range, device: torch.device) -> list[Any]:
+    """`LayerPlan.heads` of some layers, their numbers copied to the device at once."""
+    if isinstance(probe.heads, str):
+        return [probe.heads] * len(layers)
+    each = [probe.heads_of(layer) for layer in layers]
+    numbers = torch.tensor([head for heads in each for head in heads], device=device).split(
+        [len(heads) for heads in each]
+    )
+    return [part if heads else None for part, heads in zip(numbers, each, strict=True)]
+
+
 class PlannedRuns(StockRuns):
     """Mixed into a family's decoder: plans a prefill, and has the cache's layers know what they hold."""
 
@@ -98,14 +112,15 @@ class PlannedRuns(StockRuns):
         """Plans of the skipping layers, for rows of `lengths` tokens."""
         known: dict[tuple[int, ...], Count] = {}
         plans = []
-        for layer in range(schedule.start, len(self.layers)):
+        layers = range(schedule.start, len(self.layers))
+        for layer, heads in zip(layers, heads_of(schedule.probe, layers, device), strict=True):
             columns = zip(*(schedule.counts(layer, length) for length in lengths), strict=True)
             counts: dict[str, Any] = {}
             for name, column in zip(Counts._fields, columns, strict=True):
                 counts[name] = known.get(column) or known.setdefault(column, Count.of(column, device))
             window = self.window_of(layer)
             window = window if window is not None and window < max(lengths) else None
-            plans.append(LayerPlan(**counts, schedule=schedule, heads=schedule.probe.heads_of(layer), window=window))
+            plans.append(LayerPlan(**counts, schedule=schedule, heads=heads, window=window))
         return plans
 
     def _prepare_cache(self, cache: Any, plans: list[LayerPlan], ends: torch.Tensor, slots: int, notes: bool) -> None:

@@ -70,6 +70,8 @@ class LatentDecoderLayer(SkippingDecoderLayer):
 
 
 class V2DecoderLayer(LatentDecoderLayer):
+    tables = 1
+
     def rotate(self, states: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
         """Neighbouring numbers are one complex number, which the table's (B or 1, T, r / 2) turns."""
         pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)).contiguous())

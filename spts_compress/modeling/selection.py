@@ -14,7 +14,7 @@ def probe_scores(
     scaling: float,
     valid: torch.Tensor | None = None,
     unseen: torch.Tensor | None = None,
-    heads: tuple[int, ...] | None = None,
+    heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that each head's last queries pay to every candidate, their mean (PAP).
 
@@ -24,15 +24,15 @@ def probe_scores(
         scaling: factor of the attention logits.
         valid: which candidates are not padding, (B, T); None if all are.
         unseen: which candidates are outside the window of which query, (B or 1, w, T); None if there is no window.
-        heads: those wanted, in place of all H.
+        heads: numbers of those wanted, in place of all H.
 
     Returns:
         Scores (B, H, T) in float32, zero on padding and outside all windows.
     """
     if heads is not None:
         size = query.shape[1] // key.shape[1]
-        query = torch.stack([query[:, head] for head in heads], dim=1)
-        key = torch.stack([key[:, head // size] for head in heads], dim=1) if key.shape[1] > 1 else key
+        query = query.index_select(1, heads)
+        key = key.index_select(1, heads // size) if key.shape[1] > 1 else key
     batch, num_heads, window, _ = query.shape
     groups, candidates = key.shape[1:3]
     if groups > 1 and key.device.type == "cpu":  # group by group, so that the logits stay in its cache
@@ -53,10 +53,10 @@ def probe_scores(
     return (torch.softmax(logits, dim=-1) * real).sum(dim=2) / real.sum(dim=2) * valid[:, None]
 
 
-def reduce_heads(raw: torch.Tensor, heads: str | tuple[int, ...]) -> torch.Tensor:
-    """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those that `heads` names."""
+def reduce_heads(raw: torch.Tensor, heads: str | torch.Tensor) -> torch.Tensor:
+    """The "mean" or "max" (B, T) of all heads' scores (B, H, T), or the mean of those whose numbers `heads` holds."""
     if not isinstance(heads, str):
-        raw = torch.stack([raw[:, head] for head in heads], dim=1)
+        raw = raw.index_select(1, heads)
     return raw.amax(dim=1) if heads == "max" else raw.mean(dim=1)
 
 
@@ -170,21 +170,15 @@ class FeedForwardProxy(nn.Module):
     def forward(self, states: torch.Tensor, relative: bool = False) -> torch.Tensor:
         """Predicted norms in float32, (B, T), of residual states (B, T, D) before the feed-forward norm;
         `relative`: divided by the root mean square of the state itself."""
-        squares = states.float().square() if states.dtype == torch.float16 else states.square()
-        sums = nn.functional.linear(squares, torch.stack([torch.ones_like(self.square), self.square]).to(squares))
-        mean, squared = (sums if sums.dtype == torch.float64 else sums.float()).unbind(-1)
-        mean = mean / states.shape[-1] + self.eps
-        scale = torch.rsqrt(mean)
-        if states.dtype == torch.float16:  # whose range a large residual state would leave
-            low = nn.functional.linear(states * scale[..., None].to(states.dtype), self.down)
-        else:
-            low = nn.functional.linear(states, self.down) * scale[..., None].to(states.dtype)
-        constant, power = self.constants.to(mean)
-        norm = torch.exp(low[..., -1].to(mean) + squared / mean + constant)
+        unit = nn.functional.rms_norm(states, states.shape[-1:], eps=self.eps)
+        low = nn.functional.linear(unit, self.down)
+        squared = nn.functional.linear(unit.square(), self.square[None], self.constants[:1])[..., 0]
+        precise = torch.promote_types(states.dtype, torch.float32)
+        norm = torch.exp(low[..., -1].to(precise) + squared)
         if self.rank:
             gate, up = low[..., :-1].chunk(2, dim=-1)
             product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
-            norm = norm * torch.linalg.vector_norm(product, dim=-1, dtype=mean.dtype) ** power
+            norm = norm * torch.linalg.vector_norm(product, dim=-1, dtype=precise) ** self.constants[1].to(precise)
         if relative:
-            norm = norm * scale
+            norm = norm / torch.linalg.vector_norm(states, dim=-1, dtype=precise) * states.shape[-1] ** 0.5
         return norm.float().nan_to_num()  # a prediction out of range must not outrank the always active tokens

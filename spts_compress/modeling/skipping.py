@@ -37,9 +37,9 @@ class SkippingDecoderLayer(StockLayer):
     """Mixed into a family's decoder layer: PAP and LTP. Without a `plan` the layer is the stock one."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, plan: LayerPlan | None = None, **kwargs: Any) -> Any:
-        """Stock layer without `plan`; with it, four results: hidden states (B, T, D), prompt slots (B, K) of the tokens
-        cached, indices (B, T') of the candidates to go on with, and scores (B, T) of the candidates before pooling;
-        None instead of all indices, and of scores where nothing was ranked."""
+        """Stock layer without `plan`; with it, four results: hidden states (B, T, D), indices (B, K) of the candidates
+        whose keys and values are cached and (B, T') of those to go on with, and scores (B, T) of the candidates before
+        pooling; None instead of all indices, and of scores where nothing was ranked."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)
         return self._skip(hidden_states, plan, **kwargs)
@@ -49,14 +49,14 @@ class SkippingDecoderLayer(StockLayer):
         states: torch.Tensor,
         plan: LayerPlan,
         attention_mask: Any,
-        position_embeddings: tuple[torch.Tensor, ...],
+        position_embeddings: torch.Tensor,
         slots: torch.Tensor,
         past_key_values: Any,
         carried: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         # A count that `is plan.candidates_in` means all candidates: nothing to choose, and None in place of indices.
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
-        cos_sin, raw, score = position_embeddings, None, None
+        cos_sin, raw, score = position_embeddings.chunk(self.tables, dim=-1), None, None
         with part("probing"):
             normed = self.normed("before_attention", states)
             key = self.keys(normed, *cos_sin)
@@ -71,8 +71,8 @@ class SkippingDecoderLayer(StockLayer):
             active = gather_tokens(normed, attention_index)
             to_cache = active if cached_index is attention_index else gather_tokens(normed, cached_index)
             key = gather_tokens(key.transpose(1, 2), cached_index).transpose(1, 2)
-            cos_sin = tuple(gather_tokens(table, attention_index) for table in cos_sin)
-            at = gather_tokens(slots, attention_index)
+            cos_sin = gather_tokens(position_embeddings, attention_index).chunk(self.tables, dim=-1)
+            at = slots if plan.window is None else gather_tokens(slots, attention_index)
 
         # Attention among the active tokens, in their order and with their original positions.
         with part("attention"):
@@ -110,8 +110,7 @@ class SkippingDecoderLayer(StockLayer):
         with part("feed-forward"):
             output = run(inputs)
         states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
-        cached_at = at if cached_index is attention_index else gather_tokens(slots, cached_index)
-        return states, cached_at, plan.choose(plan.candidates_out, order), raw
+        return states, cached_index, plan.choose(plan.candidates_out, order), raw
 
     def _scores(
         self,
@@ -126,13 +125,13 @@ class SkippingDecoderLayer(StockLayer):
         valid, probe = plan.candidates_in.valid, plan.schedule.probe
         if carried is not None and valid is not None:
             carried = carried * valid  # unused slots have taken a real token's along
-        if not plan.heads and carried is not None:
+        if plan.heads is None and carried is not None:
             return carried
         window = min(probe.window_size, plan.candidates_in.width)
         query = self.probes(normed[:, -window:], *(table[:, -window:] for table in cos_sin))
         named = None if isinstance(plan.heads, str) or self.shares_heads() else plan.heads
         heads = probe_scores(query, key, self.self_attn.scaling, valid, self.unseen(slots, window, plan), named)
-        raw = reduce_heads(self.all_heads(heads), "mean" if named else plan.heads)
+        raw = reduce_heads(self.all_heads(heads), plan.heads if named is None else "mean")
         return raw + probe.score_carry * carried if probe.score_carry and carried is not None else raw
 
     def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
@@ -140,7 +139,8 @@ class SkippingDecoderLayer(StockLayer):
         return None
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-        """Causal attention (B, M, H, d) among the active tokens, which are at `slots` (B, M)."""
+        """Causal attention (B, M, H, d) among the active tokens, which, where there is a window, are at `slots`
+        (B, M)."""
         return self.attention_function()(query, key, value, mask)[0]
 
     @staticmethod
@@ -189,14 +189,14 @@ class SkippingModel(PlannedRuns):
         slots = torch.arange(prompt_length - width, prompt_length, device=device).expand(states.shape[0], -1)
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
         states = states[:, -width:].clone()
-        rotary = {kind: tuple(table[:, -width:] for table in cos_sin_of(tables)) for kind, tables in rotary.items()}
+        rotary = {kind: torch.cat(cos_sin_of(tables), dim=-1)[:, -width:] for kind, tables in rotary.items()}
         masked, mask, carried = None, None, None
         for index, plan in enumerate(plans, schedule.start):
             if plan.window is None and plan.active is not masked:  # not by width: rows may be filled differently
                 masked = plan.active
                 shape = states.new_empty(states.shape[0], masked.width, 0)
                 mask = create_causal_mask(self.config, shape, masked.valid, None)
-            states, cached_slots, next_index, scores = self.layers[index](
+            states, cached_index, next_index, scores = self.layers[index](
                 states,
                 plan=plan,
                 attention_mask=mask if plan.window is None else None,
@@ -207,16 +207,17 @@ class SkippingModel(PlannedRuns):
             )
             if schedule.probe.carries and scores is not None:
                 carried = scores
-            if cache is not None:
-                cache.layers[index].note_positions(cached_slots, plan.cached.valid)
+            if cache is not None and cache.layers[index].ends is not None:
+                cached = None if cached_index is None else cached_index.to(device)  # layers may be on several devices
+                cache.layers[index].note_positions(gather_tokens(slots, cached), plan.cached.valid)
             if next_index is None:
                 continue
-            here = next_index.to(device)  # layers may be on several devices
+            here = next_index.to(device)
             if full_states is not None:
                 full_states = scatter_tokens(full_states, slots, states.to(device), plan.candidates_in.valid)
             with part("gathers"):
                 states, slots = gather_tokens(states, next_index), gather_tokens(slots, here)
-                rotary = {kind: tuple(gather_tokens(t, here) for t in tables) for kind, tables in rotary.items()}
+                rotary = {kind: gather_tokens(tables, here) for kind, tables in rotary.items()}
                 carried = None if carried is None else gather_tokens(carried, next_index)
         if full_states is None:
             return states[:, -1:]

@@ -93,7 +93,11 @@ def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     GPU, and on a CPU in pieces."""
     # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
     plain = hasattr(norm, "variance_epsilon") and not watched(norm)
-    if plain and states.is_cuda and norm.weight.is_cuda and norm.weight.dtype == states.dtype:
+    if (
+        plain
+        and states.device.type != "cpu"
+        and (norm.weight.device, norm.weight.dtype) == (states.device, states.dtype)
+    ):
         return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return in_pieces(norm, states, NORM_PIECE)
 
@@ -109,11 +113,12 @@ class StockLayer(Stock):
     `rotate_half` and `eager_attention` are the family's own functions, `norms` says which norms there are, `project`
     how queries, keys and values are made, and `rotate` how they get their positions; a family whose attention does so
     in another way overrides it. One that caches something else than keys and values overrides `keys`, `probes`,
-    `queries`, `cached` and `keys_values`. `by_heads` names a projection whose rows tensor parallelism may share among
-    devices, head by head.
+    `queries`, `cached` and `keys_values`. `tables` says how many rotary tables there are. `by_heads` names a projection
+    whose rows tensor parallelism may share among devices, head by head.
     """
 
     norms = Norms()
+    tables = 2
     by_heads = "k_proj"
     rotate_half: Any
     eager_attention: Any

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..modeling.configuration_spts import Probe
+from ..modeling.layer_plan import heads_of
 from ..modeling.selection import pool_scores, probe_scores, ranked, reduce_heads, select
 from ..modeling.stock_layer import cos_sin_of, layer_windows
 from ..modeling.windows import outside
@@ -69,10 +70,10 @@ def reliability(model: Any, tokenizer: Any, probe: Probe, reference: DenseRefere
     layer's probe ranks highest, without scores of layers before; a layer none of whose heads is chosen goes by their
     mean. From a dense pass."""
     ids, first, length = _tokens(model, tokenizer, reference, probe)
-    shares = list[float]()
+    heads, shares = heads_of(probe, range(len(model.model.layers)), model.device), list[float]()
 
     def note(number: int, attention: Attention) -> None:
-        raw = reduce_heads(attention(first, length)[None], probe.heads_of(number) or "mean")[0]
+        raw = reduce_heads(attention(first, length)[None], "mean" if heads[number] is None else heads[number])[0]
         truth = attention(length, ids.shape[1]).mean(dim=0)
         shares.append(found_by(raw, probe, truth, slice(EDGE, first), SHARE))
 

@@ -30,6 +30,8 @@ class BlockCache:
     """vLLM's cache, as a prefill writes it: keys and values of a prompt's tokens go to their `slots` (n) in the blocks
     of every layer. `context` makes a forward context in which the prompt is no longer than so many tokens."""
 
+    ends = None  # where positions would be counted from, if a layer noted its tokens'
+
     def __init__(self, layers: list["PagedLayer"], slots: torch.Tensor, context: Callable[[int], ForwardContext]):
         self.held: tuple[torch.Tensor, ...] = ()
         self.attentions, self.slots, self.context = [layer.self_attn.attn for layer in layers], slots, context
@@ -53,13 +55,12 @@ class BlockCache:
         self.held = ()
         return output[None]
 
-    def note_positions(self, *_: Any) -> None:
-        """Of no use: every layer holds every token."""
-
 
 class PagedLayer(SkippingDecoderLayer):
     """One of vLLM's decoder layers, as a stock layer of which some tokens run; one prompt at a time (B = 1). It is made
     once the weights are loaded and before vLLM packs them, which on a CPU leaves nothing to take rows of."""
+
+    tables = 1
 
     def __init__(self, layer: Any, index: int):
         self.layer, attention = layer, layer.self_attn
@@ -151,6 +152,6 @@ class PagedDecoder(SkippingModel):
         given = {"plan": plan, "attention_mask": None, "slots": run.position_ids, "carried": None}
         states, kinds = run.states, layer_kinds(self.config)
         for index in layers:
-            positions = (rotary[kinds[index]],)
-            states, *_ = self.layers[index](states, position_embeddings=positions, past_key_values=run.cache, **given)
+            given["position_embeddings"] = rotary[kinds[index]]
+            states, *_ = self.layers[index](states, past_key_values=run.cache, **given)
         return states
