@@ -20,7 +20,8 @@ from .stock_layer import FULL, MASKS, layer_kinds, position_tables
 @dataclass(frozen=True)
 class Pass:
     """What a forward pass runs on: `states` (B, n, D) before `first_layer`; `mask`, which of the tokens so far are not
-    padding (B, tokens so far; None: all are); their positions, the cache, and what the caller gave beside."""
+    padding (B, tokens so far; None: all are); their positions, the cache, and what the caller gave beside. `causal`:
+    attention's own causality is all that has to be masked."""
 
     states: torch.Tensor
     mask: Any
@@ -28,6 +29,7 @@ class Pass:
     cache: Any
     first_layer: int
     options: dict[str, Any]
+    causal: bool = False
 
     def split(self, end: int) -> "tuple[Pass, Pass]":
         """The tokens before `end`, and those from there on, which come later and so have the whole mask."""
@@ -50,6 +52,7 @@ class StockRuns(DecoderCalls):
         static = isinstance(run.cache, StaticCache) and not single
         if static:
             to_dynamic(run.cache, self.config, run.states.shape[1])
+            request = None if request is None else replace(request, graphs="graphs" in vars(run.cache))
         if request is None:
             states = self._later(run)
         elif not request.suffix_length:
@@ -78,7 +81,7 @@ class StockRuns(DecoderCalls):
             for index in layers:
                 if (kind := kinds[index]) not in masks:
                     seen = run.mask, run.cache, run.position_ids
-                    masks[kind] = MASKS[kind](self.config, states, *seen, layer_idx=index)
+                    masks[kind] = None if run.causal else MASKS[kind](self.config, states, *seen, layer_idx=index)
                 states = self._stock(run, index, states, masks[kind], rotary[kind])
         return states
 

@@ -76,18 +76,22 @@ class GenerationCalls(SkippingPreTrainedModel):
         return processors
 
     def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
-        """As stock; a static cache is told how many tokens come after the pass, and takes those of a later turn on
-        dynamic layers."""
+        """As stock; a static cache is told how many tokens come after the pass, and whether they are compiled; it takes
+        those of a later turn on dynamic layers."""
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, StaticCache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        vars(cache)["to_come"] = generation_config.max_length - input_ids.shape[1]
+        told = {"to_come": generation_config.max_length - input_ids.shape[1]}
+        if self._valid_auto_compile_criteria(model_kwargs, generation_config):
+            told["graphs"] = True
+        vars(cache).update(told)
         try:
             if is_static(cache):
                 to_dynamic(cache, self.config)
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            vars(cache).pop("to_come", None)  # or a later pass of the caller's own goes by it
+            for name in told:  # or a later pass of the caller's own goes by it
+                vars(cache).pop(name, None)
 
     def create_masks_for_generate(self, **given: Any) -> Any:
         """The masks of a pass on a static cache, as stock; none where its layers know what they hold. A prompt that may

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import SkippedCacheLayer, fill_layers
 from .configuration_spts import Counts
-from .decoding import StockRuns
+from .decoding import Pass, StockRuns
 from .profiling import part
 from .selection import ranked, select
 
@@ -77,6 +77,14 @@ class LayerPlan:
         """Whether the feed-forward network's tokens are chosen by a score of their own."""
         return self.schedule.uses_proxies and self.ffn_tokens is not self.candidates_in
 
+    def last(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        """Those of the last `count` candidates, of (B or 1, T, ...)."""
+        return states[:, -count:]
+
+    def unseen(self, count: int) -> torch.Tensor | None:
+        """Which candidates the last `count` ones do not see, (1, count, T); None: only later ones among themselves."""
+        return None
+
     def order(self, score: torch.Tensor | None, tie: torch.Tensor | None, *counts: Count) -> torch.Tensor | None:
         """The candidates (B, T) from the lowest score to the highest, those with equal ones by `tie`, the always active
         ones last; None if none of the `counts` is a choice."""
@@ -123,13 +131,14 @@ class PlannedRuns(StockRuns):
             plans.append(LayerPlan(**counts, schedule=schedule, heads=heads, window=window))
         return plans
 
-    def _prepare_cache(self, cache: Any, plans: list[LayerPlan], ends: torch.Tensor, slots: int, notes: bool) -> None:
-        """Replace the skipping layers' caches. Those of layers with windows note the positions of their tokens, and if
-        `notes` is set all do; `ends` (B, 1) are the rows' lengths.
+    def _prepare_cache(self, run: Pass, plans: list[LayerPlan], lengths: list[int], notes: bool) -> None:
+        """Replace the skipping layers' caches, for rows of `lengths` tokens. Those of layers with windows note the
+        positions of their tokens, and if `notes` is set all do.
 
         Raises:
             ValueError: if the cache is of a kind that can't hold layers of unequal length.
         """
+        cache, slots = run.cache, run.states.shape[1]
         fill_layers(cache, len(self.layers))
         for layer, plan in enumerate(plans, len(self.layers) - len(plans)):
             old = cache.layers[layer]
@@ -142,7 +151,7 @@ class PlannedRuns(StockRuns):
             protected, stage = min(plan.schedule.always_last, plan.active.width), plan.schedule.stage_of(layer)
             cache.layers[layer] = self.cache_layer(old, layer, slots, *widths, plan.cached.valid, protected, stage)
             if notes or self.window_of(layer) is not None:
-                cache.layers[layer].ends = ends
+                cache.layers[layer].ends = torch.tensor(lengths, device=run.states.device)[:, None]
 
     # What windows.py changes.
 

@@ -27,6 +27,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .calls import SkipRequest
 from .decoding import Pass
+from .graphs import Graphs
 from .layer_plan import Count, LayerPlan, PlannedRuns
 from .profiling import part
 from .selection import gather_among, gather_tokens, pool_scores, probe_scores, reduce_heads, scatter_tokens
@@ -128,15 +129,15 @@ class SkippingDecoderLayer(StockLayer):
         if plan.heads is None and carried is not None:
             return carried
         window = min(probe.window_size, plan.candidates_in.width)
-        query = self.probes(normed[:, -window:], *(table[:, -window:] for table in cos_sin))
+        query = self.probes(plan.last(normed, window), *(plan.last(table, window) for table in cos_sin))
         named = None if isinstance(plan.heads, str) or self.shares_heads() else plan.heads
         heads = probe_scores(query, key, self.self_attn.scaling, valid, self.unseen(slots, window, plan), named)
         raw = reduce_heads(self.all_heads(heads), plan.heads if named is None else "mean")
         return raw + probe.score_carry * carried if probe.score_carry and carried is not None else raw
 
     def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
-        """Which candidates the last `count` queries do not see, (B or 1, count, T): here none but later ones."""
-        return None
+        """Which candidates the last `count` queries do not see, (B or 1, count, T); None: later ones alone."""
+        return plan.unseen(count)
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         """Causal attention (B, M, H, d) among the active tokens, which, where there is a window, are at `slots`
@@ -173,19 +174,24 @@ class SkippingModel(PlannedRuns):
         for layer in self.layers:
             layer.__class__ = self.layer_class  # the stock layer with the methods of a skipping one
         add_fitted(self.layers, config, config.schedule())
+        self.graphs = Graphs()
         self.post_init()
 
     def _prompt(self, run: Pass, request: SkipRequest, lengths: list[int]) -> torch.Tensor:
         """States (B, 1 or n, D) after the last layer, of a prompt that ends with the pass."""
-        schedule, cache, prompt_length, device = request.schedule, run.cache, run.states.shape[1], run.states.device
-        plans = self._plans(schedule, lengths, device)
-        if cache is not None:
-            ends = torch.tensor(lengths, device=device)[:, None]
-            self._prepare_cache(cache, plans, ends, prompt_length, request.positions)
+        if request.graphs and (last := self.graphs.run(self, run, request)) is not None:
+            return last
+        plans = self._plans(request.schedule, lengths, run.states.device)
+        if run.cache is not None:
+            self._prepare_cache(run, plans, lengths, request.positions)
+        return self._stages(run, plans, max(lengths), every=request.last is None)
+
+    def _stages(self, run: Pass, plans: list[LayerPlan], width: int, every: bool) -> torch.Tensor:
+        """States (B, 1 or, if `every` one is wanted, n, D) after the last layer, of rows of up to `width` tokens."""
+        schedule, cache, prompt_length, device = plans[0].schedule, run.cache, run.states.shape[1], run.states.device
         kinds, rotary = layer_kinds(self.config), self._rotary(run)
         states = self._dense(run, range(run.first_layer, schedule.start), rotary)
-        full_states = states.clone() if request.last is None else None
-        width = max(lengths)
+        full_states = states.clone() if every else None
         slots = torch.arange(prompt_length - width, prompt_length, device=device).expand(states.shape[0], -1)
         # A copy, since skipping layers add in place and someone's hook may hold what the last dense layer returned.
         states = states[:, -width:].clone()
@@ -195,7 +201,7 @@ class SkippingModel(PlannedRuns):
             if plan.window is None and plan.active is not masked:  # not by width: rows may be filled differently
                 masked = plan.active
                 shape = states.new_empty(states.shape[0], masked.width, 0)
-                mask = create_causal_mask(self.config, shape, masked.valid, None)
+                mask = None if run.causal else create_causal_mask(self.config, shape, masked.valid, None)
             states, cached_index, next_index, scores = self.layers[index](
                 states,
                 plan=plan,
@@ -207,7 +213,7 @@ class SkippingModel(PlannedRuns):
             )
             if schedule.probe.carries and scores is not None:
                 carried = scores
-            if cache is not None and cache.layers[index].ends is not None:
+            if cache is not None and getattr(cache.layers[index], "ends", None) is not None:
                 cached = None if cached_index is None else cached_index.to(device)  # layers may be on several devices
                 cache.layers[index].note_positions(gather_tokens(slots, cached), plan.cached.valid)
             if next_index is None:
@@ -220,5 +226,5 @@ class SkippingModel(PlannedRuns):
                 rotary = {kind: gather_tokens(tables, here) for kind, tables in rotary.items()}
                 carried = None if carried is None else gather_tokens(carried, next_index)
         if full_states is None:
-            return states[:, -1:]
+            return plans[-1].last(states, 1)
         return scatter_tokens(full_states, slots, states.to(device), plans[-1].candidates_out.valid)

@@ -34,11 +34,14 @@ class StaticKeptLayer(StaticLayer):
         if isinstance(source, SkippedCacheLayer):
             valid = source.attention_mask(mask, later[:, :0])
             self.places = source.places(later)
-            self.missing = torch.tensor(source.tokens_seen() - self.held, device=device)
+            missing = source.tokens_seen() - self.held
         else:
             valid = None if mask is None else mask[:, mask.shape[1] - self.held :].to(device, torch.bool)
             self.places = None if self.window is None else torch.arange(self.max_cache_len, device=device)[None]
-            self.missing = torch.tensor(source.get_seq_length() - self.held, device=device)
+            missing = source.get_seq_length() - self.held
+        # Made on the device: a number sent there would wait for the prefill, if that still runs.
+        self.missing = torch.full((), missing, device=device)
+        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
         self.valid = torch.ones(rows, self.max_cache_len, dtype=torch.bool, device=device)
         if valid is not None:
             self.valid[:, : self.held] = valid

@@ -107,7 +107,7 @@ class WindowedDecoderLayer(SkippingDecoderLayer):
     """A skipping layer of a family with windows."""
 
     def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
-        return outside(slots, count, plan.window)
+        return plan.unseen(count) if plan.window is None else outside(slots, count, plan.window)
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         if plan.window is None:

@@ -30,8 +30,6 @@ class BlockCache:
     """vLLM's cache, as a prefill writes it: keys and values of a prompt's tokens go to their `slots` (n) in the blocks
     of every layer. `context` makes a forward context in which the prompt is no longer than so many tokens."""
 
-    ends = None  # where positions would be counted from, if a layer noted its tokens'
-
     def __init__(self, layers: list["PagedLayer"], slots: torch.Tensor, context: Callable[[int], ForwardContext]):
         self.held: tuple[torch.Tensor, ...] = ()
         self.attentions, self.slots, self.context = [layer.self_attn.attn for layer in layers], slots, context

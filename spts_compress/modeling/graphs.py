@@ -1,0 +1,222 @@
+"""A prefill as one CUDA graph, for short prompts and small models, where a GPU would wait for the host to launch its
+kernels. No part of the method.
+
+A graph is made for a number of slots, and serves prompts of as many tokens and of some less. The slots that are left
+stand after the prompt's end, where causal attention does not see them, and what a layer has room for beyond the
+prompt's counts is filled with them; so every token runs as it does without a graph.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .decoding import Pass
+from .layer_plan import Count, LayerPlan, heads_of
+from .selection import ranked
+from .stock_layer import layer_windows, watched
+
+STEP = 256  # slots; from 4096 on an eighth of the next smaller power of two
+LARGEST = 2**24  # numbers in the states of all slots: with more, the GPU has enough to do
+DEVICES = ("cuda",)
+MODULES = {"torch", "transformers", __name__.split(".")[0]}  # whose modules do the same in every pass
+GRAPHS = 16  # at most, of one model: each holds keys and values of as many tokens as it has slots
+
+
+def slots_for(tokens: int) -> int:
+    """Slots of the graph that serves a prompt."""
+    step = max(STEP, 1 << (tokens - 1).bit_length() >> 4)
+    return -(-tokens // step) * step
+
+
+@dataclass(frozen=True)
+class RoomyPlan(LayerPlan):
+    """A plan for more slots than there are tokens, which come first; one row, no windows. `real`: of each count, how
+    many tokens it is, (1,)."""
+
+    real: dict[Count, torch.Tensor]
+
+    def last(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        return states.index_select(1, self._last_places(count))
+
+    def unseen(self, count: int) -> torch.Tensor:
+        places = torch.arange(self.candidates_in.width, device=self.real[self.candidates_in].device)
+        return (places > self._last_places(count)[:, None])[None]
+
+    def _last_places(self, count: int) -> torch.Tensor:
+        end = self.real[self.candidates_in]
+        return end - count + torch.arange(count, device=end.device)
+
+    def order(self, score: torch.Tensor | None, tie: torch.Tensor | None, *counts: Count) -> torch.Tensor | None:
+        if score is None or tie is None or all(count is self.candidates_in for count in counts):
+            return None
+        end, places = self.real[self.candidates_in], torch.arange(score.shape[1], device=score.device)
+        score = score.masked_fill(places >= end - self.schedule.always_last, float("inf"))
+        return ranked(score, tie, self.schedule.sink_tokens, valid=(places < end)[None])
+
+    def choose(self, count: Count, order: torch.Tensor | None) -> torch.Tensor | None:
+        if count is self.candidates_in or order is None:
+            return None
+        places = torch.arange(count.width, device=order.device)
+        chosen, after = order[:, order.shape[1] - count.width :], self.real[self.candidates_in] + places
+        return torch.where(places < count.width - self.real[count], after, chosen).sort(dim=1).values
+
+
+class Made(DynamicCache):
+    """Stands for the cache while a graph is made: has the keys and values, (1, G, slots, d) each, of every layer."""
+
+    def __init__(self, config: Any):
+        super().__init__(config=config)
+        self.tensors: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        self.tensors[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+def captured(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """What runs a function again as a CUDA graph with the memory of a `pool`, and its results, which then are new.
+
+    Raises:
+        RuntimeError: if the host has to wait for the device in it.
+    """
+    before, stream = torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):  # once without, as libraries have to set themselves up
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = function()
+    return graph.replay, results
+
+
+class PrefillGraph:
+    """The prefill by a schedule of prompts of up to so many slots, whose states a pass has the shape of."""
+
+    def __init__(self, decoder: Any, schedule: Any, like: Pass, slots: int, pool: Any):
+        states, layers = like.states, range(schedule.start, len(decoder.layers))
+        self.states = states.new_zeros(1, slots, states.shape[2])
+        self.positions = torch.arange(slots, device=states.device)[None]
+        self.schedule, self.counts = schedule, [schedule.counts(layer, slots) for layer in layers]
+        counts = {number: Count(number) for number in {number for each in self.counts for number in each}}
+        self.numbers = torch.tensor(list(counts), device=states.device)
+        real = dict(zip(counts.values(), self.numbers.split(1), strict=True))
+        plans = []
+        for each, heads in zip(self.counts, heads_of(schedule.probe, layers, states.device), strict=True):
+            named: dict[str, Any] = {name: counts[number] for name, number in each._asdict().items()}
+            plans.append(RoomyPlan(**named, schedule=schedule, heads=heads, window=None, real=real))
+        self.widths = list(counts)
+
+        def prefill() -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, ...]]]:
+            run = Pass(self.states, None, self.positions, made := Made(decoder.config), 0, like.options, causal=True)
+            return decoder._stages(run, plans, slots, every=False), made.tensors
+
+        self.replay, (self.last, self.tensors) = captured(prefill, pool)
+
+    def real_counts(self, tokens: int) -> list[int] | None:
+        """What its counts are for a prompt of so many tokens; None if the graph can't run it."""
+        found: dict[int, int] = {}
+        for layer, wide in enumerate(self.counts, self.schedule.start):
+            real = self.schedule.counts(layer, tokens)
+            spare = type(real)(*(slots - count for slots, count in zip(wide, real, strict=True)))
+            enough = min(spare) >= 0 and max(spare) <= spare.candidates_in and spare.active <= spare.cached
+            if not enough or min(real) < self.schedule.always_last:
+                return None
+            if any(found.setdefault(slots, count) != count for slots, count in zip(wide, real, strict=True)):
+                return None  # equal at the graph's own length alone
+        return [found[width] for width in self.widths]
+
+    def run(self, given: Pass, counts: list[int]) -> torch.Tensor:
+        """The state (1, 1, D) after the last layer of a pass's last token; its keys and values are in `tensors`."""
+        tokens = given.states.shape[1]
+        self.states[:, :tokens] = given.states
+        self.positions[:, :tokens] = given.position_ids
+        self.numbers.copy_(torch.tensor(counts))
+        self.replay()
+        return self.last.clone()
+
+
+class Graphs:
+    """The graphs of one decoder, made when they are first needed; a copy of the decoder makes its own."""
+
+    def __init__(self) -> None:
+        self.lock, self.made = threading.Lock(), dict[Any, PrefillGraph | None]()
+        self.signature: Any = None
+        self.pool: Any = None
+
+    def __reduce__(self) -> Any:
+        return Graphs, ()
+
+    @torch.compiler.disable
+    def run(self, decoder: Any, given: Pass, request: Any) -> torch.Tensor | None:
+        """The state (1, 1, D) after the last layer of a prompt that ends with the pass, whose cache is filled; None if
+        that takes another way."""
+        states, tokens = given.states, given.states.shape[1]
+        slots, schedule = slots_for(tokens), request.schedule
+        if states.device.type not in DEVICES or slots * states.shape[2] > LARGEST or not suits(decoder, given, request):
+            return None
+        with self.lock:
+            if (signature := signature_of(decoder, states.device)) is None:
+                return None
+            if signature != self.signature:  # weights were moved or exchanged
+                self.made.clear()
+                self.signature, self.pool = signature, torch.cuda.graph_pool_handle() if states.is_cuda else None
+            key = slots, schedule, states.dtype, *given.options.items()
+            if key not in self.made:
+                try:
+                    with torch.inference_mode(False), torch.no_grad():
+                        graph = PrefillGraph(decoder, schedule, given, slots, self.pool)
+                except RuntimeError:  # experts and scaled positions ask the device
+                    graph = None
+                while len(self.made) >= GRAPHS:
+                    self.made.pop(next(iter(self.made)))
+                self.made[key] = graph
+            graph = self.made[key] = self.made.pop(key)  # the last one used is the last to go
+            if graph is None or (counts := graph.real_counts(tokens)) is None:
+                return None
+            plans = decoder._plans(schedule, [tokens], states.device)
+            decoder._prepare_cache(given, plans, [tokens], False)
+            last = graph.run(given, counts)  # nothing after it waits for the device
+            held = [tokens] * schedule.start + [plan.cached.width for plan in plans]
+            for layer, count in enumerate(held):
+                given.cache.update(*(part[:, :, :count] for part in graph.tensors[layer]), layer)
+            return last
+
+
+def suits(decoder: Any, given: Pass, request: Any) -> bool:
+    """Whether a graph may stand for a pass: that of one prompt, with nothing unusual asked for."""
+    device, attention = given.states.device, decoder.config._attn_implementation
+    asked = (
+        request.last == 1 and not request.positions and not given.first_layer and set(given.options) <= {"use_cache"}
+    )
+    usual = not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
+    if device.type == "cuda":  # whose order keeps one prompt's results from the next one's
+        usual = usual and torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    unmasked = attention != "eager" and not any(layer_windows(decoder.config))
+    return len(given.states) == 1 and asked and usual and unmasked
+
+
+def signature_of(decoder: Any, device: torch.device) -> tuple[Any, ...] | None:
+    """What a graph of a decoder relies on: where its weights are; None if they are not all plain ones on the device, or
+    there is a module that someone watches or that may change what it does, such as an adapter."""
+    found, left = [decoder.config._attn_implementation], [decoder]
+    while left:
+        module = left.pop()
+        left += filter(None, module._modules.values())
+        weights = [weight for weight in module._parameters.values() if weight is not None]
+        usual = (
+            type(module).__module__.split(".")[0] in MODULES and "forward" not in vars(module) and not watched(module)
+        )
+        if not usual or any(type(weight) is not nn.Parameter or weight.device != device for weight in weights):
+            return None
+        found += [part.data_ptr() for part in (*weights, *filter(torch.is_tensor, module._buffers.values()))]
+    return tuple(found)
