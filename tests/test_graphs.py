@@ -179,6 +179,18 @@ def test_what_can_not_be_a_graph_runs_without_one(made, monkeypatch):
     assert len(tried) == 1
 
 
+def test_what_waits_for_the_device_is_told_before_a_graph_is_made():
+    with graphs.Unwaited():
+        prefilled(tiny_model("llama", SCHEDULE).double().model, 40)
+    with pytest.raises(RuntimeError, match="_local_scalar_dense waits"), graphs.Unwaited():
+        torch.ones(1).item()
+    with pytest.raises(RuntimeError, match="_to_copy waits"), graphs.Unwaited():
+        torch.ones(1).to("meta")
+    experts = tiny_model("deepseek_v3", UPDATING, experts_implementation="eager").double().model
+    with pytest.raises(RuntimeError, match="waits for the device"), graphs.Unwaited():
+        prefilled(experts, 40)
+
+
 def test_threads_take_turns_at_a_graph(made):
     from concurrent.futures import ThreadPoolExecutor
 

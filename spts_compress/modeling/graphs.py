@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
 from .decoding import Pass
@@ -24,6 +25,7 @@ STEP = 256  # slots; from 4096 on an eighth of the next smaller power of two
 LARGEST = 2**24  # numbers in the states of all slots: with more, the GPU has enough to do
 DEVICES = ("cuda",)
 MODULES = {"torch", "transformers", __name__.split(".")[0]}  # whose modules do the same in every pass
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_consecutive", "bincount"}
 GRAPHS = 16  # at most, of one model: each holds keys and values of as many tokens as it has slots
 
 
@@ -78,23 +80,36 @@ class Made(DynamicCache):
         return key_states, value_states
 
 
+class Unwaited(TorchDispatchMode):
+    """What runs in it, in this thread, may not wait for the device.
+
+    Raises:
+        RuntimeError: where it would, naming the call.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results, name = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
+        places = {part.device for part in (*args, results) if isinstance(part, torch.Tensor)}
+        if name in WAITING or (name in ("copy_", "_to_copy") and len(places) > 1):
+            raise RuntimeError(f"{name} waits for the device, which a graph can't")
+        return results
+
+
 def captured(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """What runs a function again as a CUDA graph with the memory of a `pool`, and its results, which then are new.
 
     Raises:
         RuntimeError: if the host has to wait for the device in it.
     """
-    before, stream = torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):  # once without, as libraries have to set themselves up
+    with torch.cuda.stream(stream):
+        with Unwaited():
             function()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-        torch.cuda.current_stream().wait_stream(stream)
+        function()  # as itself, since libraries set themselves up in it
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may go on
         results = function()
     return graph.replay, results
 
