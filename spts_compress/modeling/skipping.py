@@ -20,6 +20,7 @@ Shapes: B rows, n prompt slots (with padding), T candidates, M active tokens, K 
 their padding on the left.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .graphs import Graphs
 from .layer_plan import Count, LayerPlan, PlannedRuns
 from .profiling import part
 from .selection import gather_among, gather_tokens, pool_scores, probe_scores, reduce_heads, scatter_tokens
-from .stock_layer import StockLayer, add_fitted, cos_sin_of, layer_kinds
+from .stock_layer import NORM_PIECE, StockLayer, add_fitted, cos_sin_of, in_pieces, layer_kinds
 
 
 class SkippingDecoderLayer(StockLayer):
@@ -57,7 +58,8 @@ class SkippingDecoderLayer(StockLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         # A count that `is plan.candidates_in` means all candidates: nothing to choose, and None in place of indices.
         # PAP: keys of all candidates, the last queries, and from them one score a candidate.
-        cos_sin, raw, score = position_embeddings.chunk(self.tables, dim=-1), None, None
+        cos_sin, raw = position_embeddings.chunk(self.tables, dim=-1), None
+        score: Any = None
         with part("probing"):
             normed = self.normed("before_attention", states)
             key = self.keys(normed, *cos_sin)
@@ -96,7 +98,8 @@ class SkippingDecoderLayer(StockLayer):
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
         if plan.weighs:
             with part("probing"):
-                worth = self.proxy(states, plan.schedule.ffn_selection == "relative") * score
+                proxy = partial(self.proxy, relative=plan.schedule.ffn_selection == "relative")
+                worth = in_pieces(proxy, states, NORM_PIECE) * score
             ffn_index = plan.choose(plan.ffn_tokens, plan.order(worth, raw, plan.ffn_tokens))
         else:
             ffn_index = plan.choose(plan.ffn_tokens, order)
