@@ -19,8 +19,8 @@ class SkipRequest:
     """A request to skip.
 
     `last`: how many last positions to return, of which the first is the prompt's end; None: all, with the dense shape.
-    `positions`: whether the caches note the positions of the tokens they keep. `graphs`: whether
-    the prefill may be a CUDA graph.
+    `positions`: whether the caches note the positions of the tokens they keep. `graphs`: whether the prefill may be a
+    CUDA graph.
     """
 
     schedule: Any

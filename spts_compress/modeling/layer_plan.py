@@ -107,9 +107,7 @@ def heads_of(probe: Any, layers: range, device: torch.device) -> list[Any]:
     if isinstance(probe.heads, str):
         return [probe.heads] * len(layers)
     each = [probe.heads_of(layer) for layer in layers]
-    numbers = torch.tensor([head for heads in each for head in heads], device=device).split(
-        [len(heads) for heads in each]
-    )
+    numbers = torch.tensor([head for heads in each for head in heads], device=device).split([*map(len, each)])
     return [part if heads else None for part, heads in zip(numbers, each, strict=True)]
 
 

@@ -180,5 +180,6 @@ class FeedForwardProxy(nn.Module):
             product = self.activation(nn.functional.linear(gate, self.gate)) * nn.functional.linear(up, self.up)
             norm = norm * torch.linalg.vector_norm(product, dim=-1, dtype=precise) ** self.constants[1].to(precise)
         if relative:
-            norm = norm / torch.linalg.vector_norm(states, dim=-1, dtype=precise) * states.shape[-1] ** 0.5
+            mean = torch.linalg.vector_norm(states, dim=-1, dtype=precise).square() / states.shape[-1]
+            norm = norm * torch.rsqrt(mean + self.eps)
         return norm.float().nan_to_num()  # a prediction out of range must not outrank the always active tokens

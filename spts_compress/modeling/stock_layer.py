@@ -93,11 +93,8 @@ def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     GPU, and on a CPU in pieces."""
     # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
     plain = hasattr(norm, "variance_epsilon") and not watched(norm)
-    if (
-        plain
-        and states.device.type != "cpu"
-        and (norm.weight.device, norm.weight.dtype) == (states.device, states.dtype)
-    ):
+    plain = plain and (norm.weight.device, norm.weight.dtype) == (states.device, states.dtype)
+    if plain and states.device.type != "cpu":
         return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return in_pieces(norm, states, NORM_PIECE)
 
