@@ -24,7 +24,7 @@ from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLO
 from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
-from .evaluate.report import check_prompts, measure_all
+from .evaluate.measure import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
 from .fit.proxies import fit_proxies, judged
@@ -32,8 +32,8 @@ from .fit.updates import blank, fit_updates
 from .modeling.configuration_spts import Schedule
 from .recipe import Recipe, SearchSection
 from .search import dense_reference, space
-from .search import report as search_report
 from .search import run as searching
+from .search import tables as search_tables
 from .search.prompts import PromptSet
 from .timing.break_even import shortest_paying_length
 from .timing.pairs import GREEDY, stock_twin
@@ -105,7 +105,7 @@ def run(
             staging = stack.enter_context(new_folder(output, force, inputs, again))
             stack.enter_context(store.lock())
             if recipe.search is not None:
-                stack.enter_context(claimed(search_folder, search_report.FILES))
+                stack.enter_context(claimed(search_folder, search_tables.FILES))
         ready = prepare(recipe, store, device, ranks, stage, log)
         if ready.prompts is not None:
             with stage("search"):
@@ -137,7 +137,7 @@ def run(
         }
         report["fitted_on"] = sorted(ready.searched_on.union(ready.sequences.fitted if ready.parameters else ()))
         tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
-        found = None if searched is None else search_report.as_text(searched)
+        found = None if searched is None else search_tables.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
         for name, text in ((CARD, shown), (RECIPE, verbatim), (RESOLVED_RECIPE, _resolved(ready))):
             (staging / name).write_text(text, encoding="utf-8")
@@ -323,7 +323,7 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
         searched["missed"] = f"{wanted}; by search.on_failure the nearest is exported: {points[number]['quality']:.3f}"
         log(searched["missed"])
     if ranks.is_main:
-        search_report.save(searched, folder, layers)
+        search_tables.save(searched, folder, layers)
     schedule = _chosen(searched, wanted, folder, layers)
     if not schedule.uses_proxies:
         return replace(ready, schedule=replace(schedule, proxy=()), parameters={})

@@ -144,7 +144,7 @@ class ProxySection(Section):
     seed: Natural = 0
 
 
-Kind = Literal[
+Kind = Literal[  # groups of tasks, or one; counting words (cwe, fwe) small models can't do, so it tells nothing
     "retrieval", "multi-hop", "free", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1",
     "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "multi_hop",
     "repository", "arithmetic",

@@ -17,7 +17,7 @@ from spts_compress.calibrate.base_model import resolve, resolve_config
 from spts_compress.checkpoint import loadable
 from spts_compress.checkpoint.families import context_of
 from spts_compress.cli import main
-from spts_compress.evaluate.report import check_prompts
+from spts_compress.evaluate.measure import check_prompts
 from spts_compress.modeling.modeling_spts_llama import SptsLlamaConfig
 from spts_compress.recipe import ModelSection, ReportSection
 from spts_compress.utils.errors import UserError

@@ -13,7 +13,7 @@ import yaml
 from helpers import run
 from tiny import SCHEDULE, tiny_model
 
-from spts_compress.evaluate import suites
+from spts_compress.evaluate import columns, suites
 from spts_compress.export import card
 from spts_compress.recipe import load_study
 from spts_compress.tasks.example import hide
@@ -23,14 +23,25 @@ from spts_compress.utils.errors import UserError
 
 
 def test_a_table_shows_rows_as_its_columns_declare():
-    columns = {"name": "{name}", "first": "{times[0]:.1f} s", "sum": lambda row: sum(row["times"])}
+    shown = {"name": "{name}", "first": "{times[0]:.1f} s", "sum": lambda row: sum(row["times"])}
     rows = [{"name": "dense", "times": [1.0, 2.5]}, {"name": "SPTS", "times": [0.25, 1.0]}]
-    assert tables.columns_table(columns, rows).splitlines() == [
+    assert tables.columns_table(shown, rows).splitlines() == [
         "| name  | first | sum  |",
         "|-------|-------|------|",
         "| dense | 1.0 s | 3.5  |",
         "| SPTS  | 0.2 s | 1.25 |",
     ]
+
+
+def test_every_column_is_shown_of_a_row_and_of_an_older_one():
+    spts = {"seconds": [4.0], "speedup": [{"median": 2.0, "range": [1.9, 2.1]}], "kv_bytes": 2**20}
+    row = {"tokens": 8191, "dense": {"seconds": [8.0], "kv_bytes": 2**22}, "spts": spts, "flops": {"speedup": 2.2}}
+    head, _, short, older = tables.columns_table(columns.SPEED, [{**row, "skips": False}, row]).splitlines()
+    shown = "TTFT dense TTFT SPTS dense / SPTS (range) FLOPs, dense / SPTS KV dense KV SPTS"
+    assert " ".join(head.replace("|", " ").split()) == f"prompt tokens {shown}"
+    assert " ".join(short.replace("|", " ").split()).startswith("8191 (not skipped) 8.00 s")
+    cells = [cell.strip() for cell in older.strip("|").split("|")]
+    assert cells == ["8191", "8.00 s", "4.00 s", "2.00x (1.90-2.10)", "2.20x", "4.0 MiB", "1.0 MiB (25%)"]
 
 
 def test_a_result_is_saved_in_every_form_and_an_earlier_picture_goes(tmp_path):

@@ -7,7 +7,7 @@ from ..checkpoint.families import FAMILIES, model_class
 from ..checkpoint.layout import CONFIG, REPORT, read_json
 from ..checkpoint.outputs import changed
 from ..plan import describe
-from ..search.report import as_text
+from ..search.tables import as_text
 from ..utils.errors import UserError, reason, some
 from ..utils.tables import size
 from .columns import fit_table, score_tables, speed_table

@@ -10,7 +10,7 @@ from ..calibrate.base_model import Base
 from ..modeling.configuration_spts import Schedule
 from ..plan import probe_words, schedule_table, skips_from
 from ..utils.errors import UserError, reason
-from ..vllm_plugin import FAMILIES, holes
+from ..vllm_plugin import CLASSES, holes
 
 CITATION = """@misc{wu2026probe,
   title = {Probe and Skip: Self-Predictive Token Skipping for Efficient Long-Context LLM Inference},
@@ -116,7 +116,7 @@ def _fitted(schedule: Schedule) -> str:
 
 def _in_vllm(base: Base, schedule: Schedule) -> str:
     """When vLLM skips after all, in words."""
-    able = base.family in map(str.lower, FAMILIES) and holes(schedule) is None
+    able = base.family in map(str.lower, CLASSES) and holes(schedule) is None
     return "; vLLM 0.32 with `spts-compress[vllm]` and model runner V1 (tried on CPUs) skips" if able else ""
 
 

@@ -125,7 +125,8 @@ class SkippingDecoderLayer(StockLayer):
         plan: LayerPlan,
         carried: torch.Tensor | None,
     ) -> torch.Tensor:
-        """PAP's scores (B, T), with those `carried` here from the layers before."""
+        """PAP's scores (B, T), with those `carried` here from the layers before. (The search's choice of heads scores
+        one layer after another by the same functions, in `retrieval_heads.py`.)"""
         valid, probe = plan.candidates_in.valid, plan.schedule.probe
         if carried is not None and valid is not None:
             carried = carried * valid  # unused slots have taken a real token's along

@@ -114,7 +114,8 @@ def schedule(
     scoring = scoring_heads(params, heads or {})
     if not isinstance(scoring, str) and scoring[0][0] < start:
         stages, start = [Stage(start - 1, Amount(1.0)), *stages], scoring[0][0]
-    probe = Probe(params.window_size, scoring, params.score_carry, params.kernel_size)
+    given = {name: getattr(params, name) for name in ("window_size", "score_carry", "kernel_size")}
+    probe = Probe(heads=scoring, **given)
     sizes = tuple(proxies[layer] for layer in range(start, max(proxies) + 1))
     always = params.sink_tokens, params.recent_tokens
     return Schedule(start, tuple(stages), sizes, probe, *always, params.ffn_selection, update, params.kv)

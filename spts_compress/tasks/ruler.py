@@ -133,7 +133,7 @@ def examples(
         units = sentences(haystack) if needles.haystack == "prose" else [NOISE]
         make = partial(_needles, needles, units)
     else:
-        make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}[task]
+        make = MAKERS[task]
     answer_tokens = answer_tokens or ANSWER_TOKENS[task]
     result = []
     for index in range(count):
@@ -267,3 +267,6 @@ def _frequent_words(fit: Fit, tokenizer: Any, limit: int, rng: random.Random) ->
         return chat(tokenizer, FWE.format(context=" ".join(shuffled)), FWE_PREFIX)
 
     return fit(build, outputs=coded[1:4], answer_prefix=FWE_PREFIX)
+
+
+MAKERS: dict[str, Callable[..., Example]] = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}

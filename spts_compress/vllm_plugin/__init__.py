@@ -8,7 +8,7 @@ from typing import Any
 from ..modeling.configuration_spts import Schedule
 
 TESTED = ("0.32", "0.33")  # tested from the first on and below the second
-FAMILIES = ("Llama", "Qwen2")
+CLASSES = ("Llama", "Qwen2")
 BACKENDS = ("TransformersForCausalLM", "TransformersMoEForCausalLM")  # what vLLM runs the other families by
 
 
@@ -55,8 +55,8 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for family in FAMILIES:
+    for family in CLASSES:
         ModelRegistry.register_model(f"Spts{family}ForCausalLM", f"{__name__}.model:Spts{family}ForCausalLM")
-    for architecture in (*(f"Spts{family}ForCausalLM" for family in FAMILIES), *BACKENDS):
+    for architecture in (*(f"Spts{family}ForCausalLM" for family in CLASSES), *BACKENDS):
         # No documented interface, but the table that vLLM asks before it fixes an engine's settings.
         MODELS_CONFIG_MAP.setdefault(architecture, ConfigHook)

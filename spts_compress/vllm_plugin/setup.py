@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 
 from ..modeling.configuration_spts import Schedule
 from ..modeling.stock_layer import layer_windows
-from . import FAMILIES, holes
+from . import CLASSES, holes
 
 logger = init_logger("vllm.spts")
 
@@ -29,8 +29,8 @@ def why_dense(vllm_config: Any) -> str | None:
     """Why no prompt of an engine can skip, in words; None if prompts can."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     config = model.hf_config
-    if model.architecture not in {f"Spts{family}ForCausalLM" for family in FAMILIES}:
-        return f"of the exported families only {' and '.join(FAMILIES)} skip in vLLM"
+    if model.architecture not in {f"Spts{family}ForCausalLM" for family in CLASSES}:
+        return f"of the exported families only {' and '.join(CLASSES)} skip in vLLM"
     schedule = schedule_of(config)
     hole = holes(schedule)
     for hinders, reason in (

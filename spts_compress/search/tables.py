@@ -28,7 +28,7 @@ def front_table(search: dict[str, Any]) -> str:
                 f"{cost['speedup']:.2f}x" + (" *" if number == search["chosen"] else ""),
                 f"{cost['kv_share']:.0%}",
                 winner["params"]["start"],
-                " / ".join(f"{probe[name]}" for name in ("window_size", "heads", "score_carry", "kernel_size")),
+                " / ".join(f"{probe.get(name, '')}" for name in ("window_size", "heads", "score_carry", "kernel_size")),
                 f"{point['quality']:.3f}" + (f" ({ends[0]:.3f}-{ends[1]:.3f})" if ends else ""),
                 f"{held_out['loss']:.3f}",
                 ", ".join(f"{kind} {means['same']:.0%}" for kind, means in held_out["kinds"].items()),
