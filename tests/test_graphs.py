@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_static import GREEDY, PADDED, STATIC, Compiled, prompt
 from tiny import BARE, SCHEDULE, UPDATING, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from spts_compress.modeling import graphs
@@ -122,6 +123,10 @@ def test_compiled_decoding_prefills_by_a_graph_for_prompts_of_about_one_length(m
     ):
         model.generate(tokens, max_new_tokens=2, **GREEDY, **STATIC, **other)
     model.generate(prompt(40, rows=2), max_new_tokens=2, **GREEDY, **STATIC, **PADDED)
+    padded, mask = torch.cat([tokens[:, :9] * 0, tokens], dim=1), (torch.arange(56) >= 9).long()[None]
+    expected = model.generate(tokens, max_new_tokens=6, **GREEDY)[:, 47:]
+    got = model.generate(padded, attention_mask=mask, max_new_tokens=6, **GREEDY, **STATIC)
+    assert torch.equal(got[:, 56:], expected)
     assert len(made) == 2
 
 
@@ -141,8 +146,41 @@ def test_changed_weights_are_seen_and_copies_have_graphs_of_their_own(made):
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("change", ["adapter", "forward", "window", "eager"])
-def test_what_may_do_something_else_next_time_is_no_graph(made, change):
+class Reads(TorchDispatchMode):
+    """Notes the memory that calls read and none of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.read = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        self.read |= memory_of(args) - self.made
+        self.made |= memory_of(results if isinstance(results, tuple | list) else [results])
+        return results
+
+
+def memory_of(parts):
+    return {part.untyped_storage().data_ptr() for part in parts if isinstance(part, torch.Tensor) and part.numel()}
+
+
+def test_a_graph_holds_the_tensors_that_it_reads(monkeypatch):
+    functions, decoder = [], model_of("llama,heads").model  # a real graph, unlike a function, holds none
+    monkeypatch.setattr(graphs, "captured", lambda function, pool: functions.append(function) or (None, function()))
+    states = torch.zeros(1, 40, decoder.config.hidden_size, dtype=torch.float64)
+    like = Pass(states, None, torch.arange(40)[None], None, 0, {})
+    with torch.no_grad():
+        graph = graphs.PrefillGraph(decoder, decoder.config.schedule(), like, 48, None)
+        with Reads() as reads:
+            functions[0]()
+    heads = [plan.heads for plan in graph.plans]
+    weights = [*decoder.parameters(), *decoder.buffers()]
+    assert reads.read <= memory_of([graph.states, graph.positions, graph.numbers, *heads, *weights])
+    assert memory_of(heads) <= reads.read
+
+
+@pytest.mark.parametrize("change", ["adapter", "forward", "window", "eager", "flex_attention"])
+def test_what_may_do_something_else_next_time_is_no_graph(made, change, monkeypatch):
     model = tiny_model("llama", SCHEDULE).double()
     if change == "adapter":
         peft = pytest.importorskip("peft")
@@ -153,7 +191,8 @@ def test_what_may_do_something_else_next_time_is_no_graph(made, change):
     elif change == "window":
         model = tiny_model("ministral", SCHEDULE).double()
     else:
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(change)
+        monkeypatch.setattr(type(model.model), "_stages", lambda self, run, *_, **__: run.states)
     prefilled(model.model, 40, graphs=True)
     assert not made
 

@@ -129,11 +129,11 @@ class PrefillGraph:
         for each, heads in zip(self.counts, heads_of(schedule.probe, layers, states.device), strict=True):
             named: dict[str, Any] = {name: counts[number] for name, number in each._asdict().items()}
             plans.append(RoomyPlan(**named, schedule=schedule, heads=heads, window=None, real=real))
-        self.widths = list(counts)
+        self.widths, self.plans = list(counts), plans  # whose tensors the graph reads
 
         def prefill() -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, ...]]]:
             run = Pass(self.states, None, self.positions, made := Made(decoder.config), 0, like.options, causal=True)
-            return decoder._stages(run, plans, slots, every=False), made.tensors
+            return decoder._stages(run, self.plans, slots, every=False), made.tensors
 
         self.replay, (self.last, self.tensors) = captured(prefill, pool)
 
@@ -172,12 +172,13 @@ class Graphs:
         return Graphs, ()
 
     @torch.compiler.disable
-    def run(self, decoder: Any, given: Pass, request: Any) -> torch.Tensor | None:
+    def run(self, decoder: Any, given: Pass, request: Any, lengths: list[int]) -> torch.Tensor | None:
         """The state (1, 1, D) after the last layer of a prompt that ends with the pass, whose cache is filled; None if
         that takes another way."""
         states, tokens = given.states, given.states.shape[1]
         slots, schedule = slots_for(tokens), request.schedule
-        if states.device.type not in DEVICES or slots * states.shape[2] > LARGEST or not suits(decoder, given, request):
+        small = slots * states.shape[2] <= LARGEST and lengths == [tokens]  # a single row without padding
+        if states.device.type not in DEVICES or not small or not suits(decoder, given, request):
             return None
         with self.lock:
             if (signature := signature_of(decoder, states.device)) is None:
@@ -208,22 +209,23 @@ class Graphs:
 
 
 def suits(decoder: Any, given: Pass, request: Any) -> bool:
-    """Whether a graph may stand for a pass: that of one prompt, with nothing unusual asked for."""
-    device, attention = given.states.device, decoder.config._attn_implementation
+    """Whether a graph may stand for a prompt's pass: nothing unusual is asked for."""
+    device = given.states.device
     asked = (
         request.last == 1 and not request.positions and not given.first_layer and set(given.options) <= {"use_cache"}
     )
     usual = not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
     if device.type == "cuda":  # whose order keeps one prompt's results from the next one's
         usual = usual and torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
-    unmasked = attention != "eager" and not any(layer_windows(decoder.config))
-    return len(given.states) == 1 and asked and usual and unmasked
+    # Which is causal by itself; the others take a mask for it, or may.
+    unmasked = decoder.config._attn_implementation == "sdpa" and not any(layer_windows(decoder.config))
+    return asked and usual and unmasked
 
 
 def signature_of(decoder: Any, device: torch.device) -> tuple[Any, ...] | None:
-    """What a graph of a decoder relies on: where its weights are; None if they are not all plain ones on the device, or
-    there is a module that someone watches or that may change what it does, such as an adapter."""
-    found, left = [decoder.config._attn_implementation], [decoder]
+    """What a graph of a decoder relies on: its modules, and where their weights are; None if not all are plain ones on
+    the device, or there is a module that someone watches or that may change what it does, such as an adapter."""
+    found, left = list[int](), [decoder]
     while left:
         module = left.pop()
         left += filter(None, module._modules.values())
@@ -233,5 +235,8 @@ def signature_of(decoder: Any, device: torch.device) -> tuple[Any, ...] | None:
         )
         if not usual or any(type(weight) is not nn.Parameter or weight.device != device for weight in weights):
             return None
-        found += [part.data_ptr() for part in (*weights, *filter(torch.is_tensor, module._buffers.values()))]
+        found += [
+            id(module),
+            *(part.data_ptr() for part in (*weights, *filter(torch.is_tensor, module._buffers.values()))),
+        ]
     return tuple(found)

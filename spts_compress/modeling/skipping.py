@@ -183,7 +183,7 @@ class SkippingModel(PlannedRuns):
 
     def _prompt(self, run: Pass, request: SkipRequest, lengths: list[int]) -> torch.Tensor:
         """States (B, 1 or n, D) after the last layer, of a prompt that ends with the pass."""
-        if request.graphs and (last := self.graphs.run(self, run, request)) is not None:
+        if request.graphs and (last := self.graphs.run(self, run, request, lengths)) is not None:
             return last
         plans = self._plans(request.schedule, lengths, run.states.device)
         if run.cache is not None:
