@@ -288,7 +288,7 @@ def prepare(
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
             for note in prompts.notes:
                 log(f"search: {note}")
-            same_text = not searched_on.isdisjoint(asked_about - sequences.fitted)
+            same_text = text == haystack or not searched_on.isdisjoint(asked_about - sequences.fitted)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]

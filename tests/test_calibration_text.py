@@ -170,6 +170,8 @@ REFUSED = {
     "null.json": (json.dumps([GOOD, None, GOOD], indent=1), "null.json:5: not text, but null"),
     "none.csv": ("id,text\n1,fine\n2,None\n", "none.csv:3: not text, but None, which stands for a missing value"),
     "short.csv": ("text,id\nfine,1\n\nfine,2,3\n", "short.csv:4: has more fields than the header"),
+    "twice.csv": ("text,id,text\nold,1,new\n", "twice.csv: can't be read: several columns are called 'text'"),
+    "tags.json": (json.dumps({"body": "words", "tags": ["a", "b"]}), "tags.json:1: no column text or messages or "),
     "column.jsonl": (lines({"txet": "x", "id": 1}), "column.jsonl:1: no column text or messages or "),
     "half.jsonl": (lines(GOOD) + '{"text": "half \\ud83d"}\n', "half.jsonl:2: not text: half of a surrogate pair, "),
     "broken.jsonl": (lines(GOOD) + '{"text": "cut\n', "broken.jsonl:2: not a JSON object: "),
@@ -245,6 +247,8 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path):
     assert documents(section(source="dataset", dataset=str(tmp_path / "test"), split="test")) == [TWO]
     with pytest.raises(UserError, match="it is the split test, not validation"):
         documents(section(source="dataset", dataset=str(tmp_path / "test"), split="validation"))
+    with pytest.raises(UserError, match="it is a split without a name, not train"):
+        documents(section(source="dataset", dataset=str(tmp_path / "one"), split="train[:20%]"))
 
 
 def test_what_is_not_read_is_told(tmp_path):

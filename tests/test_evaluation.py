@@ -264,8 +264,8 @@ def test_faults_of_longbench_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"lcc is not in .*; it has qasper, trec"):
         bench.examples("lcc", TOKENIZER, 400, 1)
     with (tmp_path / "qasper.jsonl").open("a") as stream:
-        stream.write('\n{"input": "x"}\nnot json')
-    with pytest.raises(UserError, match=r"qasper\.jsonl:4: no usable context, answers, all_classes"):
+        stream.write('\n\n{"input": "x"}\nnot json')
+    with pytest.raises(UserError, match=r"qasper\.jsonl:5: no usable context, answers, all_classes"):
         bench.examples("qasper", TOKENIZER, 400, 9)
 
 
@@ -279,7 +279,12 @@ def test_faults_of_longbench_files_are_named(tmp_path):
         ([], r"qasper\.jsonl:1: not a JSON object"),
         ("dataset2prompt.json", r"dataset2prompt\.json: no text for qasper"),
         ("dataset2maxlen.json", r"dataset2maxlen\.json: no number for qasper"),
-        ({"dataset2prompt.json": {"qasper": "{question}"}}, r"qasper can't be filled in: no 'question'"),
+        ({"dataset2prompt.json": {"qasper": "{context} {question}"}}, r"qasper can't be filled in: no 'question'"),
+        (
+            {"dataset2prompt.json": {"qasper": "{input}"}},
+            r"dataset2prompt\.json: no text for qasper; give its prompt, with",
+        ),
+        (b'\n{"input": "caf\xe9"}', r"qasper\.jsonl:2: not a JSON object"),
         ({"dataset2maxlen.json": {"qasper": "8"}}, r"dataset2maxlen\.json: no number for qasper"),
         ({"dataset2maxlen.json": [8]}, r"dataset2maxlen\.json: "),
     ],
@@ -289,9 +294,11 @@ def test_what_is_not_in_longbenchs_format_is_named_by_file_and_line(change, mess
     line = json.loads(path.read_text().splitlines()[0])
     if isinstance(change, str):
         change = {change: {"trec": json.loads((tmp_path / change).read_text())["trec"]}}
-    if files := {name: value for name, value in dict(change).items() if "." in name}:
+    if files := isinstance(change, dict) and {name: value for name, value in dict(change).items() if "." in name}:
         for name, value in files.items():
             (tmp_path / name).write_text(json.dumps(value))
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
     else:
         path.write_text(json.dumps({**line, **change} if change else change))
     with pytest.raises(UserError, match=message):

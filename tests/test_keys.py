@@ -401,3 +401,12 @@ def test_updates_are_fitted_anew_where_other_layers_skip(folder):
         return len(list((folder / "work").glob("updates-*")))
 
     assert [fitted([300]), fitted([300, 450]), fitted([450])] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("documents", [8, 1])  # one is cut into pieces, of which some are fitted on
+def test_a_report_on_the_text_that_was_searched_on_knows_it(folder, documents):
+    search = {"speedup": 1.1, "lengths": [512], "prompts": 1, "kinds": ["free"], "starts": [4]}
+    recipe, text = recipe_of(folder, schedule=None, search=search), folder / "text.jsonl"
+    if documents == 1:
+        text.write_text(json.dumps({"text": " ".join(json.loads(line)["text"] for line in text.open())}))
+    assert pipeline.prepare(recipe, Store(folder / "work"), "cpu").same_text

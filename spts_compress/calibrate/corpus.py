@@ -17,6 +17,7 @@ import lzma
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,8 +224,9 @@ def dataset_records(
     try:
         if (Path(path) / "state.json").is_file():  # how `save_to_disk` leaves one split, or several
             rows = datasets.load_from_disk(path)
-            if rows.split is not None and split not in ("train", str(rows.split)):
-                raise ValueError(f"it is the split {rows.split}, not {split}")
+            if split not in ("train", str(rows.split)):
+                kind = "a split without a name" if rows.split is None else f"the split {rows.split}"
+                raise ValueError(f"it is {kind}, not {split}")
         elif (Path(path) / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(str(Path(path) / split))
         else:
@@ -358,7 +360,11 @@ def _inside(file: TextFile, text: str, value: Any) -> Iterator[Record]:
     """Records of one JSON value: a list of records, an object that holds one, or a single record."""
     if isinstance(value, dict):
         lists = {name: item for name, item in value.items() if isinstance(item, list) and not _is_conversation(item)}
-        named = [name for name in file.columns if name in value] or list(lists)
+        # A list of plain values may be what an object says of its text, such as tags.
+        records = [
+            name for name, item in lists.items() if len(value) == 1 or all(isinstance(row, dict) for row in item)
+        ]
+        named = [name for name in file.columns if name in value] or records
         if len(named) == 1 and named[0] in lists:
             yield from ((f"{file.path}: {named[0]}[{n}]", item) for n, item in enumerate(lists[named[0]]))
             return
@@ -382,6 +388,8 @@ def _table(file: TextFile) -> Iterator[Record]:
         separator = "\t" if file.ending == ".tsv" else max(",;\t", key=header.count)
         stream.seek(0)
         rows = csv.DictReader(stream, delimiter=separator, strict=True)
+        if twice := [name for name, count in Counter(rows.fieldnames).items() if count > 1]:
+            raise csv.Error(f"several columns are called {twice[0]!r}")
         yield from ((f"{file.path}:{rows.line_num}", row) for row in rows)
 
 

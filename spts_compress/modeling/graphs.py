@@ -8,12 +8,14 @@ prompt's counts is filled with them; so every token runs as it does without a gr
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from transformers.cache_utils import DynamicCache
 
 from .decoding import Pass
@@ -101,16 +103,18 @@ def captured(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None]
     Raises:
         RuntimeError: if the host has to wait for the device in it.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        with Unwaited():
-            function()
-        function()  # as itself, since libraries set themselves up in it
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may go on
-        results = function()
+    usual, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(usual)
+    try:
+        with torch.cuda.stream(stream):
+            with Unwaited():
+                function()
+            function()  # as itself, since libraries set themselves up in it
+        usual.wait_stream(stream)
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):  # others may go on
+            results = function()
+    finally:
+        torch.cuda.set_stream(usual)  # which a graph that fails leaves changed
     return graph.replay, results
 
 
@@ -180,7 +184,7 @@ class Graphs:
         small = slots * states.shape[2] <= LARGEST and lengths == [tokens]  # a single row without padding
         if states.device.type not in DEVICES or not small or not suits(decoder, given, request):
             return None
-        with self.lock:
+        with self.lock, torch.cuda.device(states.device) if states.is_cuda else nullcontext():
             if (signature := signature_of(decoder, states.device)) is None:
                 return None
             if signature != self.signature:  # weights were moved or exchanged
@@ -214,7 +218,8 @@ def suits(decoder: Any, given: Pass, request: Any) -> bool:
     asked = (
         request.last == 1 and not request.positions and not given.first_layer and set(given.options) <= {"use_cache"}
     )
-    usual = not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
+    usual = not (torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or is_in_torch_dispatch_mode())
+    usual = usual and not _has_any_global_hook()
     if device.type == "cuda":  # whose order keeps one prompt's results from the next one's
         usual = usual and torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
     # Which is causal by itself; the others take a mask for it, or may.

@@ -63,7 +63,7 @@ class LongBench:
             raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
         how, template, room = SCORER[task], self.prompts.get(task), self.lengths.get(task)
         made: dict[str, Example] = {}
-        if not isinstance(template, str):
+        if not isinstance(template, str) or "{context}" not in template:
             raise UserError(f"{self.beside / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
         if not isinstance(room, int) or room < 1:
             raise UserError(f"{self.beside / LENGTHS}: no number for {task}; give how many tokens its answers have")
@@ -94,11 +94,13 @@ class LongBench:
                 raise UserError(f"{self.source}: {reason(error)}") from None
             return
         path = self.folder / f"{task}.jsonl"
-        with path.open(encoding="utf-8") as stream:
+        with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except ValueError:  # or no UTF-8
                     row = None
                 yield _checked(row, task, f"{path}:{number}")
 
