@@ -12,7 +12,7 @@ from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
-from spts_compress.search import dense_reference, evaluator, halving, prompts, report, run, space, winner
+from spts_compress.search import dense_reference, evaluator, halving, prompts, tables, run, space, winner
 from spts_compress.search.dense_reference import DenseReference
 from spts_compress.search.halving import Candidate
 from spts_compress.search.prompts import PromptSet
@@ -378,7 +378,7 @@ def point(speedup, quality):
 
 
 def drawn(search):
-    report.draw(search, 5, figure := pytest.importorskip("matplotlib.figure").Figure())
+    tables.draw(search, 5, figure := pytest.importorskip("matplotlib.figure").Figure())
     return figure.axes
 
 
@@ -387,11 +387,11 @@ def test_a_front_is_drawn_if_it_has_more_than_one_point():
     rest = {"reliability": [0.5] * 5, "candidates": 2, "evaluations": 3, "seconds": {"all": 60, "dense": 6}}
     for points, chosen in ((both, 1), (both, None), (both[1:], 0)):
         search = {"points": points, "chosen": chosen, **rest}
-        text, titles = report.as_text(search), [panel.get_title() for panel in drawn(search)]
+        text, titles = tables.as_text(search), [panel.get_title() for panel in drawn(search)]
         assert len(titles) == 3 + len(points) and ("Front, on held-out prompts" in titles) == (len(points) == 2)
         assert "One stage's budget, 1.50x" in titles and "At 1.50x:" in text and text.endswith("a sign")
         assert "speed-up, FLOPs" in text and "Target missed" not in text
-        assert "speed-up, by measured times" in report.as_text({**search, "latencies": {}})
+        assert "speed-up, by measured times" in tables.as_text({**search, "latencies": {}})
         assert ("1.50x *" in text) == (chosen is not None) and "0.800 (0.700-0.850)" in text
         assert "| start | 2      | 0.500" in text and "+0.300" in text
 
@@ -402,7 +402,7 @@ def test_one_prompt_has_no_interval():
     points = [{**point(1.2, 0.75), "interval": None}, point(1.5, 0.7)]
     search = {"points": points, "chosen": 0, "reliability": [0.5] * 5, "candidates": 2, "evaluations": 3}
     search["seconds"] = {"all": 60, "dense": 6}
-    assert "| 0.750  " in report.as_text(search) and len(drawn(search)) == 5
+    assert "| 0.750  " in tables.as_text(search) and len(drawn(search)) == 5
 
 
 def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):
