@@ -12,7 +12,7 @@ from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
 from spts_compress.schedule import faults
-from spts_compress.search import dense_reference, evaluator, halving, prompts, tables, run, space, winner
+from spts_compress.search import dense_reference, evaluator, halving, prompts, run, space, tables, winner
 from spts_compress.search.dense_reference import DenseReference
 from spts_compress.search.halving import Candidate
 from spts_compress.search.prompts import PromptSet
