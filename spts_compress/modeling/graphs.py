@@ -55,16 +55,12 @@ class RoomyPlan(LayerPlan):
         end = self.real[self.candidates_in]
         return end - count + torch.arange(count, device=end.device)
 
-    def order(self, score: torch.Tensor | None, tie: torch.Tensor | None, *counts: Count) -> torch.Tensor | None:
-        if score is None or tie is None or all(count is self.candidates_in for count in counts):
-            return None
+    def ranked(self, score: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
         end, places = self.real[self.candidates_in], torch.arange(score.shape[1], device=score.device)
         score = score.masked_fill(places >= end - self.schedule.always_last, float("inf"))
         return ranked(score, tie, self.schedule.sink_tokens, valid=(places < end)[None])
 
-    def choose(self, count: Count, order: torch.Tensor | None) -> torch.Tensor | None:
-        if count is self.candidates_in or order is None:
-            return None
+    def selected(self, count: Count, order: torch.Tensor) -> torch.Tensor:
         places = torch.arange(count.width, device=order.device)
         chosen, after = order[:, order.shape[1] - count.width :], self.real[self.candidates_in] + places
         return torch.where(places < count.width - self.real[count], after, chosen).sort(dim=1).values

@@ -91,15 +91,23 @@ class LayerPlan:
         if score is None or tie is None or all(count is self.candidates_in for count in counts):
             return None
         with part("selecting"):
-            always = self.schedule.sink_tokens, self.schedule.always_last
-            return ranked(score, tie, *always, self.candidates_in.rows, self.candidates_in.valid)
+            return self.ranked(score, tie)
+
+    def ranked(self, score: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
+        """The order where there is a choice."""
+        always = self.schedule.sink_tokens, self.schedule.always_last
+        return ranked(score, tie, *always, self.candidates_in.rows, self.candidates_in.valid)
 
     def choose(self, count: Count, order: torch.Tensor | None) -> torch.Tensor | None:
         """Indices (B, `count`) of the last candidates of an `order`; None: all of them."""
         if count is self.candidates_in or order is None:
             return None
         with part("selecting"):
-            return select(order, count.width, count.rows)
+            return self.selected(count, order)
+
+    def selected(self, count: Count, order: torch.Tensor) -> torch.Tensor:
+        """The indices where they are not all."""
+        return select(order, count.width, count.rows)
 
 
 def heads_of(probe: Any, layers: range, device: torch.device) -> list[Any]:
@@ -148,8 +156,11 @@ class PlannedRuns(StockRuns):
             widths = plan.candidates_in.width, plan.active.width, plan.cached.width
             protected, stage = min(plan.schedule.always_last, plan.active.width), plan.schedule.stage_of(layer)
             cache.layers[layer] = self.cache_layer(old, layer, slots, *widths, plan.cached.valid, protected, stage)
-            if notes or self.window_of(layer) is not None:
-                cache.layers[layer].ends = torch.tensor(lengths, device=run.states.device)[:, None]
+        skipping = range(len(self.layers) - len(plans), len(self.layers))
+        if noting := [layer for layer in skipping if notes or self.window_of(layer) is not None]:
+            ends = torch.tensor(lengths, device=run.states.device)[:, None]  # sent once
+            for layer in noting:
+                cache.layers[layer].ends = ends
 
     # What windows.py changes.
 
