@@ -1,6 +1,7 @@
 """Fitting what a layer would have added to the tokens it skips."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from helpers import recipe_for, run
 from tiny import tiny_base, tiny_model
 from transformers import AutoModelForCausalLM
 
-from spts_compress.fit.updates import BLOCK, PENALTY, blank, fit_updates, prompt_length, solve
+from spts_compress.fit.updates import BLOCK, PENALTY, LayerFit, blank, fit_updates, prompt_length, solve
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.modeling.update import LowRankUpdate
 from spts_compress.utils.errors import UserError
@@ -68,6 +69,20 @@ def test_fitted_updates_bring_skipped_states_nearer_to_the_dense_ones(family):
     again.load_state_dict({**again.state_dict(), **blank(again.config.schedule(), again.config, torch.float32)})
     fit_updates(again, fit, held_out, 64)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_states_of_one_layer_at_a_time_are_held(monkeypatch):
+    held, alive = [], []
+
+    def enter(self, *args, enter=LayerFit.enter):
+        alive.append(sum(reference() is not None for reference in held))
+        found = enter(self, *args)
+        held.extend(map(weakref.ref, self.dense.values()))
+        return found
+
+    monkeypatch.setattr(LayerFit, "enter", enter)
+    fitted({**SCHEDULE, "update": {"attention_rank": 2, "ffn_rank": 2}})
+    assert alive == [0, 0, 0, 0] and len(held) == 8
 
 
 def fitted(schedule, prompts=24):

@@ -107,6 +107,11 @@ class LayerFit:
         self.pieces.clear()  # the dense run's
         return (self.states, *args[1:]), {**kwargs, "plan": self.plan}
 
+    def leave(self, *_: Any) -> None:
+        """Hook after the layer: lets go of all states, or a run would hold those of every layer."""
+        del self.states, self.plan, self.dense
+        self.pieces.clear()
+
     def target(self, name: str, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What takes the candidates to the dense model's states (B, T, D), and which ones are skipped (B, T).
 
@@ -220,6 +225,7 @@ def fit_updates(
                 setattr(layers[number], name, Fitting(update, own, name))
             enter = partial(own.enter, dense, number)
             stack.callback(layers[number].register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(layers[number].register_forward_hook(own.leave).remove)
             if norm := layers[number].norms.before_feed_forward:
                 note = partial(_note_input, own.pieces)
                 stack.callback(getattr(layers[number], norm).register_forward_pre_hook(note).remove)
