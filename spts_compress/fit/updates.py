@@ -15,7 +15,7 @@ from torch import nn
 
 from ..calibrate.capture import layer_arguments
 from ..modeling.configuration_spts import Schedule
-from ..modeling.layer_plan import LayerPlan
+from ..modeling.layer_plan import Count, LayerPlan
 from ..modeling.selection import gather_tokens
 from ..modeling.update import UPDATES, LowRankUpdate
 from ..utils.errors import UserError
@@ -53,17 +53,17 @@ def solve(update: LowRankUpdate, inputs: torch.Tensor, targets: torch.Tensor, we
 
 @dataclass(frozen=True)
 class NotedPlan(LayerPlan):
-    """A plan that keeps what was chosen by it, in order."""
+    """A plan that keeps what was chosen by it, the last of each count."""
 
-    chosen: list[torch.Tensor | None] = field(default_factory=list)
+    chosen: dict[Count, torch.Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: LayerPlan) -> "NotedPlan":
         return cls(**{name: getattr(plan, name) for name in LayerPlan.__dataclass_fields__})
 
-    def choose(self, *arguments: Any) -> torch.Tensor | None:
-        self.chosen.append(super().choose(*arguments))
-        return self.chosen[-1]
+    def choose(self, count: Count, order: torch.Tensor | None) -> torch.Tensor | None:
+        self.chosen[count] = super().choose(count, order)
+        return self.chosen[count]
 
 
 class Fitting(nn.Module):
@@ -122,7 +122,7 @@ class LayerFit:
         if name == UPDATES[1]:  # before the norm that gave `inputs`, if there is one
             states = torch.cat(self.pieces, dim=1) if self.pieces else inputs
         skipped = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        index = self.plan.chosen[-1 if name == UPDATES[1] else 0]
+        index = self.plan.chosen[self.plan.ffn_tokens if name == UPDATES[1] else self.plan.active]
         return self.dense[name] - states, skipped if index is None else skipped.scatter(1, index, False)
 
 

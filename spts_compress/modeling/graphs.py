@@ -28,6 +28,7 @@ LARGEST = 2**24  # numbers in the states of all slots: with more, the GPU has en
 DEVICES = ("cuda",)
 MODULES = {"torch", "transformers", __name__.split(".")[0]}  # whose modules do the same in every pass
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_consecutive", "bincount"}
+Weight = tuple[dict[str, Any], str, int]  # the dict of a module that holds it, its name there, and its place in memory
 GRAPHS = 16  # at most, of one model: each holds keys and values of as many tokens as it has slots
 
 
@@ -40,30 +41,52 @@ def slots_for(tokens: int) -> int:
 @dataclass(frozen=True)
 class RoomyPlan(LayerPlan):
     """A plan for more slots than there are tokens, which come first; one row, no windows. `real`: of each count, how
-    many tokens it is, (1,)."""
+    many tokens it is, (1,). `shared`: what plans of equally many candidates have in common, made in each run.
+
+    In place of an order it has its inverse, the candidates' ranks, by which they are chosen in more calls than by
+    sorting them, but sooner: a graph launches calls for little.
+    """
 
     real: dict[Count, torch.Tensor]
+    shared: dict[Any, torch.Tensor]
 
     def last(self, states: torch.Tensor, count: int) -> torch.Tensor:
-        return states.index_select(1, self._last_places(count))
+        return states.index_select(1, self._last_slots(count))
 
     def unseen(self, count: int) -> torch.Tensor:
-        places = torch.arange(self.candidates_in.width, device=self.real[self.candidates_in].device)
-        return (places > self._last_places(count)[:, None])[None]
-
-    def _last_places(self, count: int) -> torch.Tensor:
-        end = self.real[self.candidates_in]
-        return end - count + torch.arange(count, device=end.device)
+        return self._once(("unseen", count), lambda: (self._slots() > self._last_slots(count)[:, None])[None])
 
     def ranked(self, score: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
-        end, places = self.real[self.candidates_in], torch.arange(score.shape[1], device=score.device)
-        score = score.masked_fill(places >= end - self.schedule.always_last, float("inf"))
-        return ranked(score, tie, self.schedule.sink_tokens, valid=(places < end)[None])
+        end = self.real[self.candidates_in]
+        always = self._once("always", lambda: self._slots() >= end - self.schedule.always_last)
+        valid = self._once("valid", lambda: (self._slots() < end)[None])
+        order = ranked(score.masked_fill(always, float("inf")), tie, self.schedule.sink_tokens, valid=valid)
+        return torch.empty_like(order).scatter_(1, order, self._slots()[None])
 
     def selected(self, count: Count, order: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(count.width, device=order.device)
-        chosen, after = order[:, order.shape[1] - count.width :], self.real[self.candidates_in] + places
-        return torch.where(places < count.width - self.real[count], after, chosen).sort(dim=1).values
+        real = self.real[count]
+
+        def filling() -> torch.Tensor:  # after the end, as many as there is room for
+            after = self._slots() - self.real[self.candidates_in]
+            return (after >= 0) & (after < count.width - real)
+
+        chosen = (order >= order.shape[1] - real) | self._once(count, filling)
+        place = chosen.cumsum(dim=1) * chosen
+        index = place.new_empty(1, count.width + 1)  # all others go into the first place, which is left out
+        return index.scatter_(1, place, self._slots()[None])[:, 1:]
+
+    def _once(self, name: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if (key := (self.candidates_in, name)) not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def _slots(self) -> torch.Tensor:
+        count = self.candidates_in
+        return self._once("slots", lambda: torch.arange(count.width, device=self.real[count].device))
+
+    def _last_slots(self, count: int) -> torch.Tensor:
+        end = self.real[self.candidates_in]
+        return self._once(("last", count), lambda: end - count + torch.arange(count, device=end.device))
 
 
 class Made(DynamicCache):
@@ -123,22 +146,24 @@ class PrefillGraph:
         self.positions = torch.arange(slots, device=states.device)[None]
         self.schedule, self.counts = schedule, [schedule.counts(layer, slots) for layer in layers]
         counts = {number: Count(number) for number in {number for each in self.counts for number in each}}
+        shared = dict[Any, torch.Tensor]()
         self.numbers = torch.tensor(list(counts), device=states.device)
         real = dict(zip(counts.values(), self.numbers.split(1), strict=True))
         plans = []
         for each, heads in zip(self.counts, heads_of(schedule.probe, layers, states.device), strict=True):
             named: dict[str, Any] = {name: counts[number] for name, number in each._asdict().items()}
-            plans.append(RoomyPlan(**named, schedule=schedule, heads=heads, window=None, real=real))
+            plans.append(RoomyPlan(**named, schedule=schedule, heads=heads, window=None, real=real, shared=shared))
         self.widths, self.plans = list(counts), plans  # whose tensors the graph reads
 
         def prefill() -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, ...]]]:
+            shared.clear()
             run = Pass(self.states, None, self.positions, made := Made(decoder.config), 0, like.options, causal=True)
             return decoder._stages(run, self.plans, slots, every=False), made.tensors
 
         self.replay, (self.last, self.tensors) = captured(prefill, pool)
 
     def real_counts(self, tokens: int) -> list[int] | None:
-        """What its counts are for a prompt of so many tokens; None if the graph can't run it."""
+        """What its counts are for a prompt of so many tokens; None if there is no room for them."""
         found: dict[int, int] = {}
         for layer, wide in enumerate(self.counts, self.schedule.start):
             real = self.schedule.counts(layer, tokens)
@@ -150,9 +175,12 @@ class PrefillGraph:
                 return None  # equal at the graph's own length alone
         return [found[width] for width in self.widths]
 
-    def run(self, given: Pass, counts: list[int]) -> torch.Tensor:
-        """The state (1, 1, D) after the last layer of a pass's last token; its keys and values are in `tensors`."""
+    def run(self, given: Pass) -> torch.Tensor | None:
+        """The state (1, 1, D) after the last layer of a pass's last token, whose keys and values then are in `tensors`;
+        None if the graph can't run it. The host does not wait for it."""
         tokens = given.states.shape[1]
+        if (counts := self.real_counts(tokens)) is None:
+            return None
         self.states[:, :tokens] = given.states
         self.positions[:, :tokens] = given.position_ids
         self.numbers.copy_(torch.tensor(counts))
@@ -166,6 +194,7 @@ class Graphs:
     def __init__(self) -> None:
         self.lock, self.made = threading.Lock(), dict[Any, PrefillGraph | None]()
         self.signature: Any = None
+        self.weights: list[Weight] = []
         self.pool: Any = None
 
     def __reduce__(self) -> Any:
@@ -180,13 +209,21 @@ class Graphs:
         small = slots * states.shape[2] <= LARGEST and lengths == [tokens]  # a single row without padding
         if states.device.type not in DEVICES or not small or not suits(decoder, given, request):
             return None
+        key = slots, schedule, states.dtype, *given.options.items()
         with self.lock, torch.cuda.device(states.device) if states.is_cuda else nullcontext():
-            if (signature := signature_of(decoder, states.device)) is None:
-                return None
-            if signature != self.signature:  # weights were moved or exchanged
+            graph, last = self.made.get(key), None
+            if graph is not None and all(map(is_in_place, self.weights)):
+                last = graph.run(given)  # and while the device is busy, the host looks whether it may
+            found = looked_through(decoder, states.device)
+            if found is None or found[0] != self.signature:  # weights were exchanged, or someone watches
+                if last is not None and states.is_cuda:
+                    torch.cuda.synchronize()
                 self.made.clear()
-                self.signature, self.pool = signature, torch.cuda.graph_pool_handle() if states.is_cuda else None
-            key = slots, schedule, states.dtype, *given.options.items()
+                self.signature, self.weights = found or (None, [])
+                self.pool = torch.cuda.graph_pool_handle() if states.is_cuda else None
+                last = None
+            if found is None:
+                return None
             if key not in self.made:
                 try:
                     with torch.inference_mode(False), torch.no_grad():
@@ -197,11 +234,10 @@ class Graphs:
                     self.made.pop(next(iter(self.made)))
                 self.made[key] = graph
             graph = self.made[key] = self.made.pop(key)  # the last one used is the last to go
-            if graph is None or (counts := graph.real_counts(tokens)) is None:
+            if graph is None or (last is None and (last := graph.run(given)) is None):
                 return None
             plans = decoder._plans(schedule, [tokens], states.device)
             decoder._prepare_cache(given, plans, [tokens], False)
-            last = graph.run(given, counts)  # nothing after it waits for the device
             held = [tokens] * schedule.start + [plan.cached.width for plan in plans]
             for layer, count in enumerate(held):
                 given.cache.update(*(part[:, :, :count] for part in graph.tensors[layer]), layer)
@@ -223,21 +259,30 @@ def suits(decoder: Any, given: Pass, request: Any) -> bool:
     return asked and usual and unmasked
 
 
-def signature_of(decoder: Any, device: torch.device) -> tuple[Any, ...] | None:
-    """What a graph of a decoder relies on: its modules, and where their weights are; None if not all are plain ones on
-    the device, or there is a module that someone watches or that may change what it does, such as an adapter."""
-    found, left = list[int](), [decoder]
+def looked_through(decoder: Any, device: torch.device) -> tuple[list[int], list[Weight]] | None:
+    """What a graph of a decoder relies on: numbers that tell its modules, and where their weights are; None if not all
+    are plain ones on the device, or there is a module that someone watches or that may change what it does, such as an
+    adapter."""
+    modules, weights, left = list[int](), list[Weight](), [decoder]
     while left:
         module = left.pop()
         left += filter(None, module._modules.values())
-        weights = [weight for weight in module._parameters.values() if weight is not None]
         usual = (
             type(module).__module__.split(".")[0] in MODULES and "forward" not in vars(module) and not watched(module)
         )
-        if not usual or any(type(weight) is not nn.Parameter or weight.device != device for weight in weights):
+        parts = module._parameters
+        if not usual or any(
+            p is not None and (type(p) is not nn.Parameter or p.device != device) for p in parts.values()
+        ):
             return None
-        found += [
-            id(module),
-            *(part.data_ptr() for part in (*weights, *filter(torch.is_tensor, module._buffers.values()))),
-        ]
-    return tuple(found)
+        modules.append(id(module))
+        for held in (parts, module._buffers):
+            weights += [(held, name, part.data_ptr()) for name, part in held.items() if part is not None]
+    return [*modules, *(pointer for _, _, pointer in weights)], weights
+
+
+def is_in_place(weight: Weight) -> bool:
+    """Whether a tensor is where it was."""
+    held, name, pointer = weight
+    part: Any = held.get(name)
+    return type(part) in (nn.Parameter, torch.Tensor) and part.data_ptr() == pointer

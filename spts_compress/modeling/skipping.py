@@ -102,7 +102,7 @@ class SkippingDecoderLayer(StockLayer):
                 worth = in_pieces(proxy, states, NORM_PIECE) * score
             ffn_index = plan.choose(plan.ffn_tokens, plan.order(worth, raw, plan.ffn_tokens))
         else:
-            ffn_index = plan.choose(plan.ffn_tokens, order)
+            ffn_index = attention_index if plan.ffn_tokens is plan.active else plan.choose(plan.ffn_tokens, order)
         run: Any = self.feed_forward
         inputs, estimate = states, None
         if plan.schedule.update and ffn_index is not None:
