@@ -181,10 +181,27 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
             f"the recipe gives no schedule, so this is a default: {speedup:.2f} times fewer FLOPs at {longest} tokens; "
             "`search:` finds a better one"
         )
+    if (schedule.uses_proxies or schedule.update) and (idle := _idle(schedule, context, max(recipe.report.lengths))):
+        log(
+            f"schedule: of the longest of report.lengths, {max(recipe.report.lengths)} tokens, layers "
+            f"{', '.join(map(str, idle))} skip nothing, so that nothing is fitted for them, though they skip in longer "
+            "prompts: give report.lengths as long as yours will be"
+        )
     if not schedule.uses_proxies:
         return recipe, replace(schedule, proxy=())
     sizes = plan.proxy_sizes(config, recipe.proxy, schedule.start)
     return recipe, replace(schedule, proxy=tuple(sizes[layer] for layer in range(schedule.start, layers)))
+
+
+def _idle(schedule: Schedule, context: int, longest: int) -> list[int]:
+    """Layers that skip tokens of the longest prompts there may be, and none of those of `longest` tokens."""
+
+    def skips(layer: int, length: int) -> bool:
+        counts = replace(schedule, min_length=0).counts(layer, length)
+        return min(counts.active, counts.ffn_tokens) < counts.candidates_in
+
+    layers = range(schedule.start, schedule.stages[-1].end + 1)
+    return [layer for layer in layers if skips(layer, context) and not skips(layer, longest)]
 
 
 def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:

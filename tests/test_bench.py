@@ -70,6 +70,16 @@ def test_the_break_even_is_the_first_length_that_pays(monkeypatch, overhead, con
     assert {"min_length": 0} in skipped and skipped[0] is None
 
 
+def test_a_length_that_pays_by_noise_alone_is_no_break_even(monkeypatch):
+    model = tiny_model(schedule=SCHEDULE, max_position_embeddings=2048)
+
+    def seconds(model, ids, new_tokens, spts=None):
+        return {1: 1.0 if spts is None or ids.shape[1] in (128, 512, 1024) else 2.0} if spts else {1: 1.5}
+
+    monkeypatch.setattr("spts_compress.timing.pairs.seconds", seconds)
+    assert shortest_paying_length(pairs.stock_twin(model), model, pairs=3) == 512
+
+
 def test_the_break_even_is_never_a_length_at_which_nothing_is_skipped(monkeypatch):
     model = tiny_model(schedule={**SCHEDULE, "stages": [{"end": 4, "budget": 200}]}, max_position_embeddings=2048)
     monkeypatch.setattr("spts_compress.timing.pairs.seconds", lambda *_, spts=None: {1: 1.0 if spts else 2.0})

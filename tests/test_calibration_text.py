@@ -8,6 +8,7 @@ import json
 import lzma
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
@@ -321,6 +322,16 @@ def test_the_split_never_shares_a_document(sources, pack):
     if min(len(set(numbers)) for numbers in sources) > 8:  # else documents may be cut
         assert not words(made.fit) & words(made.held_out)
         assert not words(made.fit) & set(made.unseen.split())
+
+
+def test_every_half_of_what_is_held_out_is_of_all_sources():
+    texts = [[f"{word} " * 40 + str(n) for n in range(40)] for word in ("first", "second", "third")]
+    tokenizer = tiny_tokenizer()
+    made = blocks(section(tokens=12000, length=64, held_out=0.3), texts, tokenizer)
+    stream = torch.cat(made.held_out)
+    for half in stream.chunk(2):
+        shares = [tokenizer.decode(half).count(word) for word in ("first", "second", "third")]
+        assert min(shares) > 0.5 * max(shares)
 
 
 @pytest.mark.parametrize("count", [1, 12])

@@ -95,8 +95,8 @@ OWLS = "第三只猫头鹰在老树上安静地睡觉，河水慢慢地流过村
 @pytest.mark.parametrize(
     "text",
     [
-        OWLS * 80,
-        re.sub(r"\W", "", OWLS) * 80,
+        "".join(OWLS.replace("三", chr(0x4E00 + n)) for n in range(80)),
+        re.sub(r"\W", "", "".join(OWLS.replace("三", chr(0x4E00 + n)) for n in range(80))),
         "".join(f"{n} तीसरा उल्लू पुराने पेड़ पर चुपचाप सोता है। नदी गाँव के पास से धीरे धीरे बहती है। " for n in range(61)),
         "the third owl sleeps in a warm and quiet old tree by the river " * 100,
         f"{', '.join(f'A warm and quiet old tree number {n}' for n in range(400))}. Short ones are here as well. ",
@@ -839,6 +839,18 @@ def test_prompts_are_padded_without_a_token_for_it():
         assert own["attention_mask"].all() and torch.equal(row[real.bool()], own["input_ids"][0])
         assert real.tolist() == [0] * (ids.shape[1] - int(real.sum())) + [1] * int(real.sum())
     assert ids.shape[0] == 2 and mask[0, 0] == 0
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_no_prompt_ends_with_the_token_that_some_tokenizers_put_last(template):
+    tokenizer = tiny_tokenizer()
+    specials = [("<s>", 1), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    own = tokenizer("The fox </s>", add_special_tokens=False)["input_ids"]  # one that the text has stays
+    ids = runner.encode(tokenizer, ["The fox </s>"], torch.device("cpu"))["input_ids"][0].tolist()
+    assert own[-1] == tokenizer.eos_token_id and ids == (own if template else [1, *own])
+    assert token_count(tokenizer, "The fox </s>") == len(ids)
 
 
 def test_text_too_short_to_follow_a_prompt_has_no_perplexity():

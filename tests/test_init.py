@@ -145,6 +145,23 @@ def test_proxies_that_nothing_uses_are_not_made(tmp_path, selection, proxies):
     assert len(found.proxy) == proxies
 
 
+def test_layers_that_skip_in_longer_prompts_alone_are_told(tmp_path):
+    stages = [{"end": 2, "budget": 600}, {"end": 4, "budget": 250}]
+    schedule = {
+        "start": 1,
+        "stages": stages,
+        "ffn_selection": "attention",
+        "update": {"attention_rank": 1, "ffn_rank": 1},
+    }
+    data = {"model": {"path": "x"}, "schedule": schedule, "export": {"path": "out"}}
+    for lengths, told in (([430], "430 tokens, layers 1, 2 skip nothing"), ([100, 700], "")):
+        notes = []
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**data, "report": {"lengths": lengths}}))
+        config = tiny_config("llama", max_position_embeddings=2048)
+        pipeline.suited(load(tmp_path / "recipe.yaml"), config, notes.append)
+        assert [told in note for note in notes] == [True] * bool(told)
+
+
 @pytest.mark.parametrize(("size", "regression"), [(Proxy(1, 0), False), (Proxy(1, 0), True), (Proxy(20, 6), False)])
 def test_a_proxy_of_rank_0_is_the_regression_alone(size, regression):
     generator = torch.Generator().manual_seed(0)

@@ -184,9 +184,12 @@ def test_a_cards_results_of_others_stay():
     for rows, expected in (([row], 1), ([row, {**row, "task": "cwe"}], 2), ([{**row, "unskipped": 2}], 0), ([], 0)):
         text = card.with_results(text, "ours", rows)
         data, after = metadata(text)
-        assert list(data) == ["license", "model-index", "zebra"] and data["zebra"] == [{"a": 1}] and after == words
+        assert list(data) == ["license", "zebra", "model-index"] and data["zebra"] == [{"a": 1}] and after == words
         assert data["model-index"][:3] == theirs
         assert [len(entry["results"]) for entry in data["model-index"][3:]] == ([expected] if expected else [])
+    head = "---\nlanguage:\n- en\n- no\nversion: 1.10\n# kept\nzebra: 1\nmodel-index:\n- name: a\n  results: []\n---\n"
+    kept = card.with_results(head, "ours", [])
+    assert kept == head and card.with_results(card.with_results(head, "ours", [row]), "ours", []) == head
     [entry] = metadata(card.with_results("words", "ours", [row]))[0]["model-index"]
     assert entry["name"] == "ours" and [m["value"] for m in entry["results"][0]["metrics"]] == [100.0, 50.0]
     assert "model-index" not in card.with_results(card.with_results("words", "ours", [row]), "ours", [])

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from spts_compress.calibrate import capture
 from spts_compress.fit import ltp, metrics, refine, size
+from spts_compress.modeling import skipping
 from spts_compress.modeling.configuration_spts import Proxy
 from spts_compress.modeling.selection import FeedForwardProxy
 from spts_compress.recipe import ProxySection
@@ -224,7 +225,8 @@ def test_fidelity_matches_plain_computations():
         assert found["proxy"]["recall"] == len(hit) / 50
 
 
-def test_fidelity_on_skipped_states_matches_the_layers_own_computation():
+@pytest.mark.parametrize("piece", [512, 16])  # tokens that a proxy is called with on a CPU
+def test_fidelity_on_skipped_states_matches_the_layers_own_computation(piece, monkeypatch):
     model = tiny_model(seed=3)
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
     layer, held = model.model.layers[1], []
@@ -234,6 +236,7 @@ def test_fidelity_on_skipped_states_matches_the_layers_own_computation():
         handle.remove()
         [(x, predicted)] = held
         true = layer.mlp(layer.post_attention_layernorm(x))[0].norm(dim=-1)
+    monkeypatch.setattr(skipping, "NORM_PIECE", piece)
     found = metrics.on_skipped_states(model, {"input_ids": ids}, relative=False)
     assert sorted(found) == [1, 2, 3, 4]
     expected = spearmanr(predicted[0].numpy(), true.numpy()).statistic

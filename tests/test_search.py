@@ -237,6 +237,15 @@ def test_what_confirms_a_search_was_not_searched_on():
         PromptSet(section, TOKENIZER, TEXT * 9).filled(SINGLE_PROCESS)
 
 
+def test_free_answers_are_about_stretches_of_their_own_where_there_is_text_enough():
+    section = SearchSection(kinds=["free"], lengths=[512], prompts=6)
+    prose = " ".join(f"Owl {n} sleeps in a warm and quiet old tree{' of the wood' * (n % 7)}." for n in range(600))
+    made = PromptSet(section, TOKENIZER, prose)
+    assert not made.notes
+    numbers = [set(re.findall(r"Owl (\d+) sleeps", item.text)) for item in made.filled(SINGLE_PROCESS).items]
+    assert sum(map(len, numbers)) == len(set().union(*numbers))
+
+
 @pytest.mark.parametrize(("count", "repeats", "shares"), [(8, True, True), (100, False, True), (4000, False, False)])
 def test_text_shorter_than_the_prompts_of_a_search_is_told(count, repeats, shares):
     section = SearchSection(kinds=["free"], lengths=[512], prompts=16)

@@ -6,6 +6,8 @@ import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +126,13 @@ def blocks(
         asks = "calibration.chat_template is set" if section.chat_template else "the calibration text has conversations"
         raise UserError(f"{asks}, but the base's tokenizer has no chat template: give plain text, or a base with one")
     parts = [_of_one_source(section, texts, tokenizer, section.tokens // len(unique), seen) for texts in unique]
-    fit, held_out = ([block for part in parts for block in getattr(part, name)] for name in ("fit", "held_out"))
-    joined = Blocks(fit, held_out, parts[0].unseen, frozenset().union(*(part.fitted for part in parts)))
+    fit = [block for part in parts for block in part.fit]
+    joined = Blocks(
+        fit,
+        _mixed([part.held_out for part in parts]),
+        parts[0].unseen,
+        frozenset().union(*(part.fitted for part in parts)),
+    )
     to_fit, to_check = joined.sizes
     if to_fit < 256 or to_check < 64:
         raise UserError(
@@ -135,6 +142,15 @@ def blocks(
     if to_fit + to_check < 0.9 * section.tokens:
         log(f"calibration: the text gives {to_fit + to_check} tokens, fewer than calibration.tokens: {section.tokens}")
     return joined
+
+
+def _mixed(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The blocks of several sources in turn, so that any stretch of them is of all, each by its share."""
+    placed = []
+    for part in parts:
+        ends = list(accumulate(map(len, part)))
+        placed += [((end - len(block) / 2) / ends[-1], block) for end, block in zip(ends, part, strict=True)]
+    return [block for _, block in sorted(placed, key=itemgetter(0))]
 
 
 def document_key(text: str) -> str:

@@ -1,9 +1,11 @@
 """The model card of an exported checkpoint."""
 
+import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import yaml_dump
 from yaml import YAMLError
 
 from ..calibrate.base_model import Base
@@ -32,6 +34,8 @@ searched on is {that} of the prompts measured above.
 """
 
 
+HEAD = re.compile(r"(\s*---\n)(.*?\n)(?=---\s)", re.DOTALL)  # of a card, with its metadata
+INDEX = re.compile(r"^model-index:.*\n([ -].*\n)*", re.MULTILINE)  # up to the next key
 METRICS = {"dense": "score with spts=False", "spts": "score with skipping"}
 
 
@@ -48,7 +52,13 @@ def license_of(base: Base) -> dict[str, Any]:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError) as error:
         raise UserError(f"{card}: its metadata can't be read: {reason(error)}; mend them, or remove the file") from None
-    return {name: data[name] for name in ("license", "license_name", "license_link", "language") if data.get(name)}
+    found = {name: data[name] for name in ("license", "license_name", "license_link", "language") if name in data}
+    if isinstance(languages := found.get("language"), list | bool):  # YAML reads Norwegian's code as false
+        codes = [
+            "no" if code is False else code for code in (languages if isinstance(languages, list) else [languages])
+        ]
+        found["language"] = codes if isinstance(languages, list) else codes[0]
+    return {name: value for name, value in found.items() if value}
 
 
 def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
@@ -79,7 +89,12 @@ def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:
         if row.get("unskipped", 0) < row["items"]
         for mode, metric in METRICS.items()
     ]
-    card.data["model-index"] = [*others, *(eval_results_to_model_index(name, own) if own else [])] or None
+    card.data["model-index"] = entries = [*others, *(eval_results_to_model_index(name, own) if own else [])] or None
+    if head := HEAD.match(text):  # the rest stays as it is written, since YAML reads the code "no" as false
+        index = yaml_dump({"model-index": entries}, sort_keys=False) if entries else ""
+        made = head[1] + INDEX.sub("", head[2]) + index + text[head.end() :]
+        if RepoCard(made).data.to_dict() == card.data.to_dict():
+            return made
     return str(card)
 
 

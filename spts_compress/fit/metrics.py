@@ -43,7 +43,7 @@ def fidelity(unit: dict[str, torch.Tensor], share: float, relative: bool) -> dic
 def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: bool) -> dict[int, dict[str, float]]:
     """Each skipping layer's ranking of the candidates of one prompt (1, n) at its own budget, on the states that
     skipping really leaves there."""
-    rankings: dict[int, dict[str, float]] = {}
+    norms: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     layers = dict(enumerate(model.model.layers))
     handles = []
 
@@ -54,8 +54,7 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
             true = torch.cat([part.float().norm(dim=-1)[0] for part in parts])
             if relative:
                 true = true / states[0].float().square().mean(-1).sqrt()
-            counts = model.config.schedule().counts(number, inputs["input_ids"].shape[1])
-            rankings[number] = ranking(predicted[0], true, counts.ffn_tokens / counts.candidates_in)
+            norms.setdefault(number, []).append((predicted[0], true))  # a proxy may be called piece by piece
 
         handles.append(layer.proxy.register_forward_hook(hook))
 
@@ -67,4 +66,9 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
     finally:
         for handle in handles:
             handle.remove()
+    rankings = {}
+    for number, pieces in norms.items():
+        counts = model.config.schedule().counts(number, inputs["input_ids"].shape[1])
+        predicted, true = map(torch.cat, zip(*pieces, strict=True))
+        rankings[number] = ranking(predicted, true, counts.ffn_tokens / counts.candidates_in)
     return rankings

@@ -18,6 +18,8 @@ from . import metrics
 from .ltp import FeedForward, Tokens
 from .size import choose
 
+UNKNOWN_SHARE = 0.25  # that a proxy is chosen at whose layer runs on all of its candidates, so that any would do
+
 
 def fit_proxies(
     model: PreTrainedModel,
@@ -49,6 +51,7 @@ def fit_proxies(
     layers, dtype = range(schedule.start, model.config.num_hidden_layers), model.dtype
     data_key = fingerprint(key, [block.tolist() for block in blocks])
     shares = {layer: _share(schedule, layer, length) for layer in layers}
+    shares = {layer: share if share < 1 else UNKNOWN_SHARE for layer, share in shares.items()}
     full = {layer: schedule.proxy_of(layer) for layer in layers}
     options = section.model_dump(exclude={"channels", "rank"})
     own_key = fingerprint(data_key, sequences.sizes, options, relative)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..recipe import SearchSection
 from ..tasks import agreement, ruler, synthetic
-from ..tasks.example import Example, ask_about, different, is_shorter, sentences, text_notes
+from ..tasks.example import Example, ask_about, different, is_shorter, places, sentences, text_notes
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 
@@ -47,8 +47,7 @@ def _free(tokenizer: Any, prose: str, length: int, number: int, count: int, toke
     """The question `number` about a stretch of `prose`, `count` of them each from another place, as far as there are
     any."""
     rng, parts = random.Random(f"{seed} {number} {length}"), sentences(prose)
-    places = random.Random(f"{seed} {length}").sample(range(len(parts)), min(count, len(parts)))
-    start = places[number % len(places)]
+    start = places(parts, count, random.Random(f"{seed} {length}").random())[number % count]
     words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
     term = rng.choice([word for word in words if len(word) > 6] or words)
     question = FREE[number % len(FREE)].replace("{term}", term)

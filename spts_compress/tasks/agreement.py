@@ -12,7 +12,7 @@ import torch
 
 from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
-from .example import Example, ask_about, different, sentences
+from .example import Example, ask_about, different, places, sentences
 from .runner import encode
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
@@ -30,10 +30,9 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
             prompts are the same.
     """
     parts = sentences(haystack)
-    starts = (index * len(parts) // count for index in range(count))
     made = [
         ask_about(TASK, index, tokenizer, parts, start, QUESTION, length, answer_tokens)
-        for index, start in enumerate(starts)
+        for index, start in enumerate(places(parts, count))
     ]
     return different(TASK, made)
 

@@ -1,9 +1,11 @@
 """What every task makes: prompts of a given length with known answers."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import accumulate
 from typing import Any
 from unicodedata import category
 
@@ -66,10 +68,17 @@ def plain(tokenizer: Any, text: str) -> str:
     return tokenizer.bos_token + text if begins else text
 
 
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokens of prompts: without special ones where a chat template has put them, or else with those that the tokenizer
+    puts first. The one that some put last would end the answer before it begins."""
+    special = not getattr(tokenizer, "chat_template", None)
+    rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    ends = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [row[:-1] for row in rows] if ends else rows
+
+
 def token_count(tokenizer: Any, text: str) -> int:
-    return len(
-        tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None), verbose=False)["input_ids"]
-    )
+    return len(token_ids(tokenizer, [text])[0])
 
 
 def longest(build: Callable[[int], str], tokenizer: Any, limit: int, most: int) -> int:
@@ -151,6 +160,14 @@ def ask_about(
         return chat(tokenizer, question.replace("{context}", context))
 
     return fit_example(task, index, tokenizer, build, limit, answer_tokens, unit, outputs=[])
+
+
+def places(parts: list[str], count: int, first: float = 0.0) -> list[int]:
+    """`count` of the sentences `parts`, with as much text from each to the next, and from the last one round to the
+    first, which is the one at `first` of the text, from 0 to 1; of few sentences as many from each to the next."""
+    ends, shares = list(accumulate(map(len, parts))), [(first + number / count) % 1 for number in range(count)]
+    starts = [bisect_right(ends, share * ends[-1]) for share in shares]
+    return starts if len(set(starts)) == count else [int(share * len(parts)) for share in shares]
 
 
 def different(task: str, examples: list[Example]) -> list[Example]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
 from ..utils.store import fingerprint, full_disk_named
-from .example import Example
+from .example import Example, token_ids
 
 MODES = ("dense", "spts")
 BEGIN = b'{"key": "'  # of every line
@@ -85,8 +85,7 @@ def answer_key(mode_key: str, example: Example) -> str:
 def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
     """Token ids and mask of prompts that already carry their chat template, padded on the left: by hand, since a
     tokenizer may have no token for it."""
-    special = not getattr(tokenizer, "chat_template", None)
-    rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    rows = token_ids(tokenizer, texts)
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     spare = [max(map(len, rows)) - len(row) for row in rows]
     ids = [[pad] * count + row for count, row in zip(spare, rows, strict=True)]
