@@ -196,6 +196,15 @@ def test_prompt_logprobs_run_dense_and_samples_of_one_prompt_skip(checkpoint, en
     assert skipped(llm) == 3
 
 
+def test_every_step_of_a_beam_search_is_a_prompt_of_its_own(checkpoint, engine):
+    from vllm.sampling_params import BeamSearchParams
+
+    llm, [asked] = engine(checkpoint), prompts(120)
+    before = skipped(llm)
+    llm.beam_search([{"prompt_token_ids": asked}], BeamSearchParams(beam_width=1, max_tokens=3, ignore_eos=True))
+    assert skipped(llm) == before + 3
+
+
 def test_what_is_neither_true_nor_false_is_an_error(checkpoint, engine):
     with pytest.raises(vllm.exceptions.VLLMValidationError, match="neither true nor false"):
         ask(engine(checkpoint), prompts(100), params(extra_args={"spts": "no"}))
