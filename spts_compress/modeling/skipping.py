@@ -157,13 +157,14 @@ class SkippingDecoderLayer(StockLayer):
         estimate: torch.Tensor | None,
     ) -> torch.Tensor:
         """States (B, T, D) with the output of the chosen tokens, or of all, added to theirs, and to the others' what is
-        estimated of them all, (B, T, D)."""
+        estimated of them all, (B, T, D) or (1, 1, D)."""
         if index is None:
             return states + output
         with part("gathers"):
-            if estimate is None:
-                return scatter_tokens(states, index, gather_tokens(states, index) + output, count.valid)
-            return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
+            if estimate is not None and estimate.shape == states.shape:
+                return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
+            both = gather_tokens(states, index) + output
+            return scatter_tokens(states if estimate is None else states + estimate, index, both, count.valid)
 
 
 class SkippingModel(PlannedRuns):

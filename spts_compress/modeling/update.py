@@ -13,7 +13,7 @@ class LowRankUpdate(nn.Module):
     no norm before. What a norm after the part does is in the estimate.
 
     `bias` (D) is `b`, `down` (r, D) is `U` and `up` (D, r) is `V`: 4 r D FLOPs a token. With rank 0
-    there is the bias alone.
+    there is the bias alone, one estimate (1, 1, D) for all tokens.
     """
 
     def __init__(self, hidden_size: int, rank: int):
@@ -26,5 +26,5 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         if not self.rank:
-            return self.bias.expand_as(normed).clone()
+            return self.bias.clone()[None, None]
         return linear(linear(normed, self.down), self.up, self.bias)
