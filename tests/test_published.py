@@ -15,7 +15,7 @@ from spts_compress.tasks.scorers import score
 class Words:
     """A tokenizer whose tokens are words."""
 
-    chat_template = None
+    chat_template = eos_token_id = None
 
     def __call__(self, text, **options):
         return {"input_ids": text.split()}

@@ -68,17 +68,16 @@ def plain(tokenizer: Any, text: str) -> str:
     return tokenizer.bos_token + text if begins else text
 
 
-def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Tokens of prompts: without special ones where a chat template has put them, or else with those that the tokenizer
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a prompt: without special ones where a chat template has put them, else with those that the tokenizer
     puts first. The one that some put last would end the answer before it begins."""
     special = not getattr(tokenizer, "chat_template", None)
-    rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    ends = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return [row[:-1] for row in rows] if ends else rows
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids[:-1] if special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] else ids
 
 
 def token_count(tokenizer: Any, text: str) -> int:
-    return len(token_ids(tokenizer, [text])[0])
+    return len(token_ids(tokenizer, text))
 
 
 def longest(build: Callable[[int], str], tokenizer: Any, limit: int, most: int) -> int:

@@ -85,7 +85,7 @@ def answer_key(mode_key: str, example: Example) -> str:
 def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
     """Token ids and mask of prompts that already carry their chat template, padded on the left: by hand, since a
     tokenizer may have no token for it."""
-    rows = token_ids(tokenizer, texts)
+    rows = [token_ids(tokenizer, text) for text in texts]
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     spare = [max(map(len, rows)) - len(row) for row in rows]
     ids = [[pad] * count + row for count, row in zip(spare, rows, strict=True)]
