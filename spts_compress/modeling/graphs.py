@@ -217,7 +217,7 @@ class Graphs:
             found = looked_through(decoder, states.device)
             if found is None or found[0] != self.signature:  # weights were exchanged, or someone watches
                 if last is not None and states.is_cuda:
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize()  # before the graph goes
                 self.made.clear()
                 self.signature, self.weights = found or (None, [])
                 self.pool = torch.cuda.graph_pool_handle() if states.is_cuda else None

@@ -163,8 +163,8 @@ class SkippingDecoderLayer(StockLayer):
         with part("gathers"):
             if estimate is not None and estimate.shape == states.shape:
                 return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
-            both = gather_tokens(states, index) + output
-            return scatter_tokens(states if estimate is None else states + estimate, index, both, count.valid)
+            others = states if estimate is None else states + estimate.to(output.dtype)
+            return scatter_tokens(others, index, gather_tokens(states, index) + output, count.valid)
 
 
 class SkippingModel(PlannedRuns):
