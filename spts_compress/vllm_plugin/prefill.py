@@ -110,7 +110,9 @@ class PagedLayer(SkippingDecoderLayer):
 
     def _add(self, states: torch.Tensor, index: Any, output: torch.Tensor, _: Any, estimate: Any) -> torch.Tensor:  # type: ignore[override]
         """As in modeling, in place, by vLLM's kernel that makes the next norm with the sum; `normed` then has it."""
-        added = output if index is None else estimate.to(output.dtype).index_copy_(1, index[0], output)
+        added = output
+        if index is not None:
+            added = estimate.to(output.dtype).expand_as(states).contiguous().index_copy_(1, index[0], output)
         if (norm := next(self.blocks.next_norms, None)) is None:
             return states + added
         fused_add_rms_norm(added, states, norm.weight, norm.variance_epsilon)
