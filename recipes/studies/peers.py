@@ -92,7 +92,9 @@ parser.add_argument("out", type=new_result)
 parser.add_argument("--longbench", help="LongBench's folder; needles alone without it")
 parser.add_argument("--draft", type=Path, help="folder of a small model, for speculative prefill")
 parser.add_argument("--work", type=Path, help="where what is done is kept; OUT without .json by default")
-parser.add_argument("--targets", default="2", help="counted speed-ups at --length")
+parser.add_argument(
+    "--targets", default="2", help="counted speed-ups at --length; '' for none but the checkpoints' own"
+)
 parser.add_argument("--length", type=int, default=4096, help="of prompts in tokens, answers included")
 parser.add_argument("--tasks", default=",".join([*ruler.NEEDLES, "vt"]), help="of RULER")
 parser.add_argument("--needles", type=int, default=4, help="prompts of each of these tasks")
@@ -415,7 +417,7 @@ done.check = lambda: [keys.unchanged() for _, keys in checkpoints.values()] and 
 def chosen() -> tuple[list[Way], list[dict]]:
     """Every method at every target, and what was tried for it on other prompts."""
     ways, choices = [baseline, *(skipping(name) for name in checkpoints)], []
-    for target in map(float, args.targets.split(",")):
+    for target in map(float, filter(None, args.targets.split(","))):
         found = candidates(target)
         several = [way for some in found.values() if len(some) > 1 for way in some]
         tried = measured(several, to_choose_on, f"choosing at {target:g}x", scored=False)
