@@ -30,7 +30,7 @@ from .export.verify import write_manifest
 from .fit.proxies import fit_proxies, judged
 from .fit.updates import blank, fit_updates
 from .modeling.configuration_spts import Schedule
-from .recipe import Recipe, SearchSection
+from .recipe import ModelSection, Recipe, SearchSection
 from .search import dense_reference, space
 from .search import run as searching
 from .search import tables as search_tables
@@ -62,7 +62,17 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     name = recipe.model.path or str(recipe.model.gguf_file)
     tell_of_own_code(config, name, notes.append)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
-    return "\n".join([plan.describe(name, config, schedule, *rest), *notes])
+    return "\n".join([plan.describe(name, config, schedule, *rest, _weight_bytes(recipe.model, config)), *notes])
+
+
+def _weight_bytes(section: ModelSection, config: Any) -> int | None:
+    """Bytes of the weights that a run writes: of files that it copies, or of a GGUF file's tensors, twice, in the work
+    folder too; None where they are not on this disk."""
+    if section.gguf_file:
+        return 2 * plan.BYTES[section.dtype] * plan.parameters(config)
+    folder = Path(section.path or "").expanduser()
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    return sum(path.stat().st_size for path in files) if section.path and files else None
 
 
 def run(
@@ -218,7 +228,8 @@ def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:
     recipe, schedule = suited(recipe, config)
     dtype, tokens = recipe.model.dtype, recipe.calibration.tokens
     parent = next(p for p in output.absolute().parents if p.exists())
-    need, free = plan.disk_need(config, schedule, dtype, tokens, recipe.search), shutil.disk_usage(parent).free
+    need = plan.disk_need(config, schedule, dtype, tokens, recipe.search, _weight_bytes(recipe.model, config))
+    free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(f"{parent}: {size(free)} free on the disk, but the run needs about {size(need)}")
     if device.startswith("cuda"):

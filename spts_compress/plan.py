@@ -102,14 +102,17 @@ def prediction_table(config: Any, schedule: Schedule, lengths: list[int]) -> str
     return table(["prompt", "FLOPs, dense / SPTS", "KV cache kept", "probing share"], rows)
 
 
-def disk_need(config: Any, schedule: Schedule, dtype: str, tokens: int, search: SearchSection | None) -> int:
-    """Bytes a run writes at most: the checkpoint, the proxies twice, two sets of hidden states, and the dense states
-    of the search's prompts before every layer where skipping may begin."""
+def disk_need(
+    config: Any, schedule: Schedule, dtype: str, tokens: int, search: SearchSection | None, weights: int | None
+) -> int:
+    """Bytes a run writes at most: the `weights`, of as many bytes if that is known, the proxies twice, two sets of
+    hidden states, and the dense states of the search's prompts before every layer where skipping may begin."""
     proxies, states = proxy_parameters(config, schedule), 2 * tokens
     if search is not None:
         places = {*search.start_layers(config.num_hidden_layers), schedule.start}
         states += 2 * len(places) * len(search.kinds) * search.prompts * sum(search.lengths)
-    return BYTES[dtype] * (parameters(config) + states * config.hidden_size) + (4 + BYTES[dtype]) * proxies
+    weights = BYTES[dtype] * parameters(config) if weights is None else weights
+    return weights + BYTES[dtype] * states * config.hidden_size + (4 + BYTES[dtype]) * proxies
 
 
 def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
@@ -176,18 +179,21 @@ def describe(
     tokens: int,
     search: SearchSection | None,
     device: str,
+    weights: int | None = None,
 ) -> str:
-    """The plan as text."""
+    """The plan as text, without what a run needs if it has no `tokens`."""
     probes = proxy_parameters(config, schedule)
     head = [
         f"model     {name}: {config.model_type}, {config.num_hidden_layers} layers, "
         f"hidden size {config.hidden_size}, {parameters(config) / 1e9:.2f}B parameters, {dtype}",
         f"proxies   {config.num_hidden_layers - schedule.start} layers, {_sizes(schedule)}: "
         f"{probes / 1e6:.1f}M parameters ({probes / parameters(config):.1%} of the model)",
-        f"needs     about {size(memory_need(config, dtype, tokens, device))} of memory"
-        f"{' beside the weights, which stay on the disk where it is short,' if device == 'cpu' else ''} and "
-        f"{size(disk_need(config, schedule, dtype, tokens, search))} of disk",
     ]
+    if tokens:
+        beside = " beside the weights, which stay on the disk where it is short," if device == "cpu" else ""
+        memory = memory_need(config, dtype, tokens, device)
+        disk = disk_need(config, schedule, dtype, tokens, search, weights)
+        head.append(f"needs     about {size(memory)} of memory{beside} and {size(disk)} of disk")
     if search is not None:
         return "\n".join([*head, _search(search)])
     if blind := blind_ends(config, schedule):

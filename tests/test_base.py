@@ -359,6 +359,9 @@ def test_a_stretched_context_counts():
 
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
     assert context(rope_type="default") == 100 and context(**yarn) == 400
+    long = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama-3.2 says 8192 and 32, and reads 131072
+    assert context(**{**yarn, "rope_type": "llama3", **long}) == 100
+    assert context(**{**yarn, "rope_type": "dynamic"}) == 100
 
 
 def test_a_revision_is_of_a_repository_alone(bases, tmp_path):

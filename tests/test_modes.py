@@ -13,6 +13,8 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from spts_compress.modeling.stock_layer import layer_windows
+
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 SCHEDULES = {"llama": SCHEDULE, "gemma3_text": UPDATING}  # the last one has windows
 
@@ -205,3 +207,33 @@ def test_layers_skipped_by_different_schedules_are_masked_each_by_its_own_length
             for index in range(3):
                 alone = model(prompt(3)[:, index : index + 1], past_key_values=mixed).logits
                 torch.testing.assert_close(together[:, index : index + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_hooks_on_attention_are_refused_where_they_would_not_run():
+    """Those on its parts run; transformers' own, which record what a dense call asks for, do not count."""
+    model, ids, seen = tiny_model("llama", SCHEDULE), torch.arange(3, 63)[None], []
+    with torch.no_grad():
+        plain = model(ids, logits_to_keep=1).logits
+        model(ids, output_attentions=True, spts=False)
+        torch.testing.assert_close(model(ids, logits_to_keep=1).logits, plain)
+        attention = model.model.layers[3].self_attn
+        handle = attention.register_forward_hook(lambda *_: seen.append(1))
+        with pytest.raises(ValueError, match="hook its parts, or pass spts=False"):
+            model(ids, logits_to_keep=1)
+        model(ids, logits_to_keep=1, spts=False)
+        handle.remove()
+        attention.o_proj.register_forward_hook(lambda *_: seen.append(2))
+        model(ids, logits_to_keep=1)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe"])
+def test_kinds_of_layers_that_a_family_does_not_know_are_ignored(family):
+    """As its stock model does, which has the window in every layer."""
+    given = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}
+    plain, typed = (tiny_model(family, SCHEDULE, **given) for _ in range(2))
+    typed.config.layer_types = ["full_attention"] * typed.config.num_hidden_layers
+    assert layer_windows(typed.config) == layer_windows(plain.config) != [None] * 5
+    ids = torch.arange(3, 63)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(typed(ids, logits_to_keep=1).logits, plain(ids, logits_to_keep=1).logits)

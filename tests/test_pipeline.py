@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import warm
 import yaml
 from helpers import contents, recipe_for, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
@@ -93,7 +94,20 @@ def test_inspect_shows_it(built):
     shown = run("inspect", folder / "out")
     assert "24 of 48" in shown
     assert "spts-proxies.safetensors" in shown
+    assert "Measured in bfloat16:" in shown and "of disk" not in shown  # which a run needs
     assert "no spts block" in run("inspect", base, code=2)
+
+
+def test_the_plan_counts_weights_as_they_are_stored(corpus, tmp_path):
+    base = tiny_base(tmp_path / "base")
+    needs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        shown = run("recipe", recipe_for(base, corpus, tmp_path), "--dry-run")
+        needs.append(float(re.search(r"([\d.]+) KiB of disk", shown)[1]) * 1024)
+    tensors = sum(tensor.numel() for tensor in weights.values())
+    assert needs[1] - needs[0] == pytest.approx(2 * tensors, rel=0.02)
 
 
 def test_push_names_what_is_wrong_in_one_line(built, monkeypatch):

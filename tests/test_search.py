@@ -164,11 +164,13 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
         never.text,
         *(prompt_set.make(3, attempt).text for attempt in range(dense_reference.ATTEMPTS)),
     }
-    monkeypatch.setattr(
-        dense_reference,
-        "answer",
-        lambda model, tokenizer, item, *rest: DenseReference(item, *[None] * 5),
-    )
+
+    def answer(model, tokenizer, item, layers, store, key):
+        reference = DenseReference(item, None, None, store, fingerprint(item.text), layers)
+        store.put_tensors("dense-layer-0", reference.key, {"states": torch.zeros(1)})
+        return reference
+
+    monkeypatch.setattr(dense_reference, "answer", answer)
     monkeypatch.setattr(dense_reference.DenseReference, "right", lambda self, tokenizer: self.item.text not in wrong)
     said = []
     done = dense_reference.answer_all(None, prompt_set, [0], Store(tmp_path), "key", said.append, SINGLE_PROCESS)
@@ -176,6 +178,7 @@ def test_prompts_that_dense_answers_wrongly_are_replaced(tmp_path, monkeypatch):
     expected[5], expected[3] = second, prompt_set.make(3, dense_reference.ATTEMPTS - 1)
     assert [d.item for d in done] == expected and second.text != prompt_set.items[5].text
     assert (second.limit, second.task) == (prompt_set.items[5].limit, prompt_set.items[5].task)
+    assert len(list(tmp_path.glob("dense-layer-0-*"))) == 16  # the states of those replaced are gone
     assert said == [f"1 of 16 prompts ({never.task}) were never answered rightly; they count too"]
 
 
@@ -424,3 +427,22 @@ def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):
         for _ in range(2):
             [row] = used.rows(schedule(2), [reference])
         assert (row["kind"], row["length"], row["kl"], len(used.used)) == (kind, 64, 0.5, 1)
+
+
+@pytest.mark.parametrize(("words", "tokens"), [(20, 24), (40, 6), (60, 24)])
+def test_an_answer_ends_where_a_model_turns_all_positions_otherwise(words, tokens, tmp_path):
+    """Phi-3's: one token more, and the whole text is read anew by other factors."""
+    text = " ".join(["owl"] * words)
+    prompt, switch = len(TOKENIZER(text)["input_ids"]), len(TOKENIZER(" ".join(["owl"] * 40))["input_ids"]) + 5
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "factor": 8.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": switch, **factors}
+    block = {"start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.99}}], "ffn_selection": "attention"}
+    sizes = {"vocab_size": 300, "max_position_embeddings": 8 * switch, "original_max_position_embeddings": switch}
+    model = tiny_model("phi3", block, rope_parameters=rope, eos_token_id=None, **sizes)
+    item = Example("free_answer", 0, text, [], prompt, prompt + 24, 24)
+    reference = dense_reference.answer(stock_twin(model), TOKENIZER, item, [1], Store(tmp_path), "key")
+    assert len(reference.answer) == tokens
+    assert reference.states_before(2)[1].shape[1] == prompt + tokens - 1
+    ways = ways_of(model)
+    answer = agreement.free_answer(ways["dense"], TOKENIZER, item)
+    assert len(answer) == tokens and agreement.along_answer(ways, TOKENIZER, item, answer)["kl"] < 0.01

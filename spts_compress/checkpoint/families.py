@@ -70,9 +70,22 @@ def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_of(config: Any) -> int:
-    """Tokens that the model's positions are made for, where stretched positions reach further those as well."""
-    ropes = getattr(config, "rope_parameters", None) or {}
-    each = [r for r in (ropes, *ropes.values()) if isinstance(r, dict)]
-    pairs = [(r.get("original_max_position_embeddings"), r.get("factor")) for r in each]
+    """Tokens that the model's positions are made for, where stretched positions reach further those as well (but for
+    "llama3", whose factor is not of the context, and "dynamic", which makes what is past it depend on earlier text)."""
+    ropes = [rope for rope in _ropes(config) if rope.get("rope_type") not in ("llama3", "dynamic")]
+    pairs = [(rope.get("original_max_position_embeddings"), rope.get("factor")) for rope in ropes]
     stretched = [int(length * factor) for length, factor in pairs if isinstance(length, int) and factor]
     return max([config.max_position_embeddings, *stretched])
+
+
+def switch_of(config: Any) -> int | None:
+    """The most tokens that a model with "longrope" reads by its short factors; with one more all text is by its long
+    ones. None for other models."""
+    own = getattr(config, "original_max_position_embeddings", None)
+    long = [rope for rope in _ropes(config) if rope.get("rope_type") == "longrope"]
+    return next((rope.get("original_max_position_embeddings", own) for rope in long), None)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    ropes = getattr(config, "rope_parameters", None) or {}
+    return [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]

@@ -63,4 +63,5 @@ def inspect(folder: Path) -> str:
 def _measurements(report: dict[str, Any]) -> list[str]:
     """What a report says, as tables."""
     parts = [fit_table(report["proxies"]), speed_table(report), score_tables(report)]
-    return parts + ([as_text(report["search"])] if report.get("search") else [])
+    parts += [as_text(report["search"])] if report.get("search") else []
+    return [f"Measured in {report['dtype']}:", *parts]

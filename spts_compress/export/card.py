@@ -25,7 +25,8 @@ CITATION = """@misc{wu2026probe,
 SEARCHED = """
 ## Search
 
-The schedule was searched for; "same answer" is the share of prompts whose greedy answer is the dense one. The text
+The schedule was searched for; "all next tokens the same" is the share of prompts with every next token along dense's
+answer as dense's, before what generation_config.json does to the logits. The text
 searched on is {that} of the prompts measured above.
 
 {tables}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer, fill_layers
 from .generation import GenerationCalls
@@ -127,6 +128,12 @@ def check_cache(cache: Cache, layers: range) -> None:
             )
 
 
+def is_hooked(module: Any) -> bool:
+    """Whether calls of a module are seen by a hook of someone other than transformers, whose own record outputs."""
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    return any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
+
+
 def holds_skipped(cache: Any) -> bool:
     """Whether some layer of a cache skipped tokens."""
     return any(isinstance(held, SkippedCacheLayer | StaticKeptLayer) for held in getattr(cache, "layers", ()))
@@ -160,6 +167,8 @@ def check_call(
         raise ValueError("the spts block was set or changed after this model was built; load it again")
     if (tokens[0] is None) == (tokens[1] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if any(is_hooked(layer.self_attn) for layer in model.layers[request.schedule.start :]):
+        raise ValueError("hooks on self_attn don't run where tokens are skipped: hook its parts, or pass spts=False")
     if is_packed(position_ids, attention_mask, cache, kwargs):
         raise ValueError("skipping can't handle several sequences packed into one row; pass spts=False")
 

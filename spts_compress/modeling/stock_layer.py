@@ -30,9 +30,9 @@ MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 def layer_kinds(config: Any) -> list[str]:
     """Each layer's kind of attention, by the name that transformers has for it."""
-    if kinds := getattr(config, "layer_types", None):
+    # A config may say what its family does not know, and ignores.
+    if hasattr(type(config), "layer_types") and (kinds := config.layer_types):
         return kinds
-    # A family without windows may have been given one in its config, and ignores it.
     sliding = hasattr(type(config), "sliding_window") and config.sliding_window is not None
     return [SLIDING if sliding else FULL] * config.num_hidden_layers
 

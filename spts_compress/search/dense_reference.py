@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..modeling.configuration_spts import Schedule
 from ..tasks.example import Example
 from ..tasks.recovery import score_rows
-from ..tasks.runner import encode
+from ..tasks.runner import encode, until_switch
 from ..timing.pairs import GREEDY, share_buffers
 from ..utils.distributed import Ranks
 from ..utils.store import Store, fingerprint
@@ -50,6 +50,11 @@ class DenseReference:
             raise RuntimeError(f"the states of layer {layer} are gone from {self.store.root}")
         return layer, unit["states"]
 
+    def forget_states(self) -> None:
+        """Remove the states, which take up the disk; a prompt that is asked for again is run again."""
+        for layer in self.layers:
+            self.store.drop(f"dense-layer-{layer}", self.key)
+
 
 References = list[DenseReference]
 
@@ -77,7 +82,8 @@ def answer(model: Any, tokenizer: Any, item: Example, layers: Sequence[int], sto
                 hooks.enter_context(model.model.layers[layer].register_forward_pre_hook(note, with_kwargs=True))
             last = model.model.norm.register_forward_hook(lambda module, args, output: final.append(output[:, -1]))
             hooks.enter_context(last)
-            tokens = model.generate(**inputs, **GREEDY, max_new_tokens=item.answer_tokens).sequences[0]
+            count = until_switch(model.config, inputs["input_ids"].shape[1], item.answer_tokens)
+            tokens = model.generate(**inputs, **GREEDY, max_new_tokens=count).sequences[0]
         for layer, states in before.items():
             store.put_tensors(f"dense-layer-{layer}", key, {"states": torch.cat(states, dim=1).cpu()})
         unit = {"answer": tokens[inputs["input_ids"].shape[1] :].cpu(), "final": torch.cat(final).cpu()}
@@ -100,6 +106,10 @@ def answer_all(
         missing = [number for number in missing if strict and not references[number].right(prompts.tokenizer)]
         if not missing:
             break
+        if attempt + 1 < ATTEMPTS:
+            ranks.barrier()  # for all to have looked at them
+            for number in missing if ranks.is_main else ():
+                references[number].forget_states()
     if missing:
         tasks = ", ".join(sorted({references[number].item.task for number in missing}))
         log(f"{len(missing)} of {len(references)} prompts ({tasks}) were never answered rightly; they count too")

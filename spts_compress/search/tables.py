@@ -36,7 +36,7 @@ def front_table(search: dict[str, Any]) -> str:
         )
     cost = "speed-up, FLOPs" if search.get("latencies") is None else "speed-up, by measured times"
     names = [cost, "KV kept", "start", "window / heads / carry / kernel", "next token as dense (95% interval)"]
-    return table([*names, "loss, nats", "same answer"], rows)
+    return table([*names, "loss, nats", "all next tokens the same"], rows)
 
 
 def without_table(point: dict[str, Any]) -> str:

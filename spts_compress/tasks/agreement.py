@@ -13,7 +13,7 @@ import torch
 from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
 from .example import Example, ask_about, different, places, sentences
-from .runner import encode
+from .runner import encode, until_switch
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
 TASK = "free_answer"
@@ -71,8 +71,9 @@ def free_answer(way: Way, tokenizer: Any, example: Example) -> list[int]:
     """The tokens of the greedy answer."""
     model, options = way
     inputs = encode(tokenizer, [example.text], model.device)
-    ids = model.generate(**inputs, **GREEDY, max_new_tokens=example.answer_tokens, **options).sequences[0]
-    return ids[inputs["input_ids"].shape[1] :].tolist()
+    prompt = inputs["input_ids"].shape[1]
+    tokens = until_switch(model.config, prompt, example.answer_tokens)
+    return model.generate(**inputs, **GREEDY, max_new_tokens=tokens, **options).sequences[0, prompt:].tolist()
 
 
 def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answer: list[int]) -> dict[str, float]:
@@ -85,9 +86,12 @@ def along_answer(ways: Mapping[str, Way], tokenizer: Any, example: Example, answ
 
 def following_loss(ways: Mapping[str, Way], tokenizer: Any, text: str, length: int) -> dict[str, float] | None:
     """Mean loss in nats of the last 128 of the first `length` tokens of `text`, after those before them; None if `text`
-    is shorter, or SPTS skips none of these."""
+    is shorter, or SPTS skips none of these, or a model reads the longer text in another way."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length].to(ways["dense"][0].device)
-    if ids.shape[1] < length or not ways["spts"][0].config.schedule().skips(length - FOLLOWING):
+    config = ways["spts"][0].config
+    if ids.shape[1] < length or not config.schedule().skips(length - FOLLOWING):
+        return None
+    if until_switch(config, length - FOLLOWING, FOLLOWING) < FOLLOWING:
         return None
     target = ids[0, -FOLLOWING:, None]
     return {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..checkpoint.families import switch_of
 from ..timing.pairs import GREEDY, Way
 from ..utils.errors import UserError
 from ..utils.store import fingerprint, full_disk_named
@@ -91,6 +92,13 @@ def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, 
     ids = [[pad] * count + row for count, row in zip(spare, rows, strict=True)]
     mask = [[0] * count + [1] * len(row) for count, row in zip(spare, rows, strict=True)]
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def until_switch(config: Any, prompt: int, tokens: int) -> int:
+    """New tokens, of so many, up to where a model reads its text in another way, so that what is along an answer is all
+    of one."""
+    switch = switch_of(config)
+    return tokens if switch is None or prompt > switch else min(tokens, switch - prompt + 1)
 
 
 @torch.no_grad()
