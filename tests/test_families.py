@@ -173,6 +173,17 @@ def test_latents_are_probed_as_the_keys_made_of_them_would_be(family, hooked):
     assert len(calls) == hooked
 
 
+def test_mistral_with_kinds_of_layers_is_ministral(tmp_path):
+    base = tiny_base(tmp_path / "base", "ministral")
+    plain = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**plain, "model_type": "mistral"}))
+    run("recipe", recipe_for(base, tmp_path))
+    run("verify", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.config.model_type == "spts_ministral"
+    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
+
+
 def test_layers_that_predict_further_tokens_stay_in_the_files_and_out_of_the_model(tmp_path):
     base, out = tiny_base(tmp_path / "base", "deepseek_v3"), tmp_path / "out"
     weights = load_file(base / "model.safetensors")

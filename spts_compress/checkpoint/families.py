@@ -61,7 +61,10 @@ def exported_config(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_stock(plain: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` of a family with remote code of its own as that of the stock family it is built like."""
+    """A `config.json` of a family with remote code of its own as that of the stock family it is built like; Mistral's
+    with kinds of layers is Ministral's, as transformers takes it."""
+    if plain.get("model_type") == "mistral" and "layer_types" in plain:
+        return {**plain, "model_type": "ministral"}
     if plain.get("model_type") not in ALIASES:
         return dict(plain)
     stock, renamed = ALIASES[plain["model_type"]]
