@@ -13,7 +13,7 @@ from .modeling.stock_layer import layer_windows
 
 def has_experts(config: Any, layer: int | None = None) -> bool:
     """Whether the feed-forward network of a layer is a mixture of experts; the last layer's if none is named."""
-    if getattr(config, "num_experts_per_tok", None) is None:
+    if not hasattr(type(config), "num_experts_per_tok") or config.num_experts_per_tok is None:  # a family's own value
         return False
     layer = config.num_hidden_layers - 1 if layer is None else layer
     plain = getattr(config, "mlp_only_layers", None) or ()

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import FAMILIES, SIZES, stock_twin, tiny_model
+from tiny import FAMILIES, SIZES, stock_twin, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -204,3 +204,11 @@ def test_a_feed_forward_network_in_pieces_is_the_whole_one(family, monkeypatch):
         model(ids, logits_to_keep=1)
     assert calls.total() - once - pieces == once == len(runs)
     assert (pieces > once) == any(hasattr(layer.mlp, "down_proj") for layer in model.model.layers[SCHEDULE["start"] :])
+
+
+def test_values_of_experts_that_a_family_does_not_know_change_no_count():
+    plain, stray = (
+        tiny_config("mistral", **values) for values in ({}, {"num_experts_per_tok": 2, "num_local_experts": 8})
+    )
+    assert not has_experts(stray) and has_experts(tiny_config("mixtral"))
+    assert parameters(stray) == parameters(plain)
