@@ -102,14 +102,12 @@ def answer_all(
         for _, item in tqdm(shard, desc="dense answers", unit="prompt"):
             answer(model, prompts.tokenizer, item, layers, store, key)
         for number, item in ranks.all_gather(shard):
+            if ranks.is_main and attempt and item.text != references[number].item.text:
+                references[number].forget_states()
             references[number] = answer(model, prompts.tokenizer, item, layers, store, key)
         missing = [number for number in missing if strict and not references[number].right(prompts.tokenizer)]
         if not missing:
             break
-        if attempt + 1 < ATTEMPTS:
-            ranks.barrier()  # for all to have looked at them
-            for number in missing if ranks.is_main else ():
-                references[number].forget_states()
     if missing:
         tasks = ", ".join(sorted({references[number].item.task for number in missing}))
         log(f"{len(missing)} of {len(references)} prompts ({tasks}) were never answered rightly; they count too")
