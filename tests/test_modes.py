@@ -218,10 +218,19 @@ def test_hooks_on_attention_are_refused_where_they_would_not_run():
         torch.testing.assert_close(model(ids, logits_to_keep=1).logits, plain)
         attention = model.model.layers[3].self_attn
         handle = attention.register_forward_hook(lambda *_: seen.append(1))
-        with pytest.raises(ValueError, match="hook its parts, or pass spts=False"):
+        with pytest.raises(ValueError, match="change its parts, or pass spts=False"):
             model(ids, logits_to_keep=1)
         model(ids, logits_to_keep=1, spts=False)
         handle.remove()
+        stock, own = type(attention), attention.forward
+        attention.forward = lambda *args, **kwargs: own(*args, **kwargs)
+        with pytest.raises(ValueError, match="another forward of it"):
+            model(ids, logits_to_keep=1)
+        del attention.forward
+        attention.__class__ = type("Mine", (stock,), {"forward": lambda self, *args, **kwargs: own(*args, **kwargs)})
+        with pytest.raises(ValueError, match="another forward of it"):
+            model(ids, logits_to_keep=1)
+        attention.__class__ = stock
         attention.o_proj.register_forward_hook(lambda *_: seen.append(2))
         model(ids, logits_to_keep=1)
     assert seen == [1, 2]
@@ -237,3 +246,18 @@ def test_kinds_of_layers_that_a_family_does_not_know_are_ignored(family):
     ids = torch.arange(3, 63)[None]
     with torch.no_grad():
         torch.testing.assert_close(typed(ids, logits_to_keep=1).logits, plain(ids, logits_to_keep=1).logits)
+
+
+@pytest.mark.parametrize(("family", "name"), [("phi3", "qkv_proj"), ("deepseek_v2", "kv_b_proj"), ("llama", "k_proj")])
+def test_another_forward_of_a_projection_runs(family, name):
+    """A patch by hand, beside the same change of its weights."""
+    patched, merged = (tiny_model(family, SCHEDULE) for _ in range(2))
+    for layer, other in zip(patched.model.layers, merged.model.layers, strict=True):
+        module, weight = getattr(layer.self_attn, name), getattr(other.self_attn, name).weight
+        more = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.3
+        weight.data += more
+        module.forward = lambda x, own=module.forward, more=more: own(x) + x @ more.T
+    ids = torch.arange(3, 63)[None]
+    with torch.no_grad():
+        found, expected = (model(ids, logits_to_keep=1).logits for model in (patched, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

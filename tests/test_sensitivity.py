@@ -63,7 +63,8 @@ def test_a_study_writes_table_numbers_and_picture_and_goes_on_where_it_stopped(f
 
 
 def test_hidden_states_are_kept_under_the_order_of_their_sources(folder, monkeypatch):
-    keys, texts = [], [f"--text={name}={folder / 'fox.jsonl'}" for name in ("a", "b")]
+    keys, texts = [], [f"--text=a={folder / 'fox.jsonl'}", f"--text=b={folder / 'owl.jsonl'}"]
+    (folder / "owl.jsonl").write_text((folder / "fox.jsonl").read_text().replace("fox", "owl"))
 
     def stopped(model, sequences, layers, store, key, *_):
         keys.append(key)
@@ -73,6 +74,11 @@ def test_hidden_states_are_kept_under_the_order_of_their_sources(folder, monkeyp
     for order in (texts, texts[::-1]):
         assert sweep(folder, *order).exit_code == 130
     assert len(set(keys)) == 2
+
+
+def test_sources_that_share_documents_are_refused(folder):
+    result = sweep(folder, *(f"--text={name}={folder / 'fox.jsonl'}" for name in ("a", "b")))
+    assert result.exit_code == 2 and "a and b share documents" in result.output
 
 
 def test_bad_options_are_named(folder):

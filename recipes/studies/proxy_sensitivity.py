@@ -5,6 +5,7 @@ spts-compress sweep RECIPE.yaml --output OUT [--layers 8,23] [--vary size] [--te
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from spts_compress.calibrate import capture
 from spts_compress.calibrate.base_model import resolve
-from spts_compress.calibrate.data import Blocks, blocks, documents
+from spts_compress.calibrate.data import Blocks, blocks, document_key, documents
 from spts_compress.checkpoint.families import context_of, norms_of
 from spts_compress.checkpoint.keys import environment
 from spts_compress.cost import has_experts, proxy_flop_fraction
@@ -93,20 +94,28 @@ class Study:
 
 def sequences(recipe: Recipe, texts: dict[str, Path], tokenizer: Any) -> dict[str, Blocks]:
     """Token blocks of every source, each with as many tokens as the recipe calibrates on: what ships with Python, the
-    recipe's own source, and the files `texts`."""
+    recipe's own source, and the files `texts`.
+
+    Raises:
+        UserError: for a name that is taken, and where something is fitted on a document that another source has.
+    """
     own = recipe.calibration.model_dump()
     sections = {name: {**own, "source": [name]} for name in ("python-docs", "python-code")}
     sections |= {name: {**own, "source": [name]} for name in recipe.calibration.source}
     if taken := sections.keys() & texts:
         raise UserError(f"--text {some(taken)}: there is a source of this name already; give another name")
     sections |= {name: {**own, "source": ["files"], "path": str(path), "column": None} for name, path in texts.items()}
-    by_source = {}
+    by_source, keys = dict[str, Blocks](), dict[str, set[str]]()
     for name, values in sections.items():
         [source] = values["source"]
         values["path"] = values["path"] if source == "files" else None
         values["dataset"] = values["dataset"] if source == "dataset" else None
         section = CalibrationSection.model_validate(values)
-        by_source[name] = blocks(section, documents(section), tokenizer)
+        by_source[name] = blocks(section, texts_of := documents(section), tokenizer)
+        keys[name] = {document_key(text) for text in texts_of[0]}
+    for fitted, other in permutations(by_source, 2):
+        if seen := len(by_source[fitted].fitted & keys[other]):
+            raise UserError(f"{fitted} and {other} share documents, {seen} of which one is fitted on: leave one out")
     return by_source
 
 

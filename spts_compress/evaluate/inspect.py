@@ -64,4 +64,4 @@ def _measurements(report: dict[str, Any]) -> list[str]:
     """What a report says, as tables."""
     parts = [fit_table(report["proxies"]), speed_table(report), score_tables(report)]
     parts += [as_text(report["search"])] if report.get("search") else []
-    return [f"Measured in {report['dtype']}:", *parts]
+    return [f"Measured in {report['dtype']}, with the weights that `verify` knows:", *parts]

@@ -128,10 +128,13 @@ def check_cache(cache: Cache, layers: range) -> None:
             )
 
 
-def is_hooked(module: Any) -> bool:
-    """Whether calls of a module are seen by a hook of someone other than transformers, whose own record outputs."""
-    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
-    return any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
+def is_changed(attention: Any) -> bool:
+    """Whether someone sees the calls of a stock attention module, or changed what they do: other than transformers,
+    whose hooks record outputs, and accelerate, which brings weights."""
+    hooks = *attention._forward_hooks.values(), *attention._forward_pre_hooks.values()
+    seen = any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
+    own = "forward" in vars(attention) and not hasattr(attention, "_hf_hook")
+    return seen or own or not type(attention).forward.__module__.startswith("transformers.")
 
 
 def holds_skipped(cache: Any) -> bool:
@@ -167,8 +170,11 @@ def check_call(
         raise ValueError("the spts block was set or changed after this model was built; load it again")
     if (tokens[0] is None) == (tokens[1] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    if any(is_hooked(layer.self_attn) for layer in model.layers[request.schedule.start :]):
-        raise ValueError("hooks on self_attn don't run where tokens are skipped: hook its parts, or pass spts=False")
+    if any(is_changed(layer.self_attn) for layer in model.layers[request.schedule.start :]):
+        raise ValueError(
+            "hooks on self_attn, and another forward of it, don't run where tokens are skipped: change its parts, or "
+            "pass spts=False"
+        )
     if is_packed(position_ids, attention_mask, cache, kwargs):
         raise ValueError("skipping can't handle several sequences packed into one row; pass spts=False")
 

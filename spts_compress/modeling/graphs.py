@@ -267,9 +267,7 @@ def looked_through(decoder: Any, device: torch.device) -> tuple[list[int], list[
     while left:
         module = left.pop()
         left += filter(None, module._modules.values())
-        usual = (
-            type(module).__module__.split(".")[0] in MODULES and "forward" not in vars(module) and not watched(module)
-        )
+        usual = type(module).__module__.split(".")[0] in MODULES and not watched(module)
         parts = module._parameters
         if not usual or any(
             p is not None and (type(p) is not nn.Parameter or p.device != device) for p in parts.values()

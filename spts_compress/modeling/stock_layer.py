@@ -71,8 +71,9 @@ def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether calls of a module are seen by a hook, or bring its weights from where they are offloaded."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    """Whether calls of a module are seen by a hook, or do something else than its class says, as accelerate's, which
+    bring its weights from where they are offloaded."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def is_plain(module: nn.Module) -> bool:
