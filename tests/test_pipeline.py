@@ -94,7 +94,7 @@ def test_inspect_shows_it(built):
     shown = run("inspect", folder / "out")
     assert "24 of 48" in shown
     assert "spts-proxies.safetensors" in shown
-    assert "Measured in bfloat16:" in shown and "of disk" not in shown  # which a run needs
+    assert "Measured in bfloat16" in shown and "of disk" not in shown  # which a run needs
     assert "no spts block" in run("inspect", base, code=2)
 
 
