@@ -611,6 +611,17 @@ def test_scoring_fewer_answers_than_before_leaves_the_earlier_tables(checkpoint,
     assert "| 512 " in (tmp_path / "evaluation-1.md").read_text()
 
 
+def test_tables_that_someone_wrote_in_are_kept(checkpoint, tmp_path):
+    common = ["evaluate", checkpoint, "--output", tmp_path, "--suite", "ruler", "--task", "niah_single_1"]
+    run(*common, "--items", 1, "--lengths", 512)
+    run(*common, "--items", 1, "--lengths", 512, "--rescore")
+    tables = tmp_path / "evaluation.md"
+    assert not (tmp_path / "evaluation-1.md").exists()
+    tables.write_text(own := tables.read_text() + "\nWhat I think of it.\n")
+    run(*common, "--items", 1, "--lengths", 512, "--rescore")
+    assert (tmp_path / "evaluation-1.md").read_text() == own and tables.read_text() == own[: own.index("\nWhat")]
+
+
 def test_a_haystack_shorter_than_its_prompts_is_told(checkpoint, tmp_path):
     text = (checkpoint.parent / "prose.txt").read_text()
     options = ["--suite", "fidelity", "--lengths", 400, "--items", 3, "--haystack"]

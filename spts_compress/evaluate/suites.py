@@ -339,14 +339,23 @@ def as_tables(result: dict[str, Any]) -> str:
 
 def save(result: dict[str, Any], output: Path) -> str:
     """Write `evaluation.json`, `evaluation.md` and `evaluation.png` into `output`, and return the tables; an earlier
-    evaluation's stay, unless it is the same one."""
+    evaluation's stay, unless it is the same one and its tables are as they were written."""
     path, new = output / RESULTS[0], result["setting"]
     old = read_json(path) if path.is_file() else result
     other = any(old.get("setting", {}).get(name) != new.get(name) for name in ("keys", "request", "prompts"))
-    if other or result["missing"] > old.get("missing", 0):  # answers may be gone
+    edited = (output / RESULTS[1]).is_file() and (output / RESULTS[1]).read_text(encoding="utf-8") != _saved(old)
+    if other or edited or result["missing"] > old.get("missing", 0):  # answers may be gone
         tables.keep_earlier(output, RESULTS)
     drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
     return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)
+
+
+def _saved(result: dict[str, Any]) -> str | None:
+    """What `save` writes as a result's tables; None for those of a release with others."""
+    try:
+        return as_tables(result) + "\n"
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
