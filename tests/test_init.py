@@ -8,7 +8,7 @@ import yaml
 from helpers import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, tiny_base, tiny_config
+from tiny import FAMILIES, TEXT, tiny_base, tiny_config
 
 from spts_compress import pipeline, plan
 from spts_compress.checkpoint.families import context_of
@@ -21,6 +21,7 @@ from spts_compress.recipe import ModelSection, ProxySection, load
 from spts_compress.search.space import DEFAULT_SPEEDUPS, default_schedule
 from spts_compress.starter import model_section, starter
 from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 GOALS = [{"speedup": 2.0}, {"kv_share": 0.5}, {"quality": 0.97}, {"speedup": 1.5, "quality": 0.9}]
 SHIPPED = [  # hidden size, width of the feed-forward network, and the proxies of the shipped recipes
@@ -143,6 +144,25 @@ def test_proxies_that_nothing_uses_are_not_made(tmp_path, selection, proxies):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**data, "schedule": schedule, "export": {"path": "out"}}))
     _, found = pipeline.suited(load(tmp_path / "recipe.yaml"), tiny_config("llama"))
     assert len(found.proxy) == proxies
+
+
+def test_a_proxy_whose_layer_skips_nothing_yet_is_chosen_by_its_ranking(tmp_path, monkeypatch):
+    """As if its network ran on a quarter; of all candidates any ranking finds the best."""
+    shares = []
+
+    def choose(ffn, full, tokens, check, section, share, relative):
+        shares.append(share)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spts_compress.fit.proxies.choose", choose)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{TEXT} {n}" for n in range(200)))
+    block = {"start": 4, "stages": [{"end": 4, "budget": 5000}]}
+    data = {"model": {"path": str(tiny_base(tmp_path / "base"))}, "schedule": block, "export": {"path": "out"}}
+    data["calibration"] = {"source": "files", "path": str(tmp_path / "text.txt"), "tokens": 1200, "length": 128}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**data, "report": {"lengths": [600]}}))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.prepare(load(tmp_path / "recipe.yaml"), Store(tmp_path / "work"), "cpu")
+    assert shares == [0.25]
 
 
 def test_layers_that_skip_in_longer_prompts_alone_are_told(tmp_path):

@@ -146,6 +146,9 @@ def test_a_licence_is_read_whatever_else_the_bases_card_says(tmp_path):
     assert card.license_of(base) == {}
     (tmp_path / "README.md").write_text("---\nlicense: mit\nmodel-index: [{name: a}]\n---\n")
     assert card.license_of(base) == {"license": "mit"}
+    for said, languages in (("no", "no"), ("[en, no]", ["en", "no"]), ("sv", "sv")):  # Norwegian is false in YAML
+        (base.folder / "README.md").write_text(f"---\nlanguage: {said}\n---\n")
+        assert card.license_of(base) == {"language": languages}
     for text in (b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", b"caf\xe9"):
         (tmp_path / "README.md").write_bytes(text)
         with pytest.raises(UserError, match=r"README\.md: its metadata can't be read: "):
