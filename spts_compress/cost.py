@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .modeling.configuration_spts import Proxy, Schedule
-from .modeling.stock_layer import layer_windows
+from .modeling.stock_layer import known, layer_windows
 
 
 def has_experts(config: Any, layer: int | None = None) -> bool:
     """Whether the feed-forward network of a layer is a mixture of experts; the last layer's if none is named."""
-    if not hasattr(type(config), "num_experts_per_tok") or config.num_experts_per_tok is None:  # a family's own value
+    if known(config, "num_experts_per_tok") is None:
         return False
     layer = config.num_hidden_layers - 1 if layer is None else layer
     plain = getattr(config, "mlp_only_layers", None) or ()

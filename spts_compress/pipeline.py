@@ -20,7 +20,7 @@ from .calibrate.base_model import Base, resolve, resolve_config
 from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
-from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT
+from .checkpoint.layout import CARD, RECIPE, REPORT, RESOLVED_RECIPE, SEARCH_PLOT, weight_files
 from .checkpoint.outputs import new_folder, refuse, refuse_among_inputs
 from .cost import predicted
 from .evaluate import columns
@@ -28,7 +28,7 @@ from .evaluate.measure import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
 from .fit.proxies import fit_proxies, judged
-from .fit.updates import blank, fit_updates
+from .fit.updates import blank, fit_updates, skipping_parts
 from .modeling.configuration_spts import Schedule
 from .recipe import ModelSection, Recipe, SearchSection
 from .search import dense_reference, space
@@ -70,9 +70,10 @@ def _weight_bytes(section: ModelSection, config: Any) -> int | None:
     folder too; None where they are not on this disk."""
     if section.gguf_file:
         return 2 * plan.BYTES[section.dtype] * plan.parameters(config)
-    folder = Path(section.path or "").expanduser()
-    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    return sum(path.stat().st_size for path in files) if section.path and files else None
+    if not section.path or not (folder := Path(section.path).expanduser()).is_dir():
+        return None
+    files = [folder / name for name in weight_files(folder, getattr(config, "transformers_weights", None))]
+    return sum(path.stat().st_size for path in files if path.is_file()) or None
 
 
 def run(
@@ -173,9 +174,10 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
     """
     context, layers = context_of(config), config.num_hidden_layers
     recipe = plan.complete(recipe, config, context)
+    longest = max(recipe.report.lengths)
     for name, length in (
         ("calibration.length", recipe.calibration.length),
-        ("report.lengths", max(recipe.report.lengths)),
+        ("report.lengths", longest),
         ("report.quality_length", recipe.report.longest),
     ):
         if length > context:
@@ -184,34 +186,23 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
     if schedule is None and recipe.search is not None:
         schedule = searching.widest(recipe.search, config)
     if schedule is None:
-        longest = max(recipe.report.lengths)
         schedule = space.default_schedule(config, plan.proxy_sizes(config, recipe.proxy), longest)
         speedup = predicted(config, schedule, longest)["speedup"]
         log(
             f"the recipe gives no schedule, so this is a default: {speedup:.2f} times fewer FLOPs at {longest} tokens; "
             "`search:` finds a better one"
         )
-    if (schedule.uses_proxies or schedule.update) and (idle := _idle(schedule, context, max(recipe.report.lengths))):
+    later, now = ({layer for layer, _ in skipping_parts(schedule, layers, n)} for n in (context, longest))
+    if (schedule.uses_proxies or schedule.update) and (idle := sorted(later - now)):
         log(
-            f"schedule: of the longest of report.lengths, {max(recipe.report.lengths)} tokens, layers "
-            f"{', '.join(map(str, idle))} skip nothing, so that nothing is fitted for them, though they skip in longer "
-            "prompts: give report.lengths as long as yours will be"
+            f"schedule: of the longest of report.lengths, {longest} tokens, layers {', '.join(map(str, idle))} skip "
+            "nothing, so that nothing is fitted for them, though they skip in longer prompts: give report.lengths as "
+            "long as yours will be"
         )
     if not schedule.uses_proxies:
         return recipe, replace(schedule, proxy=())
     sizes = plan.proxy_sizes(config, recipe.proxy, schedule.start)
     return recipe, replace(schedule, proxy=tuple(sizes[layer] for layer in range(schedule.start, layers)))
-
-
-def _idle(schedule: Schedule, context: int, longest: int) -> list[int]:
-    """Layers that skip tokens of the longest prompts there may be, and none of those of `longest` tokens."""
-
-    def skips(layer: int, length: int) -> bool:
-        counts = replace(schedule, min_length=0).counts(layer, length)
-        return min(counts.active, counts.ffn_tokens) < counts.candidates_in
-
-    layers = range(schedule.start, schedule.stages[-1].end + 1)
-    return [layer for layer in layers if skips(layer, context) and not skips(layer, longest)]
 
 
 def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:

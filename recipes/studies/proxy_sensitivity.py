@@ -111,8 +111,9 @@ def sequences(recipe: Recipe, texts: dict[str, Path], tokenizer: Any) -> dict[st
         values["path"] = values["path"] if source == "files" else None
         values["dataset"] = values["dataset"] if source == "dataset" else None
         section = CalibrationSection.model_validate(values)
-        by_source[name] = blocks(section, texts_of := documents(section), tokenizer)
-        keys[name] = {document_key(text) for text in texts_of[0]}
+        [found] = documents(section)
+        by_source[name] = blocks(section, [found], tokenizer)
+        keys[name] = set(map(document_key, found))
     for fitted, other in permutations(by_source, 2):
         if seen := len(by_source[fitted].fitted & keys[other]):
             raise UserError(f"{fitted} and {other} share documents, {seen} of which one is fitted on: leave one out")

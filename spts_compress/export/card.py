@@ -53,13 +53,13 @@ def license_of(base: Base) -> dict[str, Any]:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError) as error:
         raise UserError(f"{card}: its metadata can't be read: {reason(error)}; mend them, or remove the file") from None
-    found = {name: data[name] for name in ("license", "license_name", "license_link", "language") if name in data}
-    if isinstance(languages := found.get("language"), list | bool):  # YAML reads Norwegian's code as false
-        codes = [
-            "no" if code is False else code for code in (languages if isinstance(languages, list) else [languages])
-        ]
-        found["language"] = codes if isinstance(languages, list) else codes[0]
-    return {name: value for name, value in found.items() if value}
+
+    def code(language: Any) -> Any:
+        return "no" if language is False else language  # as YAML reads Norwegian's
+
+    said = data.get("language")
+    data["language"] = [*map(code, said)] if isinstance(said, list) else code(said)
+    return {name: data[name] for name in ("license", "license_name", "license_link", "language") if data.get(name)}
 
 
 def with_results(text: str, name: str, tasks: list[dict[str, Any]]) -> str:

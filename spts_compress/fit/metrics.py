@@ -66,9 +66,9 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
     finally:
         for handle in handles:
             handle.remove()
-    rankings = {}
+    rankings, schedule = {}, model.config.schedule()
     for number, pieces in norms.items():
-        counts = model.config.schedule().counts(number, inputs["input_ids"].shape[1])
+        counts = schedule.counts(number, inputs["input_ids"].shape[1])
         predicted, true = map(torch.cat, zip(*pieces, strict=True))
         rankings[number] = ranking(predicted, true, counts.ffn_tokens / counts.candidates_in)
     return rankings

@@ -161,6 +161,15 @@ def blank(schedule: Schedule, config: Any, dtype: torch.dtype) -> dict[str, torc
     return parameters
 
 
+def skipping_parts(schedule: Schedule, layers: int, length: int) -> list[tuple[int, str]]:
+    """Which layers of so many run "active" or "ffn_tokens", each of which has a map of its own, on a part of their
+    candidates of a prompt of `length` tokens, whatever `min_length` is."""
+    schedule = replace(schedule, min_length=0)
+    counts = {layer: schedule.counts(layer, length) for layer in range(schedule.start, layers)}
+    parts = ("active", "ffn_tokens")
+    return [(n, part) for n, c in counts.items() for part in parts if getattr(c, part) < c.candidates_in]
+
+
 def prompt_length(schedule: Schedule, layers: int, longest: int, held_out: int, most: int) -> int:
     """Tokens of the prompts to fit on: `BLOCK`, or what is held out if that is less; and more, up to `most`, where
     budgets skip nothing of such prompts in a layer that skips in prompts of `longest` tokens.
@@ -168,15 +177,8 @@ def prompt_length(schedule: Schedule, layers: int, longest: int, held_out: int, 
     Raises:
         UserError: if no such length is at hand.
     """
-    schedule = replace(schedule, min_length=0)
-
-    def skipping(length: int) -> list[tuple[int, str]]:
-        counts = {layer: schedule.counts(layer, length) for layer in range(schedule.start, layers)}
-        parts = ("active", "ffn_tokens")  # each has a map of its own
-        return [(n, part) for n, c in counts.items() for part in parts if getattr(c, part) < c.candidates_in]
-
-    wanted, length = set(skipping(longest)), min(BLOCK, held_out, most)
-    while missing := sorted(wanted.difference(skipping(length))):
+    wanted, length = set(skipping_parts(schedule, layers, longest)), min(BLOCK, held_out, most)
+    while missing := sorted(wanted.difference(skipping_parts(schedule, layers, length))):
         if length == most:
             raise UserError(
                 f"schedule.update: layer {missing[0][0]} skips nothing of a prompt of {length} tokens, the longest "

@@ -28,13 +28,16 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 
+def known(config: Any, name: str) -> Any:
+    """A value of a config; None where it says what its family does not know, and ignores."""
+    return getattr(config, name) if hasattr(type(config), name) else None
+
+
 def layer_kinds(config: Any) -> list[str]:
     """Each layer's kind of attention, by the name that transformers has for it."""
-    # A config may say what its family does not know, and ignores.
-    if hasattr(type(config), "layer_types") and (kinds := config.layer_types):
+    if kinds := known(config, "layer_types"):
         return kinds
-    sliding = hasattr(type(config), "sliding_window") and config.sliding_window is not None
-    return [SLIDING if sliding else FULL] * config.num_hidden_layers
+    return [FULL if known(config, "sliding_window") is None else SLIDING] * config.num_hidden_layers
 
 
 def layer_windows(config: Any) -> list[int | None]:
