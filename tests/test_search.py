@@ -90,8 +90,8 @@ def test_a_candidate_that_breaks_the_model_loses():
     schedules = [Schedule(1, (Stage(4, Amount(share)),), ffn_selection="attention") for share in (0.2, 0.3, 0.4)]
     kl = dict(zip(schedules, (float("nan"), 0.2, 0.1), strict=True))
 
-    def evaluate(schedule, count):
-        return [{"kind": "free", "kl": kl[schedule], "top1": 0.5, "same": False}] * count
+    def evaluate(some, count):
+        return [[{"kind": "free", "kl": kl[each], "top1": 0.5, "same": False}] * count for each in some]
 
     tried = halving.halve([Candidate(ScheduleParams(1), each, {}, []) for each in schedules], 2, 1, evaluate)
     assert [each.schedule for each in tried] == schedules[::-1]
@@ -118,10 +118,12 @@ def test_halving_finds_the_best_shape_and_repeats_itself():
     options = {"starts": [1, 2, 3, 4], "choices": {"heads": ["mean", "max"]}, "kinds": ["free"], "lengths": [512, 600]}
     section, calls = SearchSection(**options, prompts=4, candidates=24, rounds=3, seed=5), []
 
-    def evaluate(schedule, count):
-        calls.append(count)
-        loss = abs(schedule.start - 3) + abs(schedule.probe.kernel_size - 15) / 15 + (schedule.probe.heads == "mean")
-        return [{"kind": "free", "kl": loss, "top1": 0.5, "same": False} for _ in range(count)]
+    def loss(schedule):
+        return abs(schedule.start - 3) + abs(schedule.probe.kernel_size - 15) / 15 + (schedule.probe.heads == "mean")
+
+    def evaluate(some, count):
+        calls.extend([count] * len(some))
+        return [[{"kind": "free", "kl": loss(each), "top1": 0.5, "same": False}] * count for each in some]
 
     runs = [halving.search(costs, ("speedup", 1.2), evaluate, section, []) for _ in range(2)]
     assert [c.schedule for c in runs[0]] == [c.schedule for c in runs[1]]
@@ -141,8 +143,8 @@ def test_candidates_that_do_the_same_count_once():
     others = [candidate(20 + number, 2.0 + number) for number in range(4)]
     losses = {c.schedule: c.cost["kl"] for c in alike + others}
 
-    def evaluate(made, count):
-        return [{"kind": "free", "kl": losses[made], "top1": 0.5, "same": False} for _ in range(count)]
+    def evaluate(some, count):
+        return [[{"kind": "free", "kl": losses[each], "top1": 0.5, "same": False}] * count for each in some]
 
     tried = halving.halve(alike + others, 8, 2, evaluate)
     assert [c.loss for c in tried if len(c.rows) == 8] == [1.0, 2.0, 3.0, 4.0]
@@ -425,7 +427,7 @@ def test_kept_figures_count_and_have_the_kinds_of_this_search(tmp_path):
     for kinds, kind in ((("vt",), "vt"), (("multi-hop",), "multi-hop")):
         used = evaluator.Evaluator(None, kept, "key", None, kinds)
         for _ in range(2):
-            [row] = used.rows(schedule(2), [reference])
+            [[row]] = used.rows([schedule(2)], [reference])
         assert (row["kind"], row["length"], row["kl"], len(used.used)) == (kind, 64, 0.5, 1)
 
 

@@ -122,7 +122,7 @@ with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
     evaluator = Evaluator(whole, Answers(store.path("budgets", key, ".jsonl")), key, bar, kinds)
     for way, counts in ways.items():
         schedules = [with_counts(given) for given in counts]
-        found = [evaluator.rows(schedule, [prompt])[0] for schedule, prompt in zip(schedules, dense, strict=True)]
+        found = [evaluator.rows([schedule], [prompt])[0][0] for schedule, prompt in zip(schedules, dense, strict=True)]
         speedups = [predicted(base.config, s, n)["speedup"] for s, n in zip(schedules, sizes, strict=True)]
         active = [sum(given) / n for given, n in zip(counts, sizes, strict=True)]
         rows[way] = {

@@ -53,7 +53,7 @@ rows, lines = [], []
 with tqdm(total=len(dense) * len(winners), desc="evaluating") as bar:
     evaluator = Evaluator(ready.skipping(), Answers(store.path("front", key, ".jsonl")), key, bar, ["LongBench"])
     for point, winner in zip(points, winners, strict=True):
-        found = evaluator.rows(winner, dense)
+        [found] = evaluator.rows([winner], dense)
         by_length = {n: quality([row for row in found if row["length"] == n]) for n in lengths}
         kl = sum(row["kl"] for row in found) / len(found)
         same = sum(row["same"] for row in found) / len(found)

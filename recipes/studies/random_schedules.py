@@ -71,7 +71,7 @@ rows = []
 with tqdm(total=(len(drawn) + 1) * len(dense), desc="evaluating") as bar:
     evaluator = Evaluator(whole, Answers(store.path("random", key, ".jsonl")), key, bar, section.kinds)
     for name, schedule in [("searched", winner), *((name, schedule) for name, (_, schedule) in drawn.items())]:
-        found = evaluator.rows(schedule, dense)
+        [found] = evaluator.rows([schedule], dense)
         value, interval = quality(found)
         params = asdict(drawn[name][0]) if name in drawn else point["winner"]["params"]
         mean = sum(row["kl"] for row in found) / len(found)

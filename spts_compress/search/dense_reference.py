@@ -98,6 +98,7 @@ def answer_all(
     references: dict[int, DenseReference] = {}
     strict, missing = prompts.section.require_dense_correct, list(range(len(prompts.items)))
     for attempt in range(ATTEMPTS if strict else 1):
+        missing.sort(key=lambda number: prompts.items[number].limit)  # or a process would have the long ones
         shard = [(number, prompts.attempt(number, attempt)) for number in ranks.shard(missing)]
         for _, item in tqdm(shard, desc="dense answers", unit="prompt"):
             answer(model, prompts.tokenizer, item, layers, store, key)

@@ -63,15 +63,23 @@ class Evaluator:
     def __post_init__(self) -> None:
         self.ranks.barrier()  # for all to have read what was kept, before anyone adds to it
 
-    def rows(self, schedule: Schedule, references: References) -> Rows:
-        """See `compare`; with `kind`, `task` and `length` of each prompt."""
-        keys = [fingerprint(self.key, schedule.to_dict(), reference.key) for reference in references]
-        missing = {key: r for key, r in zip(keys, references, strict=True) if key not in self.kept.rows}
-        added = [self._add(key, schedule, missing[key]) for key in self.ranks.shard(list(missing))]
+    def rows(self, schedules: Sequence[Schedule], references: References) -> list[Rows]:
+        """For each schedule see `compare`; with `kind`, `task` and `length` of each prompt. Several at once, for
+        processes to share them evenly."""
+        keys = [[fingerprint(self.key, s.to_dict(), reference.key) for reference in references] for s in schedules]
+        wanted = {
+            key: (key, schedule, reference)
+            for schedule, each in zip(schedules, keys, strict=True)
+            for key, reference in zip(each, references, strict=True)
+        }
+        missing = [each for key, each in wanted.items() if key not in self.kept.rows]
+        missing.sort(key=lambda each: each[2].item.limit)  # or a process would have the long ones
+        added = [self._add(*each) for each in self.ranks.shard(missing)]
         self.kept.rows.update({row["key"]: row for row in self.ranks.all_gather(added)})
-        self.used.update(keys)
+        self.used.update(wanted)
         # a name is this search's: a kept row may be that of one with other kinds
-        return [{**self.kept.rows[key], **self._named(r.item)} for key, r in zip(keys, references, strict=True)]
+        names = [self._named(reference.item) for reference in references]
+        return [[{**self.kept.rows[key], **name} for key, name in zip(each, names, strict=True)] for each in keys]
 
     def _named(self, item: Example) -> dict[str, Any]:
         return {"kind": kind_of(item, self.kinds), "task": item.task, "length": item.limit}

@@ -10,7 +10,7 @@ from ..recipe import ScheduleParams, SearchSection
 from .evaluator import Rows, by_kind, loss
 from .space import Costs, Target, draw, vary
 
-Evaluate = Callable[[Schedule, int], Rows]  # rows of the first so many prompts
+Evaluate = Callable[[list[Schedule], int], list[Rows]]  # of each schedule, the rows of the first so many prompts
 KEEP = 3  # one candidate in so many goes on
 ELITE = 4  # and these at least
 
@@ -58,7 +58,8 @@ def halve(candidates: list[Candidate], prompts: int, turn: int, evaluate: Evalua
     """All candidates: those that stayed to be tried on all prompts, best first, then those that fell out."""
     fallen: list[Candidate] = []
     for size in rungs(prompts, turn):
-        tried = [replace(c, rows=evaluate(c.schedule, size)) for c in candidates]
+        found = evaluate([c.schedule for c in candidates], size)
+        tried = [replace(c, rows=rows) for c, rows in zip(candidates, found, strict=True)]
         tried.sort(key=lambda c: c.loss)
         keep = len(tried) if size == prompts else max(ELITE, len(tried) // KEEP)
         candidates = distinct(tried)[:keep]

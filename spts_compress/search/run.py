@@ -76,7 +76,7 @@ def _front(
     seeds = space.seeds(starts, costs.heads is not None, bool(costs.update), given)
     for target in section.targets():
         words = "{} of {:g}".format(*target)
-        tried = halving.search(costs, target, lambda s, count: evaluator.rows(s, tune[:count]), section, seeds)
+        tried = halving.search(costs, target, lambda some, count: evaluator.rows(some, tune[:count]), section, seeds)
         if not tried:
             log(f"no schedule has a {words}")
             break

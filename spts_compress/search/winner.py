@@ -19,13 +19,13 @@ def examine(
 ) -> dict[str, Any]:
     """One point of the front, see `run`: of all candidates `tried` at a cost the first, which was chosen on the prompts
     `tune`, on those `held_out`, and what each of its values and budgets brings."""
-    best, rows = tried[0], evaluator.rows(tried[0].schedule, held_out)
+    best = tried[0]
+    [rows] = evaluator.rows([best.schedule], held_out)
     agreement, interval = quality(rows)
-    without = {name: costs.scale_to_cost(params, target) for name, params in reverted(best.params).items()}
-
-    def loss_of(schedule: Schedule) -> float:
-        return loss(evaluator.rows(schedule, tune))
-
+    scaled = {name: costs.scale_to_cost(params, target) for name, params in reverted(best.params).items()}
+    without = {name: schedule for name, schedule in scaled.items() if schedule is not None}
+    budgets = list(with_other_budgets(best.schedule))
+    losses = map(loss, evaluator.rows([*without.values(), *(schedule for *_, schedule in budgets)], tune))
     return {
         "target": target,
         "cost": best.cost,
@@ -33,10 +33,10 @@ def examine(
         "held_out": {"loss": loss(rows), "kinds": by_kind(rows), "prompts": len(rows)},
         "quality": agreement,
         "interval": interval,
-        "without": {name: loss_of(other) for name, other in without.items() if other is not None},
+        "without": dict(zip(without, losses, strict=False)),  # the first of the losses
         "budgets": [
-            {"stage": stage, "factor": factor, "speedup": costs.of(schedule)["speedup"], "loss": loss_of(schedule)}
-            for stage, factor, schedule in with_other_budgets(best.schedule)
+            {"stage": stage, "factor": factor, "speedup": costs.of(schedule)["speedup"], "loss": worth}
+            for (stage, factor, schedule), worth in zip(budgets, losses, strict=True)
         ],
         "diagnosis": diagnose(best, rows),
         "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in tried],
