@@ -293,6 +293,8 @@ def prepare(
         with ranks.main_first():  # who may convert or download it
             base = resolve(recipe.model, store)
         tell_of_own_code(base.config, base.name, log)
+        if base.dequantised:
+            log(f"{base.name}: its weights are dequantised, and so not quite those of the model that was quantised")
         recipe, schedule = suited(recipe, base.config, log)
         carried = write.carry(base)
         card.license_of(base)  # what is wrong with it shows now

@@ -430,6 +430,7 @@ def tiny_gguf(file, fields=None, tensors=None, without=()):
         ({"fields": {"split.count": 2}}, "it is one of 2 parts of a split file"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, r"llama\.rope\.scaling\.type is yarn"),
         ({"fields": {"llama.attention.sliding_window": 16}}, "sliding_window is 16, and the model has None"),
+        ({"fields": {"tokenizer.ggml.pre": "dbrx-2"}}, "tokenizer.ggml.pre is dbrx-2"),
     ],
 )
 def test_a_gguf_model_that_transformers_reads_in_part_is_refused(changes, fault, tmp_path):
@@ -443,3 +444,15 @@ def test_a_whole_gguf_model_is_taken(tmp_path):
     tiny_gguf(tmp_path / "m.gguf", {"llama.rope.scaling.type": "none", "llama.attention.sliding_window": 64})
     base = resolve(ModelSection(path=str(tmp_path), gguf_file="m.gguf"), Store(tmp_path / "work"))
     assert base.config.num_hidden_layers == 1 and base.tokenizer()("The owls")["input_ids"]
+    assert base.dequantised and not resolve(ModelSection(path=str(base.folder)), Store(tmp_path / "work")).dequantised
+
+
+def test_a_gguf_model_splits_text_as_its_file_says(tmp_path):
+    """SmolLM2's: the spaces before a digit are not part of its piece."""
+    pieces = {}
+    for name in ("default", "smollm"):
+        tiny_gguf(tmp_path / f"{name}.gguf", {"tokenizer.ggml.pre": name})
+        base = resolve(ModelSection(path=str(tmp_path), gguf_file=f"{name}.gguf"), Store(tmp_path / "work"))
+        split = base.tokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str("is   42")
+        pieces[name] = [piece for piece, _ in split]
+    assert pieces == {"default": ["is", "ĠĠ", "Ġ42"], "smollm": ["is", "ĠĠĠ", "4", "2"]}

@@ -78,6 +78,13 @@ def test_a_length_that_pays_by_noise_alone_is_no_break_even(monkeypatch):
 
     monkeypatch.setattr("spts_compress.timing.pairs.seconds", seconds)
     assert shortest_paying_length(pairs.stock_twin(model), model, pairs=3) == 512
+    once = iter([1.0])  # at the longest one, and not when it is asked again
+
+    def seconds(model, ids, new_tokens, spts=None):
+        return {1: 1.5 if not spts else next(once, 2.0) if ids.shape[1] == 1024 else 2.0}
+
+    monkeypatch.setattr("spts_compress.timing.pairs.seconds", seconds)
+    assert shortest_paying_length(pairs.stock_twin(model), model, pairs=1) is None
 
 
 def test_the_break_even_is_never_a_length_at_which_nothing_is_skipped(monkeypatch):

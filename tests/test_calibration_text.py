@@ -119,6 +119,7 @@ def test_a_folder_is_read_by_kinds_and_what_is_hidden_is_left_alone(tmp_path):
 PRINTED = str(TURNS)
 CHATS = {
     "messages.jsonl": lines({"messages": TURNS, "id": 3}),
+    "beside.jsonl": lines({"text": "", "messages": TURNS}),
     "bare.jsonl": lines(TURNS, TURNS),
     "one.json": json.dumps({"messages": TURNS}, indent=1),
     "bare.json": json.dumps(TURNS),

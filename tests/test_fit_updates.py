@@ -113,6 +113,12 @@ def test_tokens_that_skip_the_feed_forward_network_alone_are_fitted_on():
     torch.testing.assert_close(model.model.layers[4].ffn_update.bias.data, expected)
 
 
+def test_nothing_is_fitted_where_nothing_is_skipped():
+    block = {**SCHEDULE, "stages": [{"end": 4, "budget": 5000}], "update": {"attention_rank": 0, "ffn_rank": 2}}
+    model, _, _, rows = fitted(block)
+    assert rows == [{"layer": layer} for layer in range(1, 5)] and not model.model.layers[4].ffn_update.bias.any()
+
+
 def test_maps_for_a_search_tell_what_a_dense_layer_adds():
     stages = [{"end": 4, "budget": 16}]  # the last 16 of 64 tokens are active
     ranks = {"attention_rank": 0, "ffn_rank": 0}

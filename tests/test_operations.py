@@ -206,6 +206,18 @@ def test_a_feed_forward_network_in_pieces_is_the_whole_one(family, monkeypatch):
     assert (pieces > once) == any(hasattr(layer.mlp, "down_proj") for layer in model.model.layers[SCHEDULE["start"] :])
 
 
+def test_a_hook_on_a_part_of_a_skipping_layer_sees_all_its_tokens(monkeypatch):
+    monkeypatch.setattr(stock_layer, "NORM_PIECE", 7)
+    model, ids = tiny_model("llama", SCHEDULE), torch.arange(LENGTH)[None] % 90 + 3
+    monkeypatch.setattr(stock_layer, "FFN_PIECE", 7 * model.config.intermediate_size)
+    layer, seen = model.model.layers[SCHEDULE["start"]], []
+    for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn):
+        part.register_forward_hook(lambda module, args, output: seen.append((module, output.shape[1])))
+    with torch.no_grad():
+        model(ids, logits_to_keep=1)
+    assert len({module for module, _ in seen}) == len(seen) == 3
+
+
 def test_values_of_experts_that_a_family_does_not_know_change_no_count():
     plain, stray = (
         tiny_config("mistral", **values) for values in ({}, {"num_experts_per_tok": 2, "num_local_experts": 8})

@@ -410,6 +410,17 @@ def test_a_front_is_drawn_if_it_has_more_than_one_point():
         assert "| start | 2      | 0.500" in text and "+0.300" in text
 
 
+def test_tables_that_someone_wrote_in_are_kept(tmp_path):
+    search = {"points": [point(1.5, 0.8)], "chosen": 0, "reliability": [0.5] * 5, "candidates": 2, "evaluations": 3}
+    search["seconds"] = {"all": 60, "dense": 6}
+    for _ in range(2):
+        tables.save(search, tmp_path, 5)
+    assert not (tmp_path / "search-1.md").exists()
+    (tmp_path / "search.md").write_text(own := (tmp_path / "search.md").read_text() + "\nWhat I think of it.\n")
+    tables.save({**search, "seconds": {"all": 600, "dense": 6}}, tmp_path, 5)
+    assert (tmp_path / "search-1.md").read_text() == own and "10 minutes" in (tmp_path / "search.md").read_text()
+
+
 def test_one_prompt_has_no_interval():
     pytest.importorskip("matplotlib")
     assert evaluator.quality([{"top1": 0.75}]) == (0.75, None)

@@ -41,7 +41,7 @@ class Base:
     `folder`: config, tokenizer and safetensors files. `name`: what the recipe calls it. `repository`: its id on the
     Hub, None if it is not known to be there. `revision`: the commit, if the recipe names the repository. `weights`:
     safetensors file names with their SHA-256. `trusted`: whether its tokenizer's own code may run, which may read the
-    files `read` in any subfolder.
+    files `read` in any subfolder. `dequantised`: whether it was made of a GGUF file.
     """
 
     folder: Path
@@ -52,6 +52,7 @@ class Base:
     config: Any
     trusted: bool = False
     read: tuple[str, ...] = ()
+    dequantised: bool = False
 
     @property
     def title(self) -> str:
@@ -138,7 +139,7 @@ def resolve(section: ModelSection, store: Store) -> Base:
     read = files_named(read_tokenizer(folder, config, name, trusted, False), folder) if trusted else []
     store.check = watch(folder, [*files, *read])
     weights = {file: file_hash(folder / file) for file in files}
-    base = Base(folder, name, repository, revision, weights, config, trusted, tuple(read))
+    base = Base(folder, name, repository, revision, weights, config, trusted, tuple(read), bool(gguf))
     _ = base.key  # of the files as they are before anything is loaded
     return base
 

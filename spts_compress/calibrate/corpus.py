@@ -87,7 +87,7 @@ def documents(
 
     Args:
         name: what to call the source of the records.
-        columns: the text of an object is in the first of these that is there.
+        columns: the text of an object is in the first of these that is there and not empty.
         skipped: takes records that are not text; without it they are errors.
 
     Raises:
@@ -163,9 +163,8 @@ def _shown(value: Any) -> str:
 def _cell(row: dict, columns: Sequence[str]) -> Any:
     if None in row:  # where csv puts what has no column
         raise ValueError("has more fields than the header has columns; text that holds separators has to be quoted")
-    for name in columns:
-        if name in row:
-            return row[name]
+    if there := [row[name] for name in columns if name in row]:
+        return next((value for value in there if value not in (None, "")), there[0])
     names = [str(name)[:40] for name in row]
     near = difflib.get_close_matches(columns[0], names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""

@@ -1,17 +1,22 @@
 """A GGUF file as a plain safetensors checkpoint, if transformers reads all of the model that is in it."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..utils.errors import UserError
 
 STRETCHED = re.compile(r"\.rope\.(scaling\.(type|factor)|scale_linear)$")
 HARMLESS = ("none", 0, 1)
+# How text is split before pieces are merged, in GGUF's words: as GPT-2 does, and so after every digit.
+AS_GPT2 = (None, "default", "gpt-2", "phi-2", "mpt", "olmo")
+DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 def convert(file: Path, dtype: str, target: Path) -> None:
@@ -20,9 +25,12 @@ def convert(file: Path, dtype: str, target: Path) -> None:
     Raises:
         UserError: if transformers would make another model of it, of which it says nothing itself.
     """
-    folder, gguf = file.parent, file.name
+    from gguf import GGUFReader
+
+    folder, gguf, reader = file.parent, file.name, GGUFReader(file)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    if faults := [*_faults(file, loaded)]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    if faults := [*_faults(reader, loaded), *_split_as(tokenizer, reader.fields.get("tokenizer.ggml.pre"))]:
         raise UserError(
             f"{file}: transformers does not read all of this model: {'; '.join(faults)}; start from its safetensors"
         )
@@ -33,14 +41,26 @@ def convert(file: Path, dtype: str, target: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.to(getattr(torch, dtype)).save_pretrained(target, max_shard_size="100GB")
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
-def _faults(file: Path, loaded: Any) -> Iterator[str]:
+def _split_as(tokenizer: Any, field: Any) -> Iterator[str]:
+    """Has a tokenizer split text as a GGUF file's field names it, where transformers left it at GPT-2's way; gives a
+    fault where that is not known here either."""
+    backend, name = tokenizer.backend_tokenizer, field and field.contents()
+    split = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    if name in AS_GPT2 or split.get("type") != "ByteLevel":
+        return
+    if name in DIGIT_BY_DIGIT:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    else:
+        yield f"tokenizer.ggml.pre is {name}, which is not how its tokenizer splits text"
+
+
+def _faults(reader: Any, loaded: Any) -> Iterator[str]:
     """What of a GGUF file is not in the model that transformers `loaded` from it."""
-    from gguf import GGUFReader
-
-    reader, config = GGUFReader(file), loaded.config
+    config = loaded.config
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     if fields.get("split.count", 1) > 1:
         yield f"it is one of {fields['split.count']} parts of a split file; join them with llama-gguf-split --merge"

@@ -343,19 +343,11 @@ def save(result: dict[str, Any], output: Path) -> str:
     path, new = output / RESULTS[0], result["setting"]
     old = read_json(path) if path.is_file() else result
     other = any(old.get("setting", {}).get(name) != new.get(name) for name in ("keys", "request", "prompts"))
-    edited = (output / RESULTS[1]).is_file() and (output / RESULTS[1]).read_text(encoding="utf-8") != _saved(old)
+    edited = tables.is_edited(output, "evaluation", as_tables)
     if other or edited or result["missing"] > old.get("missing", 0):  # answers may be gone
         tables.keep_earlier(output, RESULTS)
     drawing = (lambda figure: draw(result, figure)) if result["tasks"] else None
     return tables.save(result, as_tables(result), output, "evaluation", drawing, 11 if result["depths"] else 7)
-
-
-def _saved(result: dict[str, Any]) -> str | None:
-    """What `save` writes as a result's tables; None for those of a release with others."""
-    try:
-        return as_tables(result) + "\n"
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
@@ -476,6 +468,7 @@ def certify(folder: Path, result: dict[str, Any]) -> None:
     measured = {row["task"] for row in result["tasks"]}
     missing = [task for task in (*ruler.TASKS, *longbench.TASKS, *synthetic.TASKS) if task not in measured]
     section = f"""{begin}
+<!-- The next evaluation that is certified takes the place of all between this line and the closing one. -->
 ## Evaluation
 
 Dense and SPTS on the same prompts, greedy; recovery is SPTS / dense. Haystack: {haystack}; seed {request["seed"]};

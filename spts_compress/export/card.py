@@ -110,7 +110,7 @@ def _cached(schedule: Schedule) -> str:
     if schedule.kv is None:
         cached = "only those enter the KV cache"
     else:
-        cached = f"{schedule.kv:.0%} of the prompt's tokens, those among them, enter the KV cache"
+        cached = f"{schedule.kv:.0%} of the prompt's tokens that have not left, those among them, enter the KV cache"
     return cached + ("; skipped ones get estimates of what a layer would have added" if schedule.update else "")
 
 
@@ -128,6 +128,9 @@ def _fitted(schedule: Schedule) -> str:
     if schedule.proxy:
         words = PROXIES.format(relative=" over the state's own" if relative else "", selection=selection)
     return words + (f" {UPDATES}" if schedule.update else "")
+
+
+DEQUANTISED = "; they are a GGUF file's, dequantised, and so not quite those of the model that was quantised"
 
 
 def _in_vllm(base: Base, schedule: Schedule) -> str:
@@ -170,8 +173,10 @@ def render(
 
 {base.title} with Self-Predictive Token Skipping (SPTS): while it reads a prompt, layers from
 {skips_from(schedule, max(lengths))} on work on a budget of tokens, and {_cached(schedule)}. The base weights
-are untouched. The method: Zimeng Wu, Donghao Wang, Chaozhe Jin, Jiaxin Chen, Yunhong Wang, "Probe and Skip:
-Self-Predictive Token Skipping for Efficient Long-Context LLM Inference", arXiv 2601.13155, 2026.
+are untouched{DEQUANTISED if base.dequantised else ""}.
+
+The method: Zimeng Wu, Donghao Wang, Chaozhe Jin, Jiaxin Chen, Yunhong Wang, "Probe and Skip: Self-Predictive
+Token Skipping for Efficient Long-Context LLM Inference", arXiv 2601.13155, 2026.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -215,9 +215,11 @@ def fit_updates(
     tokens, judging = (sum(map(len, part)) for part in (fit, held_out))
     most = min(model.config.max_position_embeddings, tokens)
     length = prompt_length(model.config.schedule(), len(model.model.layers), longest, judging, most)
+    start, layers = model.config.schedule().start, model.model.layers
+    if not model.config.schedule(min_length=0).skips(length):
+        return [{"layer": number} for number in range(start, len(layers))]
     prompts = prompts_of(fit, length)
     ids = torch.cat([prompts, prompts_of(held_out, length)]).to(model.device)
-    start, layers = model.config.schedule().start, model.model.layers
     dense, fitted = DenseStates(model, length), {}
     with ExitStack() as stack:
         for number in range(start, len(layers)):

@@ -100,7 +100,7 @@ def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     plain = plain and (norm.weight.device, norm.weight.dtype) == (states.device, states.dtype)
     if plain and states.device.type != "cpu":
         return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    return in_pieces(norm, states, NORM_PIECE)
+    return norm(states) if watched(norm) else in_pieces(norm, states, NORM_PIECE)
 
 
 def activation_of(config: Any) -> str:
@@ -204,7 +204,7 @@ class StockLayer(Stock):
         """How many tokens a CPU's cache has room for within the feed-forward network; no bound for one that is more
         than its matrices, as of experts, or whose calls are seen."""
         parts = [part for name, part in self.mlp.named_children() if name.endswith("_proj")]
-        if not parts or watched(self.mlp) or not all(map(is_plain, parts)):
+        if not parts or any(map(watched, self.mlp.modules())) or not all(map(is_plain, parts)):
             return sys.maxsize
         return max(1, FFN_PIECE // self.mlp.down_proj.in_features)
 

@@ -71,8 +71,9 @@ def as_text(search: dict[str, Any]) -> str:
 
 def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`. What another search
-    found moves aside."""
-    if (folder / FILES[0]).is_file() and _found_before(folder) != _found(search):
+    found, and tables that someone wrote in, move aside."""
+    other = (folder / FILES[0]).is_file() and _found_before(folder) != _found(search)
+    if other or tables.is_edited(folder, "search", as_text):
         tables.keep_earlier(folder, FILES)
     drawing = partial(draw, search, num_layers) if search["points"] else None
     tables.save(search, as_text(search), folder, "search", drawing, 14)

@@ -13,8 +13,8 @@ SHORTEST, LONGEST = 64, 32768
 
 def shortest_paying_length(dense: Any, spts: Any, pairs: int = 5) -> int | None:
     """The first of 64, 128, 256, ... tokens, up to 32K, at which SPTS skips tokens and has the shorter TTFT (median of
-    `pairs` ratios), as it has at the next one, since noise may favour one; None if there is none that the context
-    allows. The prompt's tokens are random: time does not depend on them."""
+    `pairs` ratios), as it has at the next one (the longest: once more), since noise may favour one; None if there is
+    none that the context allows. The prompt's tokens are random: time does not depend on them."""
     schedule = replace(spts.config.schedule(), min_length=0)
     limit, length = min(LONGEST, spts.config.max_position_embeddings - 1), SHORTEST
     generator, first = torch.Generator().manual_seed(0), None
@@ -30,5 +30,6 @@ def shortest_paying_length(dense: Any, spts: Any, pairs: int = 5) -> int | None:
             if pays and first:
                 break
             first = length if pays else None
-            length *= 2
+            if not pays or 2 * length <= limit:  # the longest one is asked again
+                length *= 2
     return first

@@ -69,6 +69,19 @@ def keep_earlier(output: Path, names: Iterable[str]) -> None:
         path.rename(target)
 
 
+def is_edited(output: Path, name: str, as_text: Callable[[Any], str]) -> bool:
+    """Whether `name`.md is there and is not what is made of `name`.json: someone wrote in it, or it is an earlier
+    release's."""
+    shown = output / f"{name}.md"
+    if not shown.is_file():
+        return False
+    try:
+        made = as_text(json.loads((output / f"{name}.json").read_text()))
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+        return True
+    return shown.read_text(encoding="utf-8") != made + "\n"
+
+
 def save_data(result: Any, output: Path, name: str) -> None:
     """Write `name`.json; an earlier result's other files go just before, so that a kill never leaves two results'."""
     with writing(output / f"{name}.json") as partial:
