@@ -141,9 +141,12 @@ def test_changed_weights_are_seen_and_copies_have_graphs_of_their_own(made):
     decoder.layers[3].mlp.up_proj.weight = torch.nn.Parameter(decoder.layers[3].mlp.up_proj.weight / 3)
     torch.testing.assert_close(prefilled(decoder, 40, graphs=True)[0], prefilled(decoder, 40)[0])
     assert len(made) == 2
+    decoder.layers[3].self_attn.scaling *= 2  # which is a number in a graph
+    torch.testing.assert_close(prefilled(decoder, 40, graphs=True)[0], prefilled(decoder, 40)[0])
+    assert len(made) == 3
     decoder.layers[2].register_forward_hook(lambda *_: None)  # which a graph would not call
     prefilled(decoder, 40, graphs=True)
-    assert len(made) == 2
+    assert len(made) == 3
 
 
 class Reads(TorchDispatchMode):

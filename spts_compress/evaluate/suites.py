@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -111,17 +111,19 @@ def _longbench_documents(config: EvalConfig) -> list[str]:
     return [text for bench, task in _longbench_tasks(config) for text in bench.documents(task, config.items)]
 
 
-def all_examples(config: EvalConfig, tokenizer: Any) -> list[Example]:
-    """Every example of the suites but `fidelity`, made anew from the configuration alone."""
-    haystack, examples = config.text, list[Example]()
+def all_examples(config: EvalConfig, tokenizer: Any, ranks: Ranks = SINGLE_PROCESS) -> list[Example]:
+    """Every example of the suites but `fidelity`, made anew from the configuration alone, by all processes together."""
+    haystack, makers = config.text, list[Callable[[], Iterable[Example]]]()
     for length in config.lengths:
         for suite, source in (("ruler", ruler), ("diversity", synthetic)):
             for task in source.TASKS if suite in config.suites else ():
                 if not config.tasks or task in config.tasks:
-                    examples += source.examples(task, tokenizer, haystack, length, config.items, config.seed)
+                    values = task, tokenizer, haystack, length, config.items, config.seed
+                    makers.append(partial(source.examples, *values))
         if "longbench" in config.suites:
-            examples += _longbench_examples(config, tokenizer, length)
-    return examples
+            makers.append(partial(_longbench_examples, config, tokenizer, length))
+    shard = tqdm(ranks.shard(makers), desc="prompts", unit="task", disable=not makers)
+    return [example for some in ranks.all_gather([list(make()) for make in shard]) for example in some]
 
 
 def free_examples(config: EvalConfig, tokenizer: Any, haystack: str) -> list[Example]:
@@ -220,7 +222,7 @@ def collect(
     done = Answers(output / "answers.jsonl", ranks.rank, {"hardware": machine, "batch": config.batch})
     done.check = folder_keys.unchanged
     keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
-    examples, free, text = all_examples(config, tokenizer), list[Example](), ""
+    examples, free, text = all_examples(config, tokenizer, ranks), list[Example](), ""
     overlapping: list[int] = []
     if "fidelity" in config.suites:
         haystack = config.text

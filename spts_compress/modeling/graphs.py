@@ -27,6 +27,7 @@ STEP = 256  # slots; from 4096 on an eighth of the next smaller power of two
 LARGEST = 2**24  # numbers in the states of all slots: with more, the GPU has enough to do
 DEVICES = ("cuda",)
 MODULES = {"torch", "transformers", __name__.split(".")[0]}  # whose modules do the same in every pass
+PLAIN = {int, float, bool, str}
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_consecutive", "bincount"}
 Weight = tuple[dict[str, Any], str, int]  # the dict of a module that holds it, its name there, and its place in memory
 GRAPHS = 16  # at most, of one model: each holds keys and values of as many tokens as it has slots
@@ -259,11 +260,11 @@ def suits(decoder: Any, given: Pass, request: Any) -> bool:
     return asked and usual and unmasked
 
 
-def looked_through(decoder: Any, device: torch.device) -> tuple[list[int], list[Weight]] | None:
-    """What a graph of a decoder relies on: numbers that tell its modules, and where their weights are; None if not all
-    are plain ones on the device, or there is a module that someone watches or that may change what it does, such as an
-    adapter."""
-    modules, weights, left = list[int](), list[Weight](), [decoder]
+def looked_through(decoder: Any, device: torch.device) -> tuple[list[Any], list[Weight]] | None:
+    """What a graph of a decoder relies on: its modules, by numbers that tell them, their plain values, such as a factor
+    of attention, and where their weights are; None if not all are plain ones on the device, or there is a module that
+    someone watches or that may change what it does, such as an adapter."""
+    modules, weights, left = list[Any](), list[Weight](), [decoder]
     while left:
         module = left.pop()
         left += filter(None, module._modules.values())
@@ -273,7 +274,7 @@ def looked_through(decoder: Any, device: torch.device) -> tuple[list[int], list[
             p is not None and (type(p) is not nn.Parameter or p.device != device) for p in parts.values()
         ):
             return None
-        modules.append(id(module))
+        modules += [id(module), *(value for value in vars(module).values() if type(value) in PLAIN)]
         for held in (parts, module._buffers):
             weights += [(held, name, part.data_ptr()) for name, part in held.items() if part is not None]
     return [*modules, *(pointer for _, _, pointer in weights)], weights
