@@ -74,7 +74,7 @@ def starter(model: ModelSection, config: Any, context: int, goal: dict[str, floa
     meaning = {
         "speedup": "dense over SPTS FLOPs of a prompt of the longest length",
         "kv_share": "share of the KV cache that is kept, of a prompt of the longest length",
-        "quality": "share of next tokens that must be the dense model's, on prompts that nothing was chosen on",
+        "quality": "share of next tokens that must be the dense model's, on prompts that no schedule was chosen on",
     }
     lines = [
         f"# {title}: {config.model_type}, {layers} layers, {weights / 1e9:.2f}B parameters, {context} positions.",

@@ -339,6 +339,10 @@ def test_recovery_and_its_interval():
     assert recovery.interval([1.0], [1.0]) is None and recovery.interval([0, 0], [1, 1]) is None
     same = recovery.interval([1.0, 0.5, 1.0], [1.0, 0.5, 1.0])
     assert same == (1.0, 1.0)
+    for dense in ([1, 0, 0, 0], [1] + [0] * 7):  # in a third of the resamples no answer is right
+        assert recovery.interval(dense, dense) is None and recovery.interval(dense, dense[::-1]) is None
+    low, high = recovery.interval([1] * 5 + [0] * 7, [0] * 5 + [1] * 7)  # in 0.2% of them
+    assert low < 7 / 5 < high < 12
 
 
 @settings(max_examples=30, deadline=None)

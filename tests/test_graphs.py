@@ -100,6 +100,18 @@ def test_prompts_of_all_lengths_run_in_a_graph_as_without(made, name, monkeypatc
     assert len(runs) > 0.8 * len(lengths) and len(made) == len({graphs.slots_for(tokens) for tokens in range(24, 90)})
 
 
+def test_a_prompt_that_overflows_leaves_the_next_one_alone(made):
+    decoder = model_of("llama").model
+    expected = prefilled(decoder, 36)[0]
+    for values in (1.0, float("nan")):
+        states = torch.full((1, 46, decoder.config.hidden_size), values).double()
+        run = Pass(states, None, torch.arange(46)[None], DynamicCache(config=decoder.config), 0, {"use_cache": True})
+        with torch.no_grad():
+            decoder._prompt(run, SkipRequest(decoder.config.schedule(), last=1, graphs=True), [46])
+        torch.testing.assert_close(prefilled(decoder, 36, graphs=True)[0], expected)
+    assert len(made) == 1
+
+
 def test_slots_are_at_most_an_eighth_more_than_tokens():
     slots = [graphs.slots_for(tokens) for tokens in range(2048, 70000)]
     assert all(tokens <= count <= 1.125 * tokens + 1 for tokens, count in enumerate(slots, 2048))

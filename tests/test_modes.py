@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    StaticCache,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -233,7 +235,71 @@ def test_hooks_on_attention_are_refused_where_they_would_not_run():
         attention.__class__ = stock
         attention.o_proj.register_forward_hook(lambda *_: seen.append(2))
         model(ids, logits_to_keep=1)
+        handle = attention.register_full_backward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="hooks on self_attn"):
+            model(ids, logits_to_keep=1)
+        handle.remove()
     assert seen == [1, 2]
+
+
+def test_of_forwards_from_accelerate_its_own_alone_are_taken():
+    hooks = pytest.importorskip("accelerate.hooks")
+    own = type("Own", (hooks.ModelHook,), {})
+    for hook, change, fine in (
+        (hooks.AlignDevicesHook(), False, True),
+        (hooks.SequentialHook(hooks.AlignDevicesHook()), False, True),
+        (hooks.AlignDevicesHook(), True, False),
+        (own(), False, False),
+        (hooks.SequentialHook(hooks.AlignDevicesHook(), own()), False, False),
+    ):
+        model, ids = tiny_model("llama", SCHEDULE), torch.arange(3, 63)[None]
+        attention = model.model.layers[3].self_attn
+        hooks.add_hook_to_module(attention, hook)
+        if change:
+            attention.forward = lambda *args, own=attention.forward, **kwargs: own(*args, **kwargs)
+        with torch.no_grad(), nullcontext() if fine else pytest.raises(ValueError, match="another forward of it"):
+            model(ids, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prefill_that_was_interrupted_leaves_no_cache_to_go_on_with(model, static):
+    tokens, layer = prompt(40), model.model.layers[2]
+    cache = StaticCache(config=model.config, max_cache_len=80) if static else DynamicCache(config=model.config)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    handle = layer.mlp.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        new_tokens(model, tokens, past_key_values=cache, disable_compile=True)
+    handle.remove()
+    for more in (tokens, torch.cat([tokens, tokens[:, :1]], dim=1)):
+        with pytest.raises(ValueError, match="does not fit the others"):
+            new_tokens(model, more, past_key_values=copy.deepcopy(cache), disable_compile=True)
+
+
+@torch.no_grad()
+def test_a_later_mask_has_the_prompt_as_the_prefill_had_it(model):
+    tokens, padded = prompt(40, rows=2), (torch.arange(40) >= torch.tensor([[0], [15]])).long()
+    for first in (None, padded):
+        cache = model(tokens, attention_mask=first, logits_to_keep=1, use_cache=True).past_key_values
+        given = torch.cat([torch.ones(2, 40).long() if first is None else first, torch.ones(2, 1).long()], dim=1)
+        other = given.clone()
+        other[:, 20:30] = 0
+        for wrong in (other, torch.ones_like(given) if first is padded else other.bool()):
+            with pytest.raises(ValueError, match="another one for the prompt than the prefill had"):
+                model(tokens[:, :1], attention_mask=wrong, past_key_values=copy.deepcopy(cache))
+        plain = model(tokens[:, :1], attention_mask=given, past_key_values=copy.deepcopy(cache)).logits
+        cache.reorder_cache(torch.tensor([1, 0]))
+        turned = model(tokens[:, :1].flip(0), attention_mask=given.flip(0), past_key_values=cache).logits
+        torch.testing.assert_close(turned, plain.flip(0))
+
+
+def test_a_cache_that_was_reset_tells_of_the_dense_prompt_after(model):
+    cache = model(prompt(40), logits_to_keep=1, use_cache=True).past_key_values
+    cache.reset()
+    model(prompt(30), past_key_values=cache, spts=False)
+    assert [layer["candidates"] for layer in model.skipped(cache)] == [30] * 5
 
 
 @pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe"])

@@ -133,6 +133,24 @@ def test_halving_finds_the_best_shape_and_repeats_itself():
     assert len({c.schedule for c in runs[0]}) == len(runs[0])
 
 
+def test_no_schedule_that_was_tried_on_all_prompts_is_better_than_the_winner():
+    """Losses that differ much from prompt to prompt, so that the first few often mislead."""
+    costs = Costs(tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
+    options = {"starts": [1, 2, 3, 4], "choices": {"heads": ["mean", "max"]}, "kinds": ["free"], "lengths": [512]}
+    for seed in range(8):
+        section, whole = SearchSection(**options, prompts=24, candidates=32, rounds=2, seed=seed), []
+
+        def evaluate(some, count, seed=seed, whole=whole):
+            draws = [random.Random(f"{seed} {each}") for each in some]
+            found = [[{"kind": "free", "kl": d.lognormvariate(0, 1.2), "top1": 0.5} for _ in range(24)] for d in draws]
+            found = [[{**row, "same": False} for row in rows[:count]] for rows in found]
+            whole.extend(evaluator.loss(rows) for rows in found if count == 24)
+            return found
+
+        pool = halving.search(costs, ("speedup", 1.2), evaluate, section, [])
+        assert pool[0].loss == min(whole) and len(pool[0].rows) == 24
+
+
 def test_candidates_that_do_the_same_count_once():
     """Twenty candidates alike and better than four others: one of them goes on, and others beside it."""
 

@@ -125,6 +125,8 @@ def _fitted(schedule: Schedule) -> str:
     """What the table of fits shows, in words."""
     relative, selection = schedule.ffn_selection == "relative", schedule.ffn_selection
     words = "No proxies, since attention's scores choose the feed-forward network's tokens, too."
+    if schedule.ffn_selection == "all":
+        words = "No proxies, since the feed-forward network runs on all candidates."
     if schedule.proxy:
         words = PROXIES.format(relative=" over the state's own" if relative else "", selection=selection)
     return words + (f" {UPDATES}" if schedule.update else "")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, schedule
-from ..checkpoint import loadable
+from ..checkpoint import layout, loadable
 from ..checkpoint.families import FAMILIES, code_files, exported_config, model_class
 from ..checkpoint.keys import stale
 from ..checkpoint.layout import CERTIFICATE, CONFIG, FREE, MANIFEST, NOTES, TOLD, all_files, inside, matches, read_json
@@ -77,7 +77,8 @@ def _file_faults(folder: Path, listed: dict[str, Any], found: dict[str, str]) ->
 
 def _name_faults(listed: dict[str, Any], names: dict[str, str]) -> list[str]:
     """The list of the base's files against that of all files."""
-    faults = []
+    lacking = [name for name in listed if name.endswith(".safetensors") and name not in {*layout.OWN, *names}]
+    faults = [f"{MANIFEST}: does not say what the base calls {name}" for name in lacking]
     for exported, name in names.items():
         if exported not in listed:
             faults.append(f"{MANIFEST}: {exported}, a file of the base, is not among the exported files")

@@ -22,6 +22,7 @@ class SkippedCacheLayer(DynamicLayer):
     prompt's last tokens every layer holds. `stage`: layers of one stage run on equally many tokens. `generated`: tokens
     that came after the prompt.
     What goes by rows and moves with them: `valid`: which of the kept slots are not padding, (B, kept), None if all are.
+    `mask`: which slots of the prompt are not, (B, prompt_length), likewise; known to the first of a cache's layers.
     `positions`: on request, the places in the row's prompt that the cached tokens came from, (B, cached), -1 for
     padding, and `ends`, the place after it, (B, 1).
     """
@@ -40,11 +41,18 @@ class SkippedCacheLayer(DynamicLayer):
         self.prompt_length, self.candidates, self.active, self.cached = prompt_length, candidates, active, cached
         self.protected, self.stage, self.kept, self.generated = protected, stage, cached, 0
         self.valid = valid
+        self.mask: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.ends: torch.Tensor | None = None
 
     def tokens_seen(self) -> int:
-        return self.prompt_length + self.generated
+        """Tokens of the text that the layer has run on; none after a prefill that did not come to it."""
+        return self.prompt_length + self.generated if self.is_initialized else 0
+
+    def fits(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Whether a mask (B, all tokens so far) has the prompt as the prefill had it, a tensor on the mask's device."""
+        prompt = attention_mask[:, : self.prompt_length].bool()
+        return (prompt if self.mask is None else prompt == self.mask.to(prompt.device)).all()
 
     def note_positions(self, slots: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Keep which tokens are cached, if `ends` is set: those at `slots` (B, cached) of the padded prompt."""
@@ -60,7 +68,7 @@ class SkippedCacheLayer(DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _move_rows(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in ("valid", "positions", "ends"):
+        for name in ("valid", "mask", "positions", "ends"):
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, move(rows))
 
@@ -80,7 +88,7 @@ class SkippedCacheLayer(DynamicLayer):
         super().reset()
         self.prompt_length = self.candidates = self.active = self.cached = 0
         self.kept = self.protected = self.generated = 0
-        self.valid = self.positions = self.ends = None
+        self.valid = self.mask = self.positions = self.ends = None
 
     def places(self, states: torch.Tensor) -> torch.Tensor | None:
         """Where in their row's text the tokens are that are held here, and then the new `states` (B, new, D); None
@@ -121,7 +129,7 @@ class SkippedCacheLayer(DynamicLayer):
             self.prompt_length, self.protected = self.prompt_length - of_prompt, self.protected - of_prompt
             for name in ("candidates", "active", "cached", "kept"):
                 setattr(self, name, getattr(self, name) - of_prompt)
-            for name in ("valid", "positions"):
+            for name in ("valid", "mask", "positions"):
                 if (rows := getattr(self, name)) is not None:
                     setattr(self, name, rows[:, : rows.shape[1] - of_prompt])
             self.ends = None if self.ends is None else self.ends - of_prompt

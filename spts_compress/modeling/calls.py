@@ -133,8 +133,17 @@ def is_changed(attention: Any) -> bool:
     whose hooks record outputs, and accelerate, which brings weights."""
     hooks = *attention._forward_hooks.values(), *attention._forward_pre_hooks.values()
     seen = any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
-    own = "forward" in vars(attention) and not hasattr(attention, "_hf_hook")
+    seen = seen or bool(attention._backward_hooks or attention._backward_pre_hooks)
+    own = "forward" in vars(attention) and not brings_weights(attention)
     return seen or own or not type(attention).forward.__module__.startswith("transformers.")
+
+
+def brings_weights(module: Any) -> bool:
+    """Whether a module's own forward is accelerate's, with its own hooks alone, around that of its class."""
+    hook, forward = getattr(module, "_hf_hook", None), getattr(vars(module)["forward"], "func", None)
+    parts = forward, *map(type, getattr(hook, "hooks", [hook]))
+    theirs = all(getattr(part, "__module__", "").startswith("accelerate.") for part in parts)
+    return theirs and getattr(module._old_forward, "__func__", None) is type(module).forward
 
 
 def holds_skipped(cache: Any) -> bool:

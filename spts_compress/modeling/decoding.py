@@ -2,6 +2,7 @@
 prompt, each with a mask for what its own cache holds."""
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -107,8 +108,16 @@ class StockRuns(DecoderCalls):
                     f"after a skipped prefill the attention mask must have the shape {expected} (rows, all tokens so "
                     f"far), not {tuple(run.mask.shape)}; or prefill with spts=False"
                 )
-            if not static and bool(run.mask.all()):
-                run = replace(run, mask=None)
+            if not static:
+                skipped = (held for held in run.cache.layers if isinstance(held, SkippedCacheLayer))
+                fits = [held.fits(run.mask) for held in islice(skipped, 1)]
+                whole, *alike = torch.stack([run.mask.bool().all(), *fits]).tolist()  # waits for the device once
+                if not all(alike):
+                    raise ValueError(
+                        "the attention mask is another one for the prompt than the prefill had, which chose its tokens "
+                        "by it: give that one, or run the prompt again, with spts=False if its mask is to change"
+                    )
+                run = replace(run, mask=None) if whole else run
         kinds, rotary = layer_kinds(self.config), self._rotary(run)
         masks: dict[Any, Any] = {}
         for index in range(run.first_layer, len(self.layers)):

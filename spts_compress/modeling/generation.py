@@ -17,10 +17,11 @@ from .stock_layer import SkippingPreTrainedModel
 
 @dataclass
 class Asked:
-    """The `spts` of the call of `generate` that runs on a model."""
+    """The `spts` of the call of `generate` that runs on a model; `depth`: its layers before an early exit."""
 
     model: Any
     spts: bool | dict | None
+    depth: int | None = None
 
 
 ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
@@ -38,15 +39,16 @@ class GenerationCalls(SkippingPreTrainedModel):
         Raises:
             ValueError: if `spts` asks to skip in a prompt in chunks.
         """
-        outer, depth = ASKED.get(), self.config.num_hidden_layers
+        outer = ASKED.get()
         if outer is not None and outer.model is self:  # token healing asks for a token within a call
             kwargs.setdefault("spts", outer.spts)
-        token = ASKED.set(Asked(self, kwargs.get("spts")))
+        token = ASKED.set(asked := Asked(self, kwargs.get("spts")))
         try:
             return super().generate(*args, **kwargs)
         finally:
             ASKED.reset(token)
-            self.config.num_hidden_layers = depth  # an early exit changes it, and leaves it so after an error
+            if asked.depth is not None:  # an early exit changes it, and leaves it so after an error
+                self.config.num_hidden_layers = asked.depth
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         """As stock; decides whether the call's prompts all run dense."""
@@ -59,6 +61,8 @@ class GenerationCalls(SkippingPreTrainedModel):
             model_kwargs["spts"] = False if spts is None else spts
         if (asked := ASKED.get()) is not None and asked.model is self:
             asked.spts = model_kwargs.get("spts")
+            if config.assistant_early_exit is not None:
+                asked.depth = self.config.num_hidden_layers
         return config, model_kwargs
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:

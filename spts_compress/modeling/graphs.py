@@ -183,6 +183,7 @@ class PrefillGraph:
         if (counts := self.real_counts(tokens)) is None:
             return None
         self.states[:, :tokens] = given.states
+        self.states[:, tokens:] = 0  # nothing looks there, but what is not finite there would spread all the same
         self.positions[:, :tokens] = given.position_ids
         self.numbers.copy_(torch.tensor(counts))
         self.replay()
@@ -261,9 +262,9 @@ def suits(decoder: Any, given: Pass, request: Any) -> bool:
 
 
 def looked_through(decoder: Any, device: torch.device) -> tuple[list[Any], list[Weight]] | None:
-    """What a graph of a decoder relies on: its modules, by numbers that tell them, their plain values, such as a factor
-    of attention, and where their weights are; None if not all are plain ones on the device, or there is a module that
-    someone watches or that may change what it does, such as an adapter."""
+    """What a graph of a decoder relies on: its modules, what they do, their plain values, such as attention's factor,
+    and where their weights are; None if not all are plain ones on the device, or there is a module that someone watches
+    or that may change what it does, such as an adapter."""
     modules, weights, left = list[Any](), list[Weight](), [decoder]
     while left:
         module = left.pop()
@@ -274,7 +275,7 @@ def looked_through(decoder: Any, device: torch.device) -> tuple[list[Any], list[
             p is not None and (type(p) is not nn.Parameter or p.device != device) for p in parts.values()
         ):
             return None
-        modules += [id(module), *(value for value in vars(module).values() if type(value) in PLAIN)]
+        modules += [module, type(module).forward, *(v for v in vars(module).values() if type(v) in PLAIN)]
         for held in (parts, module._buffers):
             weights += [(held, name, part.data_ptr()) for name, part in held.items() if part is not None]
     return [*modules, *(pointer for _, _, pointer in weights)], weights

@@ -157,6 +157,8 @@ class PlannedRuns(StockRuns):
             protected, stage = min(plan.schedule.always_last, plan.active.width), plan.schedule.stage_of(layer)
             cache.layers[layer] = self.cache_layer(old, layer, slots, *widths, plan.cached.valid, protected, stage)
         skipping = range(len(self.layers) - len(plans), len(self.layers))
+        if min(lengths) < slots:
+            cache.layers[skipping.start].mask = run.mask.ne(0)  # a copy
         if noting := [layer for layer in skipping if notes or self.window_of(layer) is not None]:
             ends = torch.tensor(lengths, device=run.states.device)[:, None]  # sent once
             for layer in noting:

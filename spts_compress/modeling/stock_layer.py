@@ -96,7 +96,8 @@ def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     """`norm(states)` for an RMS norm, which the stock module computes in many passes over memory: in one kernel on a
     GPU, and on a CPU in pieces."""
     # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
-    plain = hasattr(norm, "variance_epsilon") and not watched(norm)
+    stock = hasattr(norm, "variance_epsilon") and type(norm).__module__.startswith("transformers.")
+    plain = stock and not watched(norm)
     plain = plain and (norm.weight.device, norm.weight.dtype) == (states.device, states.dtype)
     if plain and states.device.type != "cpu":
         return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
@@ -230,10 +231,11 @@ def layers_held(cache: Any) -> list[dict[str, Any]]:
     longest row's."""
     rows = []
     sources = [held.source if isinstance(held, StaticKeptLayer) else held for held in cache.layers]
-    prompts = [source.prompt_length for source in sources if isinstance(source, SkippedCacheLayer)]
+    prompts = [source.prompt_length or sys.maxsize for source in sources if isinstance(source, SkippedCacheLayer)]
     for held, source in zip(cache.layers, sources, strict=True):
-        skipped = source if isinstance(source, SkippedCacheLayer) else None
-        dense = min([int(held.get_seq_length()), *prompts])
+        skipped = source if isinstance(source, SkippedCacheLayer) and source.prompt_length else None  # or after a reset
+        seen = source.tokens_seen() if isinstance(source, SkippedCacheLayer) else int(held.get_seq_length())
+        dense = min([seen, *prompts])
         tensors = (held.keys, held.values) if held.is_initialized else ()
         slots = held.keys.shape[-2] if tensors else 0
         rows.append(

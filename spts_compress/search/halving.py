@@ -97,6 +97,6 @@ def search(
         parents, count = [c.params for c in best], section.candidates // 2
         varied = (vary(rng, rng.choice(parents), choices, rng.choice(parents)) for _ in range(50 * count))
         tried = halve([*best, *fresh(varied, count)], prompts, turn, evaluate)
-        schedules = {c.schedule for c in tried}
-        pool = sorted([*tried, *(c for c in pool if c.schedule not in schedules)], key=lambda c: (-len(c.rows), c.loss))
+        most = {c.schedule: c for c in sorted([*pool, *tried], key=lambda c: len(c.rows))}  # tried again, on fewer
+        pool = sorted(most.values(), key=lambda c: (-len(c.rows), c.loss))
     return pool

@@ -92,7 +92,8 @@ def _front(
 def run(
     model: Any, skipping: Any, prompts: PromptSet, store: Store, key: str, log: Log, ranks: Ranks
 ) -> dict[str, Any]:
-    """The best schedule at each cost that the target asks for, confirmed on prompts that nothing was chosen on.
+    """The best schedule at each cost that the target asks for, confirmed on prompts that none was chosen on; a wanted
+    quality chooses among costs by these, so that the figure of the chosen one flatters a little.
 
     Args:
         model, skipping: the stock and the skipping model, on the same parameters.

@@ -16,7 +16,7 @@ LENGTH = 8192  # tokens of the prompt whose budgets are drawn
 
 
 def front_table(search: dict[str, Any]) -> str:
-    """One row for each cost: what it is, and how close to dense on prompts nothing was chosen on."""
+    """One row for each cost: what it is, and how close to dense on prompts that its schedule was not chosen on."""
     rows = []
     for number, point in enumerate(search["points"]):
         cost, held_out, winner = point["cost"], point["held_out"], point["winner"]

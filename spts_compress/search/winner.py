@@ -1,4 +1,4 @@
-"""The best candidate at one cost: how good it is on prompts that nothing was chosen on, and what makes it so."""
+"""The best candidate at one cost: how good it is on prompts that it was not chosen on, and what makes it so."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -23,7 +23,7 @@ def score_rows(rows: list[dict]) -> list[dict]:
 
 def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[float, float] | None:
     """95% bootstrap interval (percentile, paired, 2000 resamples) of mean(other) / mean(dense); None where the dense
-    mean is 0 or there are fewer than 2 examples."""
+    mean is 0, or is in more resamples than the interval may leave out, or there are fewer than 2 examples."""
     if len(dense) < 2 or not any(dense):
         return None
 
@@ -37,8 +37,11 @@ def interval(dense: list[float], other: list[float], seed: int = 0) -> tuple[flo
             (np.array(dense), np.array(other)), ratio, paired=True, vectorized=True, n_resamples=2000,
             method="percentile", rng=np.random.default_rng(seed),
         ).bootstrap_distribution  # fmt: skip
-    drawn = drawn[np.isfinite(drawn)]
-    return (float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))) if len(drawn) else None
+    known = drawn[np.isfinite(drawn)]
+    if (share := len(known) / len(drawn)) < 0.975:
+        return None
+    low, high = np.quantile(known, (0.025 / share, 0.975 / share))  # the others count as larger
+    return float(low), float(high)
 
 
 def summary(rows: list[dict], mode: str = "spts") -> list[dict[str, Any]]:

@@ -141,22 +141,27 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 @torch.no_grad()
-def memory(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, int]:
-    """Bytes of the KV cache after a prefill, and the prefill's peak above what was held before. It warms up, too."""
+def memory(model: Any, ids: torch.Tensor, decodes: bool = False, **options: Any) -> dict[str, int]:
+    """Bytes of the KV cache after a prefill, and the prefill's peak above what was held before. It warms up, too, and
+    if asked for so does decoding."""
     with peak_memory(ids.device) as peak:
         cache = model(ids, use_cache=True, logits_to_keep=1, **options).past_key_values
-    return {"kv_bytes": kv_bytes(cache), "peak_bytes": peak()}
+    used = {"kv_bytes": kv_bytes(cache), "peak_bytes": peak()}
+    if decodes:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return used
 
 
 @torch.no_grad()
-def touch(ways: Mapping[str, Way], ids: torch.Tensor) -> None:
-    """Read all weights, and run every way on the first token of `ids` (B, n). Else what is measured first on a CPU
-    would count the weights' pages, which are mapped from a file and become the process's when they are first read."""
+def touch(ways: Mapping[str, Way], ids: torch.Tensor, new_tokens: int) -> None:
+    """Read all weights, and let every way generate `new_tokens` after the first token of `ids` (B, n). Else what is
+    measured first on a CPU would count the weights' pages, which are mapped from a file and become the process's when
+    they are first read."""
     for model in {model for model, _ in ways.values()}:
         for tensor in model.state_dict().values():  # one token does not read every expert, nor what skipping adds
             tensor.sum()
     for model, options in ways.values():
-        model(ids[:, :1], use_cache=True, logits_to_keep=1, **options)
+        seconds(model, ids[:, :1], (new_tokens,), **options)
 
 
 def compare(
@@ -178,8 +183,9 @@ def compare(
         they come from, the `speedup` over dense round by round (median and range); with several of them `decode`, the
         same of one token after the first; and memory.
     """
-    touch(ways, ids)
-    used = {name: memory(model, ids, **options) for name, (model, options) in ways.items()}
+    several = new_tokens[-1] > 1
+    touch(ways, ids, 2 if several else 1)
+    used = {name: memory(model, ids, several, **options) for name, (model, options) in ways.items()}
     tick()
     runs = {name: partial(seconds, model, ids, new_tokens, **options) for name, (model, options) in ways.items()}
     times = in_turn(runs, pairs, tick)
