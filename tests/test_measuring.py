@@ -1,5 +1,6 @@
 """What all measurements share: tables declared by column, pictures in one style, ways of answering, and the card."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -124,6 +125,7 @@ def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
         revision=None,
         repository=None,
         trusted=False,
+        dequantised=False,
         config=model.config,
         family="llama",
     )
@@ -134,6 +136,11 @@ def test_the_card_cites_the_paper_whole_and_says_what_engines_do(tmp_path):
     cited = text.replace("\n", " ")
     assert "Probe and Skip: Self-Predictive Token Skipping for Efficient Long-Context LLM Inference" in cited
     assert all(name in cited for name in ("Zimeng Wu", "Donghao Wang", "Chaozhe Jin", "Jiaxin Chen", "Yunhong Wang"))
+    assert "dequantised" not in text and "No proxies, since attention's scores" not in text
+    base.dequantised = True
+    every = model.config.schedule(ffn_selection="all")
+    text = card.render(base, dataclasses.replace(every, proxy=()), report, "SPEED", "QUALITY", "PROXIES", None)
+    assert "are a GGUF file's, dequantised" in text and "runs on all candidates" in text
     assert "H100" not in text and "runs it dense" in cited and "median of 2 pairs" in cited
     assert [text.count(name) for name in ("SPEED", "QUALITY", "PROXIES", "## Search")] == [1, 1, 1, 0]
     for same, words in ((False, "searched on is not that of"), (True, "searched on is also that of")):
