@@ -104,15 +104,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "SPTS, main": {**SHIPPED, "label": "SPTS"},
     "SPTS, smol": SHIPPED,
     "SPTS, updates": {**ALL_HEADS, "label": "SPTS, ranked by all heads"},
-    "SPTS, old": {"color": BLUE, "marker": "o", "mfc": "white", "label": "SPTS without updates"},
-    "SPTS, smolold": {"color": BLUE, "marker": "o", "mfc": "white"},
+    "SPTS, smolold": {"color": BLUE, "marker": "o", "mfc": "white", "label": "SPTS without updates"},
     "SPTS, early": {"color": BLUE, "marker": "d", "mfc": "white", "label": "SPTS from layer 6 on (60 prompts)"},
     "SPTS, filter": {"color": BLUE, "marker": "h", "label": "SPTS that filters in layer 5 (60 prompts)"},
     "POP": {"color": RED, "marker": "v", "label": "POP"},
     "FastKV": {"color": GREEN, "marker": "^", "label": "FastKV"},
     "GemFilter": {"color": ORANGE, "marker": "<", "label": "GemFilter"},
     "UniPrefill": {"color": PURPLE, "marker": "D", "label": "UniPrefill's rule"},
-    "draft model": {"color": "#666666", "marker": "P", "mfc": "white", "label": "speculative prefill"},
     "SnapKV": {"color": "#666666", "marker": "X", "label": "SnapKV"},
     "dense": {"color": "black", "marker": "*", "label": "dense"},
 }
@@ -144,7 +142,7 @@ def methods(axis: Any, ways: list[dict[str, Any]], part: str, figure: str) -> No
 
 
 def result(file: Path) -> None:
-    """What is left of needles and free answers, against the time that is saved, on 2 CPU cores."""
+    """What is left of RULER's score and of free answers, against the time that is saved, on 2 CPU cores."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
     (qwen, where), (smol, there) = ((read(name), name) for name in PEERS)
     for axis, found, name, part, measure in (
@@ -154,7 +152,7 @@ def result(file: Path) -> None:
     ):
         methods(axis, found["ways"], part, measure)
         prompts = found["ways"][0][part]["prompts"]
-        what = "hidden numbers found" if measure == "score" else "free answers"
+        what = "RULER's eleven tasks" if measure == "score" else "free answers"
         axis.set_title(f"{PEERS[name]}:\n{what}, {prompts} prompts", fontsize=10)
     for name in ("early", "filter"):
         methods(axes[2], read(f"smollm2-135m/{name}-4k.json")["ways"][1:], "longbench", "kl")
