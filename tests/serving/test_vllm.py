@@ -282,9 +282,8 @@ def test_what_hinders_skipping_is_named(change, reason):
     plain = dict(spts=BLOCK, num_hidden_layers=5, architecture="SptsQwen2ForCausalLM", runner_type="generate")
     plain |= dict(world_size=1, tensor_parallel_size=1)
     names = "sliding_window", "layer_types", "quantization", "lora_config", "speculative_config", "kv_transfer_config"
-    every = SimpleNamespace(
-        **{**dict.fromkeys((*names, "kv_offloading_size", "use_v2_model_runner")), **plain, **change}
-    )
+    kind = type("Every", (SimpleNamespace,), {"sliding_window": None, "layer_types": None})  # which its family knows
+    every = kind(**{**dict.fromkeys((*names, "kv_offloading_size", "use_v2_model_runner")), **plain, **change})
     for part in ("hf_config", "model_config", "parallel_config", "cache_config"):
         setattr(every, part, every)  # no two parts have a name in common
     found = setup.why_dense(every)
