@@ -160,6 +160,8 @@ def test_word_lists_have_the_published_counts():
         assert [word for word, _ in listed.most_common(4)] == ["...", *item.outputs]
         counts = [n for _, n in listed.most_common(4)]
         assert abs(counts[0] / counts[1] - 4) < 0.3 and abs(counts[0] / counts[3] - 16) < 2
+    with pytest.raises(UserError, match="the third and fourth most frequent words are as frequent"):
+        ruler.examples("fwe", TOKENIZER, PROSE, 512, 1, 1)
 
 
 @pytest.mark.parametrize("task", synthetic.TASKS)

@@ -3,6 +3,7 @@
 import random
 import string
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,6 +12,7 @@ from typing import Any
 
 from wonderwords import RandomWord
 
+from ..utils.errors import UserError
 from .example import Example, chat, fit_example, hide, longest, sentences
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -266,7 +268,13 @@ def _frequent_words(fit: Fit, tokenizer: Any, limit: int, rng: random.Random) ->
         shuffled = [word for _, word in sorted(zip(ranks, listed, strict=False))]
         return chat(tokenizer, FWE.format(context=" ".join(shuffled)), FWE_PREFIX)
 
-    return fit(build, outputs=coded[1:4], answer_prefix=FWE_PREFIX)
+    example = fit(build, outputs=coded[1:4], answer_prefix=FWE_PREFIX)
+    words = Counter(example.text.split())
+    if words[coded[3]] == words[coded[4]]:
+        raise UserError(
+            f"fwe: in {limit} tokens the third and fourth most frequent words are as frequent; take more"
+        )
+    return example
 
 
 MAKERS: dict[str, Callable[..., Example]] = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}
