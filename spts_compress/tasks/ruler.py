@@ -271,9 +271,7 @@ def _frequent_words(fit: Fit, tokenizer: Any, limit: int, rng: random.Random) ->
     example = fit(build, outputs=coded[1:4], answer_prefix=FWE_PREFIX)
     words = Counter(example.text.split())
     if words[coded[3]] == words[coded[4]]:
-        raise UserError(
-            f"fwe: in {limit} tokens the third and fourth most frequent words are as frequent; take more"
-        )
+        raise UserError(f"fwe: in {limit} tokens the third and fourth most frequent words are as frequent; take more")
     return example
 
 
