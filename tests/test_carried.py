@@ -202,7 +202,10 @@ def test_verify_covers_files_in_subfolders_and_of_any_name(rich, tmp_path):
     edit(out / "spts_files.json", base={k: v for k, v in manifest["base"].items() if not k.endswith(".safetensors")})
     assert verify(out) == ["spts_files.json: does not say what the base calls base_model.safetensors"]
     edit(out / "spts_files.json", base={})
-    assert verify(out)[-1] == "spts_files.json: does not say what the base's files are called"
+    assert verify(out) == [
+        "spts_files.json: does not say what the base calls base_model.safetensors",
+        "spts_files.json: does not say what the base's files are called",
+    ]
 
 
 def test_verify_names_code_that_is_not_this_packages(rich, tmp_path):

@@ -44,18 +44,18 @@ def convert(file: Path, dtype: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _split_as(tokenizer: Any, field: Any) -> Iterator[str]:
-    """Has a tokenizer split text as a GGUF file's field names it, where transformers left it at GPT-2's way; gives a
-    fault where that is not known here either."""
+def _split_as(tokenizer: Any, field: Any) -> list[str]:
+    """Has a tokenizer split text as a GGUF file's field names it, where transformers left it at GPT-2's way; the fault
+    where that is not known here either."""
     backend, name = tokenizer.backend_tokenizer, field and field.contents()
     split = json.loads(backend.to_str())["pre_tokenizer"] or {}
     if name in AS_GPT2 or split.get("type") != "ByteLevel":
-        return
-    if name in DIGIT_BY_DIGIT:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    else:
-        yield f"tokenizer.ggml.pre is {name}, which is not how its tokenizer splits text"
+        return []
+    if name not in DIGIT_BY_DIGIT:
+        return [f"tokenizer.ggml.pre is {name}, which is not how its tokenizer splits text"]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    return []
 
 
 def _faults(reader: Any, loaded: Any) -> Iterator[str]:

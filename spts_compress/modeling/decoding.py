@@ -2,7 +2,6 @@
 prompt, each with a mask for what its own cache holds."""
 
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -109,8 +108,8 @@ class StockRuns(DecoderCalls):
                     f"far), not {tuple(run.mask.shape)}; or prefill with spts=False"
                 )
             if not static:
-                skipped = (held for held in run.cache.layers if isinstance(held, SkippedCacheLayer))
-                fits = [held.fits(run.mask) for held in islice(skipped, 1)]
+                first = next((held for held in run.cache.layers if isinstance(held, SkippedCacheLayer)), None)
+                fits = [] if first is None else [first.fits(run.mask)]
                 whole, *alike = torch.stack([run.mask.bool().all(), *fits]).tolist()  # waits for the device once
                 if not all(alike):
                     raise ValueError(

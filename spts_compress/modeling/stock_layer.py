@@ -95,13 +95,14 @@ def in_pieces(module: Any, states: torch.Tensor, size: int) -> torch.Tensor:
 def rms_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     """`norm(states)` for an RMS norm, which the stock module computes in many passes over memory: in one kernel on a
     GPU, and on a CPU in pieces."""
-    # An offloaded weight, a hook, an adapter or mixed types need the module's own call.
-    stock = hasattr(norm, "variance_epsilon") and type(norm).__module__.startswith("transformers.")
-    plain = stock and not watched(norm)
+    if watched(norm):  # an offloaded weight, or a hook, which is to see all tokens
+        return norm(states)
+    # An adapter or mixed types need the module's own call.
+    plain = hasattr(norm, "variance_epsilon") and type(norm).__module__.startswith("transformers.")
     plain = plain and (norm.weight.device, norm.weight.dtype) == (states.device, states.dtype)
     if plain and states.device.type != "cpu":
         return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    return norm(states) if watched(norm) else in_pieces(norm, states, NORM_PIECE)
+    return in_pieces(norm, states, NORM_PIECE)
 
 
 def activation_of(config: Any) -> str:
@@ -231,11 +232,11 @@ def layers_held(cache: Any) -> list[dict[str, Any]]:
     longest row's."""
     rows = []
     sources = [held.source if isinstance(held, StaticKeptLayer) else held for held in cache.layers]
-    prompts = [source.prompt_length or sys.maxsize for source in sources if isinstance(source, SkippedCacheLayer)]
-    for held, source in zip(cache.layers, sources, strict=True):
-        skipped = source if isinstance(source, SkippedCacheLayer) and source.prompt_length else None  # or after a reset
-        seen = source.tokens_seen() if isinstance(source, SkippedCacheLayer) else int(held.get_seq_length())
-        dense = min([seen, *prompts])
+    ours = [source if isinstance(source, SkippedCacheLayer) else None for source in sources]
+    prompts = [own.prompt_length for own in ours if own and own.prompt_length]  # none after a reset
+    for held, own in zip(cache.layers, ours, strict=True):
+        skipped = own if own and own.prompt_length else None
+        dense = min([own.tokens_seen() if own else int(held.get_seq_length()), *prompts])
         tensors = (held.keys, held.values) if held.is_initialized else ()
         slots = held.keys.shape[-2] if tensors else 0
         rows.append(

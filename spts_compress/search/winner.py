@@ -25,7 +25,8 @@ def examine(
     scaled = {name: costs.scale_to_cost(params, target) for name, params in reverted(best.params).items()}
     without = {name: schedule for name, schedule in scaled.items() if schedule is not None}
     budgets = list(with_other_budgets(best.schedule))
-    losses = map(loss, evaluator.rows([*without.values(), *(schedule for *_, schedule in budgets)], tune))
+    tried_too = [*without.values(), *(schedule for *_, schedule in budgets)]
+    losses = [loss(each) for each in evaluator.rows(tried_too, tune)]
     return {
         "target": target,
         "cost": best.cost,
@@ -33,10 +34,10 @@ def examine(
         "held_out": {"loss": loss(rows), "kinds": by_kind(rows), "prompts": len(rows)},
         "quality": agreement,
         "interval": interval,
-        "without": dict(zip(without, losses, strict=False)),  # the first of the losses
+        "without": dict(zip(without, losses[: len(without)], strict=True)),
         "budgets": [
             {"stage": stage, "factor": factor, "speedup": costs.of(schedule)["speedup"], "loss": worth}
-            for (stage, factor, schedule), worth in zip(budgets, losses, strict=True)
+            for (stage, factor, schedule), worth in zip(budgets, losses[len(without) :], strict=True)
         ],
         "diagnosis": diagnose(best, rows),
         "tried": [{k: v for k, v in c.plain().items() if k != "schedule"} for c in tried],
