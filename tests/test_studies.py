@@ -15,6 +15,12 @@ from tiny import stock_twin, tiny_base, tiny_model
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
 
 
+@pytest.fixture(autouse=True)
+def studies_path(monkeypatch):
+    """The studies import each other: `python recipes/studies/x.py` puts their folder first, `runpy` does not."""
+    monkeypatch.setattr(sys, "path", [str(STUDIES), *sys.path])
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """`refused(script, *arguments)`: the last line of a study that ends by its arguments alone."""
@@ -99,7 +105,6 @@ def test_tiny_gpu_results_have_a_folder_of_their_own_and_no_result_is_replaced(r
 
 
 def test_decoding_is_timed_to_all_numbers_of_tokens_with_dynamic_and_with_compiled_static_caches(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     arguments = ["--models", "qwen2.5-0.5b", "--lengths", "100", "--new-tokens", "3,5", "--rounds", "2", "--tiny"]
     monkeypatch.setattr(sys, "argv", ["decoding.py", str(tmp_path / "o.json"), *arguments, "--backend", "eager"])
     runpy.run_path(str(STUDIES / "decoding.py"), run_name="__main__")
@@ -154,9 +159,8 @@ close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
-def peers(monkeypatch):
+def peers():
     """The methods, and a tiny stock model with a prompt that is long enough for all of them."""
-    monkeypatch.syspath_prepend(str(STUDIES))
     import peer_methods
 
     model = stock_twin(tiny_model(max_position_embeddings=1024))
@@ -246,7 +250,6 @@ def peers_beside(folder, task):
 
 
 def test_scores_that_nobody_wants_need_no_package(updating, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "rouge", None)  # can't be imported
     options = [*peers_beside(tmp_path, "gov_report"), "--no-scores", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, [updating, tmp_path / "out.json", *options])])
@@ -260,7 +263,6 @@ def test_scores_that_nobody_wants_need_no_package(updating, tmp_path, monkeypatc
 
 
 def test_peers_are_measured_once_and_a_run_goes_on_where_one_stopped(updating, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     options = peers_beside(tmp_path, "qasper")
     made = []
     for name in ("a", "b"):
