@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -234,6 +235,50 @@ def test_scores_are_carried_from_one_tokenizer_to_another_by_characters(peers):
     peer = peers[0]
     scores = peer.carried(torch.tensor([1.0, 3.0]), [(0, 2), (2, 4)], [(0, 1), (1, 3), (3, 4), (4, 4)])
     assert scores.tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_a_second_look_is_made_anew_for_another_speed_checkpoint_or_text(updating, tmp_path, monkeypatch, capsys):
+    peers_beside(tmp_path, "qasper")
+    config = json.loads((updating / "config.json").read_text())
+    for name, fraction in {"one": 0.4, "other": 0.3}.items():
+        shutil.copytree(updating, tmp_path / name)
+        config["spts"]["stages"] = [{"end": 4, "budget": {"fraction": fraction}}]
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+
+    def plain(checkpoint, speedup, name):
+        arguments = [tmp_path / checkpoint, tmp_path, tmp_path / f"{name}.json", "--work", tmp_path / "work"]
+        arguments += ["--items", "3-3"]
+        arguments += ["--length", "400", "--speedup", speedup]
+        monkeypatch.setattr(sys, "argv", ["second_look.py", *map(str, arguments)])
+        runpy.run_path(str(STUDIES / "second_look.py"), run_name="__main__")
+        [row] = json.loads((tmp_path / f"{name}.json").read_text())
+        return row
+
+    first = plain("one", 1.2, "a")
+    assert first["index"] == 3 and plain("one", 1.2, "b") == first
+    assert plain("one", 1.4, "c") != first and plain("other", 1.2, "d")  # scaled to the same speed
+    (tmp_path / "qasper.jsonl").write_text((tmp_path / "qasper.jsonl").read_text().replace("who?", "what?"))
+    assert plain("one", 1.2, "e") != first and len(list((tmp_path / "work").iterdir())) == 4
+
+
+def test_peers_know_a_draft_and_texts_by_what_their_files_hold(tmp_path, updating, monkeypatch, capsys):
+    options = [*peers_beside(tmp_path, "qasper"), "--no-scores", "--rounds", "1", "--choose-on", "0", "--ours"]
+    draft = shutil.copytree(updating.parent / "base", tmp_path / "draft")
+
+    def keys(name):
+        arguments = [updating, tmp_path / f"{name}.json", *options, "--draft", draft]
+        monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, arguments)])
+        study = runpy.run_path(str(STUDIES / "peers.py"), run_name="__main__")
+        prompt = study["to_measure_on"][-1]
+        ways = study["speculative"](0.5), study["stock"]("POP", layers=1, tokens=1)
+        return [prompt.example.text, *(study["key_of"](way, prompt, False) for way in ways)]
+
+    first = keys("a")
+    (draft / "notes.txt").write_text("trained on")
+    second = keys("b")
+    assert [old == new for old, new in zip(first, second, strict=True)] == [True, False, True]
+    (tmp_path / "qasper.jsonl").write_text((tmp_path / "qasper.jsonl").read_text().replace("who?", "what?"))
+    assert "what?" in keys("c")[0]
 
 
 def peers_beside(folder, task):

@@ -142,11 +142,11 @@ with tqdm(total=len(ways) * len(dense), desc="evaluating") as bar:
         }
 for way, row in rows.items():
     row["over fraction"] = interval(rows["fraction"]["kl"], row["kl"])
-    low, high = row["over fraction"] or (1.0, 1.0)
+    ends = "" if row["over fraction"] is None else " ({:.2f}-{:.2f})".format(*row["over fraction"])
     ratio = sum(row["kl"]) / sum(rows["fraction"]["kl"])
     by_length = (f"{row['lengths'][n]['loss']:.3f} at {row['lengths'][n]['speedup']:.2f}x" for n in lengths)
     by_kind = (f"{kind['kl']:.3f}" for kind in row["kinds"].values())
-    lines.append([way, f"{row['loss']:.3f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})", *by_length, *by_kind])
+    lines.append([way, f"{row['loss']:.3f}", f"{ratio:.2f}{ends}", *by_length, *by_kind])
 command = f"python recipes/studies/budgets.py RECIPE WORK SEARCH OUT --lengths {args.lengths} --prompts {args.prompts}"
 result = {
     "command": command,

@@ -53,8 +53,10 @@ rows, lines = [], []
 with tqdm(total=len(dense) * len(winners), desc="evaluating") as bar:
     evaluator = Evaluator(ready.skipping(), Answers(store.path("front", key, ".jsonl")), key, bar, ["LongBench"])
     for point, winner in zip(points, winners, strict=True):
-        [found] = evaluator.rows([winner], dense)
-        by_length = {n: quality([row for row in found if row["length"] == n]) for n in lengths}
+        [rows_found] = evaluator.rows([winner], dense)
+        by_length = {n: quality([row for row in rows_found if row["length"] == n]) for n in lengths}
+        # a document that fits into several lengths is one prompt
+        found = list({each.key: row for each, row in zip(dense, rows_found, strict=True)}.values())
         kl = sum(row["kl"] for row in found) / len(found)
         same = sum(row["same"] for row in found) / len(found)
         cost, tuned = point["cost"], point["quality"]

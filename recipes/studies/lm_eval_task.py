@@ -23,17 +23,20 @@ parser.add_argument("folder", type=Path)
 parser.add_argument("--length", type=int, default=3000)
 parser.add_argument("--items", type=int, default=8)
 args = parser.parse_args()
+data_file, task_file = (args.folder.absolute() / f"hidden_number.{suffix}" for suffix in ("jsonl", "yaml"))
+for path in (data_file, task_file):
+    if path.exists():
+        parser.error(f"{path} exists, and would be overwritten; give another folder")
 
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
 prose = "\n\n".join(data.python_docs())
 items = ruler.examples("niah_single_2", tokenizer, prose, args.length, args.items, seed=3, answer_tokens=32)
 args.folder.mkdir(parents=True, exist_ok=True)
-data = args.folder.absolute() / "hidden_number.jsonl"
-data.write_text("".join(json.dumps({"prompt": item.text, "answer": item.outputs[0]}) + "\n" for item in items))
-(args.folder / "hidden_number.yaml").write_text(
+data_file.write_text("".join(json.dumps({"prompt": item.text, "answer": item.outputs[0]}) + "\n" for item in items))
+task_file.write_text(
     f"""task: hidden_number
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {{data_files: {{test: {data_file}}}}}
 test_split: test
 output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
@@ -48,4 +51,4 @@ metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 )
-print(f"{data}: {len(items)} prompts of at most {args.length} tokens")
+print(f"{data_file}: {len(items)} prompts of at most {args.length} tokens")

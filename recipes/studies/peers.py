@@ -126,14 +126,21 @@ dense = stock_twin(next(iter(checkpoints.values()))[0])
 config, count, left_out = dense.config, dense.config.num_hidden_layers, list[str]()
 made = [*bases, computed_how(dense), file_hash(Path(peer.__file__))]
 work = Store(args.work or args.out.with_suffix(""))
+
+
+def contents(folder: str | Path | None) -> list[str]:
+    """Of the files in a folder, by their names."""
+    return [file_hash(path) for path in sorted(Path(folder).iterdir()) if path.is_file()] if folder else []
+
+
+drafted_by = contents(args.draft)
 done = Answers(work.root / "rows.jsonl", group.rank)
 stop = dense.generation_config.eos_token_id
 stops = set(stop if isinstance(stop, list) else [stop])
 
 
-def examples() -> list[list[dict[str, Any]]]:
+def examples(prose: str) -> list[list[dict[str, Any]]]:
     """Those to choose on, needles and LongBench's in turn, and those to measure on, as plain data."""
-    prose = "\n\n".join(data.from_files(Path(args.haystack)) if args.haystack else data.python_docs())
     tasks, half = args.tasks.split(","), args.choose_on // 2 if args.longbench else args.choose_on
 
     def needles(each: int, seed: int) -> list[Example]:
@@ -155,10 +162,11 @@ def examples() -> list[list[dict[str, Any]]]:
 
 def prompts() -> list[list[Prompt]]:
     """The same, made once."""
-    given = args.longbench, args.haystack, args.tasks, args.needles, args.items, args.answer_tokens, args.needle_tokens
-    key = fingerprint(made, given, length, args.choose_on)
+    prose = "\n\n".join(data.from_files(Path(args.haystack)) if args.haystack else data.python_docs())
+    given = prose, args.tasks, args.needles, args.items, args.answer_tokens, args.needle_tokens
+    key = fingerprint(made, given, contents(args.longbench), length, args.choose_on)
     with group.main_first():
-        found = work.json("prompts", key, examples)
+        found = work.json("prompts", key, partial(examples, prose))
     ids = partial(encode, tokenizer, device=dense.device)
     return [[Prompt(e := Example(**row), ids([e.text])["input_ids"]) for row in rows] for rows in found]
 
@@ -303,7 +311,8 @@ def is_scored(prompt: Prompt) -> bool:
 
 
 def key_of(way: Way, prompt: Prompt, scored: bool) -> str:
-    return fingerprint(made, way.name, way.setting, prompt.example.text, prompt.example.answer_tokens, scored)
+    by = [*made, *drafted_by] if way.name == "draft model" else made
+    return fingerprint(by, way.name, way.setting, prompt.example.text, prompt.example.answer_tokens, scored)
 
 
 def written(way: Way, logits: torch.Tensor, cache: Any, position: int, room: int) -> tuple[list[int], torch.Tensor]:

@@ -5,7 +5,8 @@
 CHECKPOINT has updates. A first pass reads a prompt at fewer FLOPs and keeps all keys and values; something scores the
 tokens again in the layers that skipped them; the best, and the prompt's last ones, run through the skipping layers for
 real; then dense's own greedy answer is followed, teacher-forced. Drafts and second looks count: every way costs dense /
---speedup. FOLDER keeps a file for each prompt, which is not run again. Qwen2 and Llama; no windows, no pruning.
+--speedup. FOLDER keeps each prompt's rows under what they depend on. Qwen2 and Llama; no
+windows, no pruning.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from spts_compress.cost import LayerShape, layer_costs
-from spts_compress.evaluate.suites import load
+from spts_compress.evaluate.suites import computed_how, load
 from spts_compress.modeling.selection import pool_scores
 from spts_compress.tasks.agreement import agreement
 from spts_compress.tasks.longbench import LongBench
 from spts_compress.tasks.runner import encode
 from spts_compress.utils.paths import new_result
+from spts_compress.utils.store import Store, file_hash, fingerprint
 from spts_compress.utils.tables import table
 
 ANSWER, DRAFT = 32, 12  # tokens
@@ -45,7 +47,7 @@ parser.add_argument("--device", default="cpu")
 parser.add_argument("--speedup", type=float, default=2.0, help="dense over total FLOPs, of every way")
 args = parser.parse_args()
 torch.set_grad_enabled(False)
-model, tokenizer, _ = load(args.checkpoint, args.device, "bfloat16")
+model, tokenizer, keys = load(args.checkpoint, args.device, "bfloat16")
 config, layers, base = model.config, model.model.layers, model.config.schedule()
 shapes, skipping = [LayerShape.of(config, number) for number in range(len(layers))], range(base.start, len(layers))
 
@@ -234,13 +236,11 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 KEYS = "speedup", "again", "kl", "top1"
 low, high = map(int, args.items.split("-"))
-bench, rows = LongBench(args.longbench), []
-examples = [e for task in bench.tasks() for e in bench.examples(task, tokenizer, args.length, high + 1, 64)[low:]]
-args.work.mkdir(exist_ok=True)
-for example in tqdm([example for example in examples if example.tokens > 0.6 * args.length]):
-    path = args.work / f"{example.task}-{example.index}-{args.length}.json"
-    if not path.exists():
-        path.write_text(json.dumps(measure(example)))
-    rows.append(json.loads(path.read_text()))
+bench, rows, work = LongBench(args.longbench), [], Store(args.work)
+how = [keys, computed_how(model), file_hash(Path(__file__)), args.speedup]
+examples = [e for task in bench.tasks() for e in bench.examples(task, tokenizer, args.length, high + 1, 64)]
+for example in tqdm([e for e in examples if e.index >= low and e.tokens > 0.6 * args.length]):
+    key = fingerprint(how, example.text)
+    rows.append(work.json(f"{example.task}-{example.index}", key, partial(measure, example)))
 args.out.write_text(json.dumps(rows, indent=1) + "\n")
 print(report(rows))

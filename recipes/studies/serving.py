@@ -113,6 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
     ids = AutoTokenizer.from_pretrained(args.checkpoint)("\n\n".join(data.python_docs())).input_ids
+    ids *= 1 + max(*lengths, 4096 * args.concurrent) // len(ids)  # over again, where prompts need more
     machine = hardware("cpu")  # before vLLM, which binds threads to cores
     settings = {"dtype": getattr(torch, args.dtype), "trust_remote_code": True}
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, **settings).eval()

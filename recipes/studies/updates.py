@@ -48,6 +48,11 @@ def of_shard(path: Path) -> list[dict]:
     return rows
 
 
+def between(ends: tuple[float, float] | None, digits: int) -> str:
+    """An interval, if there is one."""
+    return "" if ends is None else f" ({ends[0]:.{digits}f}-{ends[1]:.{digits}f})"
+
+
 def measure() -> list[dict]:
     """A row for each prompt of this shard."""
     number, shards = map(int, args.shard.split("/"))
@@ -63,7 +68,8 @@ def measure() -> list[dict]:
         example
         for length in dict.fromkeys(map(int, args.lengths.split(",")))
         for task in bench.tasks()
-        for example in bench.examples(task, tokenizer, length, last + 1)[first:]
+        for example in bench.examples(task, tokenizer, length, last + 1)
+        if example.index >= first
     ]
     for example in tqdm(prompts[number::shards]):
         dense = model, {"spts": False}
@@ -88,11 +94,11 @@ for length in sorted({row["length"] for row in rows}):
         kl, top1 = ([row["ways"][way][what] for row in part] for what in ("kl", "top1"))
         tasks = {row["task"]: mean(r["ways"][way]["kl"] for r in part if r["task"] == row["task"]) for row in part}
         worst = max(tasks, key=lambda task: tasks[task])
-        beside = interval([row["ways"]["other"]["kl"] for row in part], kl) or (1.0, 1.0)
-        spread = interval([1.0] * len(part), top1) or (0.0, 0.0)
+        beside = interval([row["ways"]["other"]["kl"] for row in part], kl)
+        spread = interval([1.0] * len(part), top1)
         lines.append([
-            length, way, len(part), f"{mean(top1):.3f} ({spread[0]:.3f}-{spread[1]:.3f})", f"{mean(kl):.3f}",
-            f"{median(kl):.3f}", f"{worst} {tasks[worst]:.2f}", f"({beside[0]:.2f}-{beside[1]:.2f})",
+            length, way, len(part), f"{mean(top1):.3f}{between(spread, 3)}", f"{mean(kl):.3f}",
+            f"{median(kl):.3f}", f"{worst} {tasks[worst]:.2f}", between(beside, 2) or "-",
         ])  # fmt: skip
 heads = ["tokens", "way", "prompts", "next token as dense", "KL", "median", "worst task", "KL over the other's"]
 print(table(heads, lines))
