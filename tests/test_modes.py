@@ -100,7 +100,7 @@ def test_a_generation_config_may_say_that_nothing_is_skipped(model):
     assert torch.equal(model.generate(tokens, generation_config=config)[:, 40:], dense)
     assert torch.equal(model.generate(tokens, generation_config=config, spts=True)[:, 40:], skipped)
     model.generation_config.spts = False
-    assert torch.equal(new_tokens(model, tokens), dense)
+    assert torch.equal(new_tokens(model, tokens), dense) and torch.equal(new_tokens(model, tokens, spts=None), dense)
 
 
 def test_an_early_exit_runs_dense_and_an_error_in_it_leaves_the_model_whole(model):

@@ -42,6 +42,8 @@ class GenerationCalls(SkippingPreTrainedModel):
         outer = ASKED.get()
         if outer is not None and outer.model is self:  # token healing asks for a token within a call
             kwargs.setdefault("spts", outer.spts)
+        if kwargs.get("spts", False) is None:  # as if it were not given, or it would undo the generation config's
+            del kwargs["spts"]
         token = ASKED.set(asked := Asked(self, kwargs.get("spts")))
         try:
             return super().generate(*args, **kwargs)
