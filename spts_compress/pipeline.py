@@ -17,6 +17,7 @@ import yaml
 from . import __version__, plan
 from .calibrate.base_checks import tell_of_own_code
 from .calibrate.base_model import Base, resolve, resolve_config
+from .calibrate.corpus import COLUMNS, Skipped
 from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
@@ -302,10 +303,11 @@ def prepare(
             log(f"{base.name}: its custom_generate/ is renamed in the checkpoint, whose generate would not skip by it")
         tokenizer = base.tokenizer(recipe.calibration.chat_template)
         sequences = blocks(recipe.calibration, texts, tokenizer, log)
-        haystack, asked_about = _unseen("report.text", recipe.report.text, sequences, texts[0])
+        column = recipe.calibration.column
+        haystack, asked_about = _unseen("report.text", recipe.report.text, sequences, texts[0], column)
         check_prompts(recipe.report, tokenizer, haystack)
         if recipe.search is not None:  # made here, since bad lengths show before the long work
-            text, searched_on = _unseen("search.text", recipe.search.text, sequences, texts[0])
+            text, searched_on = _unseen("search.text", recipe.search.text, sequences, texts[0], column)
             prompts = PromptSet(recipe.search, tokenizer, text).filled(ranks)
             for note in prompts.notes:
                 log(f"search: {note}")
@@ -431,18 +433,22 @@ def _measure(ready: Prepared, folder: Path, device: str, store: Store) -> dict[s
     return measure_all(stock_twin(spts), spts, ready.tokenizer, ready.haystack, section, keep)
 
 
-def _unseen(name: str, path: str | None, sequences: Blocks, calibration: list[str]) -> tuple[str, frozenset[str]]:
+def _unseen(
+    name: str, path: str | None, sequences: Blocks, calibration: list[str], column: str | None
+) -> tuple[str, frozenset[str]]:
     """Text that nothing was fitted on: that of a file or folder, which the recipe calls `name`, or of those of the
-    documents for `calibration` that are left; and the keys of all documents there.
+    documents for `calibration` (of this `column`, if it names one) that are left; and the keys of all documents there.
 
     Raises:
         UserError: if something was fitted on a document of the file or folder.
     """
-    texts = calibration if path is None else list(from_files(Path(path)))
-    keys = [document_key(text) for text in texts]
     if path is None:
-        return sequences.unseen, frozenset(keys)
-    if seen := sum(key in sequences.fitted for key in keys):
+        return sequences.unseen, frozenset(map(document_key, calibration))
+    texts = list(from_files(Path(path)))
+    keys = list(map(document_key, texts))
+    columns = (column,) if column else ()  # where the same rows have other text for prompts than for calibration
+    fitted_on = map(document_key, from_files(Path(path), (*columns, *COLUMNS), Skipped()))
+    if seen := sum(key in sequences.fitted for key in fitted_on):
         raise UserError(
             f"{name}: the calibration fits on {seen} of the {len(texts)} documents in {path}: leave it out, and "
             "documents held out there are taken, or give other text"

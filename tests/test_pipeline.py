@@ -210,6 +210,11 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     copied = shutil.copytree(corpus, tmp_path / "copied")
     for text in (copied, corpus, corpus / "documents.jsonl"):
         fails(f"report.text: the calibration fits on 6 of the 12 documents in {text}", report__text=str(text))
+    rows = [json.loads(line) for line in (corpus / "documents.jsonl").read_text().splitlines()]
+    columns = tmp_path / "columns.jsonl"
+    columns.write_text("\n".join(json.dumps({"text": f"A title. {r['text']}", "body": r["text"]}) for r in rows))
+    calibration = {"calibration__path": str(columns), "report__text": str(columns)}
+    fails("report.text: the calibration fits on", "--set", "calibration.column=body", **calibration)
     fails("model.path", model__path=str(tmp_path / "nowhere"))
     fails("schedule.stages.0.end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
     fails("--device", "--device", "nonsense")
