@@ -102,14 +102,6 @@ def _hooks(layer: torch.nn.Module, norms: Norms) -> Iterator[tuple[list[torch.Te
     def size(_: Any, __: Any, output: torch.Tensor) -> None:
         sizes.append(torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32))
 
-    handles = [
-        getattr(layer, norms.before_feed_forward or "mlp").register_forward_pre_hook(
-            lambda _, arguments: inputs.append(arguments[0][0])
-        ),
-        getattr(layer, norms.after_feed_forward or "mlp").register_forward_hook(size),
-    ]
-    try:
+    before, after = (getattr(layer, name or "mlp") for name in (norms.before_feed_forward, norms.after_feed_forward))
+    with before.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])), after.register_forward_hook(size):
         yield inputs, sizes
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,10 +1,11 @@
 """How well a proxy ranks tokens, on tokens it was not fitted on."""
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
-from torch import nn
 
 from ..modeling.selection import FeedForwardProxy
 from .ltp import FeedForward, Tokens, predict
@@ -44,28 +45,19 @@ def on_skipped_states(model: Any, inputs: dict[str, torch.Tensor], relative: boo
     """Each skipping layer's ranking of the candidates of one prompt (1, n) at its own budget, on the states that
     skipping really leaves there."""
     norms: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    layers = dict(enumerate(model.model.layers))
-    handles = []
 
-    def watch(number: int, layer: Any) -> None:
-        def hook(proxy: nn.Module, args: tuple, predicted: torch.Tensor) -> None:
-            states = args[0]
-            parts = (layer.feed_forward(part) for part in states.split(1024, dim=1))
-            true = torch.cat([part.float().norm(dim=-1)[0] for part in parts])
-            if relative:
-                true = true / states[0].float().square().mean(-1).sqrt()
-            norms.setdefault(number, []).append((predicted[0], true))  # a proxy may be called piece by piece
+    def note(number: int, layer: Any, _: Any, args: tuple, predicted: torch.Tensor) -> None:
+        parts = (layer.feed_forward(part) for part in args[0].split(1024, dim=1))
+        true = torch.cat([part.float().norm(dim=-1)[0] for part in parts])
+        if relative:
+            true = true / args[0][0].float().square().mean(-1).sqrt()
+        norms.setdefault(number, []).append((predicted[0], true))  # a proxy may be called piece by piece
 
-        handles.append(layer.proxy.register_forward_hook(hook))
-
-    try:
-        for number, layer in layers.items():
+    with ExitStack() as hooks:
+        for number, layer in enumerate(model.model.layers):
             if hasattr(layer, "proxy"):
-                watch(number, layer)
+                hooks.enter_context(layer.proxy.register_forward_hook(partial(note, number, layer)))
         model(**inputs, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     rankings, schedule = {}, model.config.schedule()
     for number, pieces in norms.items():
         counts = schedule.counts(number, inputs["input_ids"].shape[1])

@@ -3,6 +3,8 @@ network does, with the base weights frozen (the objective of the paper's Eq. 7, 
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import torch
 
@@ -15,7 +17,6 @@ CHECKS = 8  # times the unseen tokens are looked at
 WARM_UP = 30  # steps
 
 Loss = Callable[[FeedForwardProxy, Tokens], torch.Tensor]
-Error = Callable[[FeedForwardProxy, Tokens], float]
 
 
 def log_norm_loss(proxy: FeedForwardProxy, tokens: Tokens) -> torch.Tensor:
@@ -49,16 +50,6 @@ def representation_loss(ffn: FeedForward, channels: torch.Tensor) -> Loss:
     return loss
 
 
-def as_error(loss: Loss) -> Error:
-    """The loss as a plain number, without gradients."""
-
-    @torch.no_grad()
-    def error(proxy: FeedForwardProxy, tokens: Tokens) -> float:
-        return float(loss(proxy, tokens))
-
-    return error
-
-
 def refine(
     proxy: FeedForwardProxy,
     loss: Loss,
@@ -66,7 +57,7 @@ def refine(
     check: Tokens,
     steps: int,
     seed: int,
-    error: Error = log_error,
+    error: Callable[[FeedForwardProxy, Tokens], Any] = log_error,
 ) -> bool:
     """Take `steps` of Adam on `loss`, with a cosine schedule; the state that is best on `check` is kept.
 
@@ -77,10 +68,15 @@ def refine(
     Returns:
         Whether any state was better than the one it began with.
     """
+
+    @torch.no_grad()
+    def unseen() -> float:
+        return float(error(proxy, check))
+
     generator = torch.Generator().manual_seed(seed)
     scales = [max(float(p.detach().square().mean().sqrt()), 1e-4) for p in proxy.parameters()]
     adam = torch.optim.Adam([{"params": [p]} for p in proxy.parameters()], betas=(0.9, 0.98))
-    least, best, improved = error(proxy, check), _copy(proxy), False
+    least, best, improved = unseen(), deepcopy(proxy.state_dict()), False
     for step in range(steps):
         rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, scale in zip(adam.param_groups, scales, strict=True):
@@ -90,11 +86,7 @@ def refine(
         loss(proxy, tokens[batch]).backward()
         adam.step()
         looks = (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps
-        if looks and (now := error(proxy, check)) < least:
-            least, best, improved = now, _copy(proxy), True
+        if looks and (now := unseen()) < least:
+            least, best, improved = now, deepcopy(proxy.state_dict()), True
     proxy.load_state_dict(best)
     return improved
-
-
-def _copy(proxy: FeedForwardProxy) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in proxy.state_dict().items()}

@@ -38,14 +38,13 @@ def fit(
     centre(proxy, tokens)
     improved = False
     if section.steps:
-        error: refine.Error = log_error
         loss: refine.Loss = refine.log_norm_loss
         if section.objective == "ranking":
             threshold = float(torch.quantile(check.log_norm, 1 - share))
             loss = refine.ranking_loss(threshold, max(log_error(proxy, check) ** 0.5, 1e-3))
         if section.objective == "representation":
             loss = refine.representation_loss(ffn, channels)
-            error = refine.as_error(loss)
+        error = loss if section.objective == "representation" else log_error
         improved = refine.refine(proxy, loss, tokens, check, section.steps, section.seed, error)
         centre(proxy, tokens)
     if ridge is not None:

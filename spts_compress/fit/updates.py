@@ -137,11 +137,8 @@ class DenseStates:
         """States after a layer's attention and after the layer; `states` go into the first one."""
         options, middle = self.arguments[number], list[torch.Tensor]()
         place = getattr(layer, layer.norms.before_feed_forward or "mlp")
-        handle = place.register_forward_pre_hook(partial(_note_input, middle))
-        try:
+        with place.register_forward_pre_hook(partial(_note_input, middle)):
             rows = [layer.forward(row[None], **options) for row in (states if self.states is None else self.states)]
-        finally:
-            handle.remove()
         self.states = torch.cat(rows)
         return torch.cat(middle), self.states
 
