@@ -78,53 +78,11 @@ def scoring_heads(params: ScheduleParams, heads: Heads) -> str | tuple[tuple[int
     return tuple(chosen)
 
 
-def schedule(
-    params: ScheduleParams,
-    scale: float,
-    proxies: dict[int, Proxy],
-    heads: Heads | None = None,
-    update: tuple[Update, ...] = (),
-) -> Schedule:
-    """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1). Where
-    heads score before it starts, or it `filters`, it has a first stage that keeps all.
-
-    Args:
-        proxies: size of every layer's proxy, up to the last layer.
-        heads: those that may score, for parameters that say how good they must be.
-        update: as in `Schedule`, one pair of ranks.
-    """
-
-    def amount(fraction: float) -> Amount:
-        return Amount(round(min(1.0, fraction), 4), params.floor)
-
-    start, begin = params.start, min(params.start + params.filters, max(proxies))
-    depth = max(proxies) + 1 - begin
-    shares = [(i / params.stages) ** params.bend for i in range(1, params.stages + 1)]
-    ends = sorted({begin - 1 + max(1, round(depth * share)) for share in shares})
-    fractions = [scale * params.decay ** (i / max(1, len(ends) - 1)) for i in range(len(ends))]
-    budgets = [(amount(fraction), amount(fraction * params.ffn)) for fraction in fractions]
-    needs = [max(budget.fraction for budget in both) for both in budgets]
-    prunes = [amount(need * params.margin) if params.margin else None for need in needs[1:]]
-    stages = [
-        Stage(end, budget, prune, None if ffn == budget else ffn)
-        for end, (budget, ffn), prune in zip(ends, budgets, [*prunes, None], strict=True)
-    ]
-    if begin > start:
-        stages.insert(0, Stage(start, Amount(1.0), amount(needs[0] * max(1.0, params.margin))))
-    scoring = scoring_heads(params, heads or {})
-    if not isinstance(scoring, str) and scoring[0][0] < start:
-        stages, start = [Stage(start - 1, Amount(1.0)), *stages], scoring[0][0]
-    given = {name: getattr(params, name) for name in ("window_size", "score_carry", "kernel_size")}
-    probe = Probe(heads=scoring, **given)
-    sizes = tuple(proxies[layer] for layer in range(start, max(proxies) + 1))
-    always = params.sink_tokens, params.recent_tokens
-    return Schedule(start, tuple(stages), sizes, probe, *always, params.ffn_selection, update, params.kv)
-
-
 @dataclass(frozen=True)
 class Costs:
     """What schedules cost for a prompt of `length` tokens: counted, with the speed-up by the measured `latencies` if
-    there are any. `proxies`, `heads`, `update`: see `schedule`."""
+    there are any. `proxies`: size of every layer's, up to the last layer. `heads`: those that may score, for parameters
+    that say how good they must be. `update`: as in `Schedule`, one pair of ranks."""
 
     config: Any
     length: int
@@ -134,8 +92,33 @@ class Costs:
     update: tuple[Update, ...] = ()
 
     def schedule(self, params: ScheduleParams, scale: float) -> Schedule:
-        """See `schedule`."""
-        return schedule(params, scale, self.proxies, self.heads, self.update)
+        """The schedule whose first stage keeps the fraction `scale` of the prompt (all of it if that is more than 1).
+        Where heads score before it starts, or it `filters`, it has a first stage that keeps all."""
+
+        def amount(fraction: float) -> Amount:
+            return Amount(round(min(1.0, fraction), 4), params.floor)
+
+        start, last = params.start, max(self.proxies)
+        begin = min(start + params.filters, last)
+        shares = [(i / params.stages) ** params.bend for i in range(1, params.stages + 1)]
+        ends = sorted({begin - 1 + max(1, round((last + 1 - begin) * share)) for share in shares})
+        fractions = [scale * params.decay ** (i / max(1, len(ends) - 1)) for i in range(len(ends))]
+        budgets = [(amount(fraction), amount(fraction * params.ffn)) for fraction in fractions]
+        needs = [max(budget.fraction for budget in both) for both in budgets]
+        prunes = [amount(need * params.margin) if params.margin else None for need in needs[1:]]
+        stages = [
+            Stage(end, budget, prune, None if ffn == budget else ffn)
+            for end, (budget, ffn), prune in zip(ends, budgets, [*prunes, None], strict=True)
+        ]
+        if begin > start:
+            stages.insert(0, Stage(start, Amount(1.0), amount(needs[0] * max(1.0, params.margin))))
+        scoring = scoring_heads(params, self.heads or {})
+        if not isinstance(scoring, str) and scoring[0][0] < start:
+            stages, start = [Stage(start - 1, Amount(1.0)), *stages], scoring[0][0]
+        probe = Probe(params.window_size, scoring, params.score_carry, params.kernel_size)
+        sizes = tuple(self.proxies[layer] for layer in range(start, last + 1))
+        always = params.sink_tokens, params.recent_tokens
+        return Schedule(start, tuple(stages), sizes, probe, *always, params.ffn_selection, self.update, params.kv)
 
     def of(self, schedule: Schedule) -> dict[str, float]:
         """See `predicted`; where latencies are measured, `flop_speedup` is the counted one."""
