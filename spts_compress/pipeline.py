@@ -32,12 +32,12 @@ from .fit.proxies import fit_proxies, judged
 from .fit.updates import blank, fit_updates, skipping_parts
 from .modeling.configuration_spts import Schedule
 from .recipe import ModelSection, Recipe, SearchSection
-from .search import dense_reference, space
 from .search import run as searching
+from .search import space
 from .search import tables as search_tables
 from .search.prompts import PromptSet
 from .timing.break_even import shortest_paying_length
-from .timing.pairs import GREEDY, stock_twin
+from .timing.pairs import GREEDY, on_weights_of, stock_twin
 from .timing.stage_timer import StageTimer
 from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
@@ -121,7 +121,8 @@ def run(
         ready = prepare(recipe, store, device, ranks, stage, log)
         if ready.prompts is not None:
             with stage("search"):
-                searched = _search(ready, ready.prompts, device, store, log, ranks)
+                key = ready.key(device)
+                searched = searching.run(ready.model, ready.skipping(), ready.prompts, store, key, log, ranks)
             ready = _take_found(ready, searched, search_folder, log, ranks)
         if not ranks.is_main:
             return None
@@ -267,11 +268,11 @@ class Prepared:
         kind, tensors = torch.device(device).type, tensors_key(self.parameters)
         return fingerprint(self.base.key, self.recipe.model.dtype, kind, tensors, environment())
 
-    def skipping(self, schedule: Schedule | None = None) -> Any:
+    def skipping(self) -> Any:
         """The skipping model on the parameters of the stock one."""
-        return dense_reference.skipping(
-            self.model, model_class(self.base.family), schedule or self.schedule, self.parameters
-        )
+        kind = model_class(self.base.family)
+        added = {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in self.parameters.items()}
+        return on_weights_of(self.model, kind, added, spts=self.schedule.to_dict())
 
 
 def prepare(
@@ -327,11 +328,6 @@ def prepare(
         with stage("updates for the search"), ranks.main_first():
             ready = _with_updates(ready, store, on_dense=True)
     return ready
-
-
-def _search(ready: Prepared, prompts: PromptSet, device: str, store: Store, log: Log, ranks: Ranks) -> dict[str, Any]:
-    """What the search finds, see `search.run`."""
-    return searching.run(ready.model, ready.skipping(), prompts, store, ready.key(device), log, ranks)
 
 
 def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Log, ranks: Ranks) -> Prepared:
@@ -400,7 +396,7 @@ def _from_break_even(ready: Prepared, device: str, store: Store, log: Log) -> Sc
     """The schedule with prompts dense up to where skipping begins to pay; what was timed is kept."""
     schedule = ready.schedule
     key = fingerprint(ready.base.key, schedule.to_dict(), hardware(device), str(ready.model.dtype), environment())
-    length = store.json("break-even", key, lambda: shortest_paying_length(ready.model, ready.skipping(schedule)))
+    length = store.json("break-even", key, lambda: shortest_paying_length(ready.model, ready.skipping()))
     if length is None:
         log("skipping does not pay here at any length tried, so min_length stays; the KV cache is smaller all the same")
         return schedule
@@ -426,11 +422,8 @@ def _measure(ready: Prepared, folder: Path, device: str, store: Store) -> dict[s
     spts = write.load(folder, ready.base.family, device, dtype)
     measured = [ready.schedule.to_dict(), dtype, section.model_dump(), tensors_key(ready.parameters)]
     key = fingerprint(ready.base.key, measured, hardware(device), ready.haystack, environment())
-
-    def keep(name: str, make: Callable[[], Any]) -> Any:
-        return store.json(name, key, make)
-
-    return measure_all(stock_twin(spts), spts, ready.tokenizer, ready.haystack, section, keep)
+    what = stock_twin(spts), spts, ready.tokenizer, ready.haystack, section
+    return measure_all(*what, lambda name, make: store.json(name, key, make))
 
 
 def _unseen(

@@ -260,7 +260,7 @@ def test_measurements_of_the_report_and_the_break_even_are_made_anew(folder, mon
             model=SimpleNamespace(dtype=getattr(torch, dtype)),
             schedule=Schedule.from_dict(block, 5),
             parameters=proxies,
-            skipping=lambda _: None,
+            skipping=lambda: None,
         )
         return pipeline._measure(ready, folder, "cpu", store), pipeline._from_break_even(ready, "cpu", store, print)
 

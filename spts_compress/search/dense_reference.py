@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..modeling.configuration_spts import Schedule
 from ..tasks.example import Example
 from ..tasks.recovery import score_rows
 from ..tasks.runner import encode, until_switch
-from ..timing.pairs import GREEDY, share_buffers
+from ..timing.pairs import GREEDY
 from ..utils.distributed import Ranks
 from ..utils.store import Store, fingerprint
 from .prompts import PromptSet
@@ -113,16 +112,3 @@ def answer_all(
         tasks = ", ".join(sorted({references[number].item.task for number in missing}))
         log(f"{len(missing)} of {len(references)} prompts ({tasks}) were never answered rightly; they count too")
     return [references[number] for number in sorted(references)]
-
-
-def skipping(model: Any, model_class: Any, schedule: Schedule, proxies: dict[str, torch.Tensor]) -> Any:
-    """The skipping model on the parameters of the stock `model`, with `proxies` by their name."""
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-    config = model_class.config_class(**settings, spts=schedule.to_dict())
-    config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        skipping_model = model_class(config)
-    moved = {name: tensor.to(model.device, model.dtype) for name, tensor in proxies.items()}
-    skipping_model.load_state_dict({**model.state_dict(), **moved}, assign=True)
-    share_buffers(skipping_model, model)
-    return skipping_model.eval()

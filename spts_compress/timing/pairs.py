@@ -27,29 +27,27 @@ GREEDY: dict[str, Any] = {
 
 def stock_twin(model: Any) -> Any:
     """The stock model on the very same weight tensors as a skipping model: nothing is copied."""
-
-    def stock(kind: type) -> Any:
-        return next(c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
-
-    dropped = ("spts", "model_type", "architectures", "auto_map")
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in dropped}
-    config = stock(type(model.config))(**settings)
-    config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        twin = stock(type(model))(config)
-    own = twin.state_dict().keys()  # without what skipping adds
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
-    twin.load_state_dict(state, assign=True)
+    stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
+    twin = on_weights_of(model, stock, {})
     twin.tie_weights()
     twin.generation_config = model.generation_config
-    share_buffers(twin, model)
-    return twin.eval()
+    return twin
 
 
-def share_buffers(twin: Any, model: Any) -> None:
-    """Give `twin`, which has the weights of `model`, its buffers too: those that are in no state dict."""
-    for name in ("rotary_emb", "embed_tokens"):
+def on_weights_of(model: Any, kind: Any, added: dict[str, torch.Tensor], **settings: Any) -> Any:
+    """A model of another `kind`, with the settings of `model` and those given, on its very tensors as far as `kind` has
+    them, and the ones `added` by their name."""
+    left = ("spts", "model_type", "architectures", "auto_map")
+    config = kind.config_class(**{k: v for k, v in model.config.to_dict().items() if k not in left}, **settings)
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        twin = kind(config)
+    own = twin.state_dict().keys()
+    shared = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    twin.load_state_dict({**shared, **added}, assign=True)
+    for name in ("rotary_emb", "embed_tokens"):  # whose buffers are in no state dict
         setattr(twin.model, name, getattr(model.model, name))
+    return twin.eval()
 
 
 def synchronize(device: torch.device) -> None:
