@@ -10,24 +10,13 @@ from tqdm import tqdm
 from ..cost import predicted
 from ..modeling.configuration_spts import Amount, Schedule, Stage
 from ..tasks.recovery import score_rows, summary
-from ..tasks.runner import Answers, encode, run
+from ..tasks.runner import encode, run
 from ..timing.pairs import Way, compare
 from ..utils import tables
-from ..utils.devices import hardware
 from ..utils.errors import UserError
 from ..utils.store import fingerprint
 from .columns import ablation_table
-from .suites import (
-    EvalConfig,
-    FolderKeys,
-    all_examples,
-    computed_how,
-    fitted_note,
-    fitted_on,
-    haystack_notes,
-    mode_keys,
-    require_context,
-)
+from .suites import EvalConfig, FolderKeys, all_examples, begun, fitted_note, of_texts, require_context
 
 FILES = ("answers.jsonl", *tables.files("ablation"))  # in the output
 
@@ -86,16 +75,12 @@ def ablate(
     ids = encode(tokenizer, [examples[0].text], model.device)["input_ids"]
     require_context(model.config, ids.shape[1] + max(new_tokens), "--length and --new-tokens")
     tried = variants(model.config.schedule(), model.config.num_hidden_layers, ids.shape[1])
-    how = computed_how(model)
-    own = mode_keys(folder_keys, how)
+    own, done, setting = begun(model, folder_keys, config, output)
     ways: dict[str, Way] = {"dense": (model, {"spts": False})}
     keys = {"dense": own["dense"]}
     for name, schedule in tried.items():
         ways[name] = model, {"spts": argument(schedule)}
         keys[name] = fingerprint(own["spts"], argument(schedule))
-    machine = hardware(str(model.device))
-    done = Answers(output / "answers.jsonl", made={"hardware": machine, "batch": config.batch})
-    done.check = folder_keys.unchanged
     scored = score_rows(list(run(ways, tokenizer, examples, keys, done, config.batch)))
     with tqdm(total=pairs + 1, desc="timing", unit="round") as progress:
         times = compare(ways, ids, pairs, (1, *new_tokens), progress.update)
@@ -107,10 +92,9 @@ def ablate(
         rows.append({"variant": name, **times[name], "flop_speedup": flops, "scores": scores})
     counts = {name: sum(not schedule.skips(e.tokens) for e in examples) for name, schedule in tried.items()}
     unskipped = {name: count for name, count in counts.items() if count}
-    setting = {"hardware": machine, "how": how, "tokens": ids.shape[1], "pairs": pairs}
-    setting["fitted_on"], setting["notes"] = fitted_on(config, folder_keys), haystack_notes(config, tokenizer)
-    setting |= {"items": config.items, "length": config.lengths[0], "new_tokens": [*new_tokens], "unskipped": unskipped}
-    return {"setting": setting, "rows": rows}
+    setting |= of_texts(tokenizer, folder_keys, config)
+    setting |= {"tokens": ids.shape[1], "pairs": pairs, "items": config.items, "length": config.lengths[0]}
+    return {"setting": {**setting, "new_tokens": [*new_tokens], "unskipped": unskipped}, "rows": rows}
 
 
 def save(result: dict[str, Any], output: Path) -> str:

@@ -107,10 +107,6 @@ def _longbench_examples(
         yield from bench.examples(task, tokenizer, length, config.items, answer_tokens)
 
 
-def _longbench_documents(config: EvalConfig) -> list[str]:
-    return [text for bench, task in _longbench_tasks(config) for text in bench.documents(task, config.items)]
-
-
 def all_examples(config: EvalConfig, tokenizer: Any, ranks: Ranks = SINGLE_PROCESS) -> list[Example]:
     """Every example of the suites but `fidelity`, made anew from the configuration alone, by all processes together."""
     haystack, makers = config.text, list[Callable[[], Iterable[Example]]]()
@@ -192,9 +188,27 @@ def computed_how(model: Any) -> list[str]:
     return [str(model.dtype), model.device.type, model.config._attn_implementation, environment()]
 
 
-def free_key(spts_key: str, example: Example, following: str | None) -> str:
-    """Where the measures of a free answer, see `agreement.measure`, are kept."""
-    return fingerprint("fidelity", spts_key, example.text, FREE_TOKENS, following)
+def begun(
+    model: Any, folder_keys: FolderKeys, config: EvalConfig, output: Path, rank: int = 0
+) -> tuple[dict[str, str], Answers, dict[str, Any]]:
+    """See `mode_keys`; the answers that are kept in `output`; and what a result says of how it was computed."""
+    machine, how = hardware(str(model.device)), computed_how(model)
+    done = Answers(output / "answers.jsonl", rank, {"hardware": machine, "batch": config.batch})
+    done.check = folder_keys.unchanged
+    return mode_keys(folder_keys, how), done, {"hardware": machine, "how": how}
+
+
+def of_texts(tokenizer: Any, folder_keys: FolderKeys, config: EvalConfig) -> dict[str, Any]:
+    """What a result says of the texts that prompts are made of: `fitted_on`, on how many of the `documents` (`of` so
+    many) something was fitted or chosen, and the haystack's `notes`, see `text_notes`."""
+    documents, notes = list[str](), list[str]()
+    if {*config.suites} != {"longbench"}:
+        documents, notes = config.documents, text_notes(config.text, config.lengths, tokenizer)
+    if {*config.suites} & {"longbench", "fidelity"}:
+        benches = _longbench_tasks(config)
+        documents = [*documents, *(text for bench, task in benches for text in bench.documents(task, config.items))]
+    seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
+    return {"fitted_on": {"documents": sum(seen), "of": len(seen)}, "notes": notes}
 
 
 def collect(
@@ -218,10 +232,8 @@ def collect(
         UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile; what was answered
             then is not kept.
     """
-    machine, how = hardware(str(model.device)), computed_how(model)
-    done = Answers(output / "answers.jsonl", ranks.rank, {"hardware": machine, "batch": config.batch})
-    done.check = folder_keys.unchanged
-    keys, ways, schedule = mode_keys(folder_keys, how), ways_of(model), model.config.schedule()
+    keys, done, made = begun(model, folder_keys, config, output, ranks.rank)
+    ways, schedule = ways_of(model), model.config.schedule()
     examples, free, text = all_examples(config, tokenizer, ranks), list[Example](), ""
     overlapping: list[int] = []
     if "fidelity" in config.suites:
@@ -234,14 +246,15 @@ def collect(
         return text[begin:] + text[:begin] if example.task == agreement.TASK else None
 
     wanted = {mode: [answer_key(key, example) for example in examples] for mode, key in keys.items()}
-    wanted["fidelity"] = [free_key(keys["spts"], example, following(example)) for example in free]
+    wanted["fidelity"] = [
+        fingerprint("fidelity", keys["spts"], example.text, FREE_TOKENS, following(example)) for example in free
+    ]
     rows = {
         name: [{**example.to_row(), "skips": schedule.skips(example.tokens)} for example in some]
         for name, some in (("known", examples), ("free", free))
     }
-    setting: dict[str, Any] = {"keys": keys, "request": asdict(config), "hardware": machine, "how": how}
-    setting["fitted_on"], setting["overlapping"] = fitted_on(config, folder_keys), overlapping
-    setting |= {"notes": haystack_notes(config, tokenizer), "prompts": fingerprint(wanted)}
+    setting = {"keys": keys, "request": asdict(config), **made, **of_texts(tokenizer, folder_keys, config)}
+    setting |= {"overlapping": overlapping, "prompts": fingerprint(wanted)}
     if ranks.is_main:
         with writing(output / "setting.json") as partial:
             partial.write_text(json.dumps({**setting, "answers": wanted, "examples": rows}))
@@ -308,24 +321,8 @@ def summarise(output: Path) -> dict[str, Any]:
     }
 
 
-def fitted_on(config: EvalConfig, folder_keys: FolderKeys) -> dict[str, int]:
-    """How many `documents` of those that prompts are made of something was fitted or chosen on, and `of` how many."""
-    documents = config.documents if {*config.suites} != {"longbench"} else []
-    if {*config.suites} & {"longbench", "fidelity"}:
-        documents = [*documents, *_longbench_documents(config)]
-    seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
-    return {"documents": sum(seen), "of": len(seen)}
-
-
-def haystack_notes(config: EvalConfig, tokenizer: Any) -> list[str]:
-    """See `text_notes`; none if no prompt is made of the haystack."""
-    if {*config.suites} == {"longbench"}:
-        return []
-    return text_notes(config.text, config.lengths, tokenizer)
-
-
 def fitted_note(setting: dict[str, Any]) -> list[str]:
-    """What a table says of that, if anything."""
+    """What a table says of a setting's `fitted_on`, if anything."""
     seen = setting.get("fitted_on")
     note = (
         "The checkpoint was fitted, or its schedule chosen, on {documents} of {of} documents that prompts are made of."
