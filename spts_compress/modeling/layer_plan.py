@@ -11,6 +11,7 @@ from .configuration_spts import Counts
 from .decoding import Pass, StockRuns
 from .profiling import part
 from .selection import ranked, select
+from .stock_layer import layer_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +56,10 @@ class LayerPlan:
         return {name: value for name, value in values.items() if isinstance(value, Count)}
 
     @property
-    def chooses(self) -> bool:
-        """Whether some work is done on a part of the candidates."""
-        return any(count is not self.candidates_in for count in self.counts().values())
-
-    @property
     def ranks(self) -> bool:
         """Whether candidates are scored: for a choice here, or (in every row of a batch alike) for later layers."""
-        return self.schedule.probe.carries or self.chooses
+        chooses = any(count is not self.candidates_in for count in self.counts().values())
+        return self.schedule.probe.carries or chooses
 
     def to(self, device: Any, **_: Any) -> "LayerPlan":
         """The plan on a device; accelerate calls this where layers are on several."""
@@ -125,14 +122,14 @@ class PlannedRuns(StockRuns):
     def _plans(self, schedule: Any, lengths: list[int], device: torch.device) -> list[LayerPlan]:
         """Plans of the skipping layers, for rows of `lengths` tokens."""
         known: dict[tuple[int, ...], Count] = {}
-        plans = []
+        plans, windows = [], layer_windows(self.config)
         layers = range(schedule.start, len(self.layers))
         for layer, heads in zip(layers, heads_of(schedule.probe, layers, device), strict=True):
             columns = zip(*(schedule.counts(layer, length) for length in lengths), strict=True)
             counts: dict[str, Any] = {}
             for name, column in zip(Counts._fields, columns, strict=True):
                 counts[name] = known.get(column) or known.setdefault(column, Count.of(column, device))
-            window = self.window_of(layer)
+            window = windows[layer]
             window = window if window is not None and window < max(lengths) else None
             plans.append(LayerPlan(**counts, schedule=schedule, heads=heads, window=window))
         return plans
@@ -144,10 +141,10 @@ class PlannedRuns(StockRuns):
         Raises:
             ValueError: if the cache is of a kind that can't hold layers of unequal length.
         """
-        cache, slots = run.cache, run.states.shape[1]
+        cache, slots, windows = run.cache, run.states.shape[1], layer_windows(self.config)
         fill_layers(cache, len(self.layers))
         for layer, plan in enumerate(plans, len(self.layers) - len(plans)):
-            old = cache.layers[layer]
+            old, window = cache.layers[layer], windows[layer]
             if not isinstance(old, SkippedCacheLayer) and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
                     f"skipping needs a dynamic or a static cache, this one has {type(old).__name__}; "
@@ -155,21 +152,15 @@ class PlannedRuns(StockRuns):
                 )
             widths = plan.candidates_in.width, plan.active.width, plan.cached.width
             protected, stage = min(plan.schedule.always_last, plan.active.width), plan.schedule.stage_of(layer)
-            cache.layers[layer] = self.cache_layer(old, layer, slots, *widths, plan.cached.valid, protected, stage)
+            cache.layers[layer] = self.cache_layer(old, window, slots, *widths, plan.cached.valid, protected, stage)
         skipping = range(len(self.layers) - len(plans), len(self.layers))
         if min(lengths) < slots:
             cache.layers[skipping.start].mask = run.mask.ne(0)  # a copy
-        if noting := [layer for layer in skipping if notes or self.window_of(layer) is not None]:
+        if noting := [layer for layer in skipping if notes or windows[layer] is not None]:
             ends = torch.tensor(lengths, device=run.states.device)[:, None]  # sent once
             for layer in noting:
                 cache.layers[layer].ends = ends
 
-    # What windows.py changes.
-
-    def window_of(self, layer: int) -> int | None:
-        """How many tokens back a layer's attention reaches, the own one counted; None: over the whole text."""
-        return None
-
-    def cache_layer(self, old: Any, layer: int, *counts: Any) -> SkippedCacheLayer:
-        """What a layer's `old` cache is replaced by."""
+    def cache_layer(self, old: Any, window: int | None, *counts: Any) -> SkippedCacheLayer:
+        """What a layer's `old` cache is replaced by; windows.py has another for a layer with a `window`."""
         return SkippedCacheLayer(*counts)

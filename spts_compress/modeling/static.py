@@ -116,8 +116,10 @@ def to_dynamic(cache: Any, config: Any, new: int = 0) -> None:
         )
     if (to_come := vars(cache).get("to_come")) is not None:
         cache.capacity = seen + to_come
-    elif empty:
-        cache.capacity = capacity_of(cache, config)
+    elif empty:  # layers that are all as short as their window don't tell
+        longest = cache.get_max_length()
+        windowed = all(isinstance(held, StaticSlidingWindowLayer) for held in cache.layers)
+        cache.capacity = None if windowed and longest >= config.sliding_window else longest
     if cache.capacity is None:
         raise ValueError(
             "all layers have windows, so the static cache does not tell how many tokens it was made for; make it with "
@@ -132,14 +134,6 @@ def to_dynamic(cache: Any, config: Any, new: int = 0) -> None:
         cache.layers = [held.released() for held in cache.layers]
     elif empty:
         cache.layers = DynamicCache(config=config).layers
-
-
-def capacity_of(cache: Any, config: Any) -> int | None:
-    """How many tokens an empty static cache was made for; None where all its layers are as short as their window,
-    which does not tell."""
-    longest = cache.get_max_length()
-    windowed = all(isinstance(held, StaticSlidingWindowLayer) for held in cache.layers)
-    return None if windowed and longest >= config.sliding_window else longest
 
 
 @torch.compiler.disable

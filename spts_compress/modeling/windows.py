@@ -11,7 +11,6 @@ from .cache import SkippedCacheLayer
 from .decoding import Pass
 from .layer_plan import LayerPlan
 from .skipping import SkippingDecoderLayer, SkippingModel
-from .stock_layer import layer_windows
 
 WINDOW_PIECE = 256  # tokens, or half a window if that is more
 
@@ -19,11 +18,6 @@ WINDOW_PIECE = 256  # tokens, or half a window if that is more
 def outside(places: torch.Tensor, asking: int, window: int | None) -> torch.Tensor | None:
     """Which tokens at `places` (B, T) are before the windows of the last `asking` ones, (B, asking, T)."""
     return None if window is None else places[:, -asking:, None] - places[:, None] >= window
-
-
-def within(places: torch.Tensor, window: int) -> Callable[..., torch.Tensor]:
-    """For `create_causal_mask`: a token sees those at most `window` - 1 `places` (B, T) before it."""
-    return lambda row, head, query, key: places[row, query] - places[row, key] < window
 
 
 def windowed(
@@ -100,7 +94,10 @@ class WindowCacheLayer(SkippedCacheLayer):
         new, places = states.shape[1], self.places(states)
         inside = places > places[:, places.shape[1] - new, None] - self.window
         seen = self.attention_mask(attention_mask, states)
-        return inside if seen is None else seen & inside, within(places, self.window) if new > 1 else None
+        seen = inside if seen is None else seen & inside
+        if new == 1:
+            return seen, None
+        return seen, lambda row, head, query, key: places[row, query] - places[row, key] < self.window
 
 
 class WindowedDecoderLayer(SkippingDecoderLayer):
@@ -118,18 +115,15 @@ class WindowedDecoderLayer(SkippingDecoderLayer):
 class WindowedModel(SkippingModel):
     """A decoder of a family with windows."""
 
-    def window_of(self, layer: int) -> int | None:
-        return layer_windows(self.config)[layer]
-
     def _plans(self, schedule: Any, lengths: list[int], device: torch.device) -> list[LayerPlan]:
         plans = super()._plans(schedule, lengths, device)
         if any(plan.window for plan in plans):
             self._check_attention()
         return plans
 
-    def cache_layer(self, old: Any, layer: int, *counts: Any) -> SkippedCacheLayer:
-        if (window := self.window_of(layer)) is None:
-            return super().cache_layer(old, layer, *counts)
+    def cache_layer(self, old: Any, window: int | None, *counts: Any) -> SkippedCacheLayer:
+        if window is None:
+            return super().cache_layer(old, window, *counts)
         made = WindowCacheLayer(window, *counts)
         if getattr(old, "record_past", False):
             made.activate_past_recording()
