@@ -332,7 +332,11 @@ def prepare(
 
 def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Log, ranks: Ranks) -> Prepared:
     """Save what the search found, and take the schedule that meets its target, with the proxies of its layers if it
-    uses them."""
+    uses them.
+
+    Raises:
+        UserError: that none was chosen, since what was wanted was not found or not said, with what was found.
+    """
     layers, section = ready.base.config.num_hidden_layers, ready.recipe.search or SearchSection()
     points, wanted = searched["points"], "search has no target"
     if section.decides:
@@ -343,27 +347,17 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
         log(searched["missed"])
     if ranks.is_main:
         search_tables.save(searched, folder, layers)
-    schedule = _chosen(searched, wanted, folder, layers)
-    if not schedule.uses_proxies:
-        return replace(ready, schedule=replace(schedule, proxy=()), parameters={})
-    parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
-    return replace(ready, schedule=schedule, parameters=parameters)
-
-
-def _chosen(searched: dict[str, Any], wanted: str, folder: Path, num_layers: int) -> Schedule:
-    """The schedule that was chosen.
-
-    Raises:
-        UserError: that none was, since what is `wanted` was not found or not said, with what was found.
-    """
-    number, points = searched["chosen"], searched["points"]
-    if number is None:
+    if (chosen := searched["chosen"]) is None:
         nearest = "; ".join(f"{p['cost']['speedup']:.2f}x has {p['quality']:.3f}" for p in points) or "none"
         raise UserError(
             f"{wanted}, so nothing is exported (agreement with dense by speed-up: {nearest}; see {folder}): set "
             "search.speedup, or lower search.quality, or search.on_failure: export"
         )
-    return Schedule.from_dict(points[number]["winner"]["schedule"], num_layers)
+    schedule = Schedule.from_dict(points[chosen]["winner"]["schedule"], layers)
+    if not schedule.uses_proxies:
+        return replace(ready, schedule=replace(schedule, proxy=()), parameters={})
+    parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
+    return replace(ready, schedule=schedule, parameters=parameters)
 
 
 def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prepared:
