@@ -44,9 +44,13 @@ def inspect(folder: Path) -> str:
     files = "\n".join(f"{size(p.stat().st_size):>12}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file())
     path = folder / REPORT
     report = read_json(path) if path.is_file() else None
+    measured, lengths = list[str](), [2048, 8192, 32768]
     try:
-        measured = _measurements(report) if report else []
-        lengths = [row["length"] for row in report["speed"]] if report else [2048, 8192, 32768]
+        if report:
+            measured = [f"Measured in {report['dtype']}, with the weights that `verify` knows:"]
+            measured += [fit_table(report["proxies"]), speed_table(report), score_tables(report)]
+            measured += [as_text(report["search"])] if report.get("search") else []
+            lengths = [row["length"] for row in report["speed"]]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not a report that this release reads; use the one that wrote it, or move it away: {reason(error)}"
@@ -58,10 +62,3 @@ def inspect(folder: Path) -> str:
             f"Warning: {some(names)} changed or gone since the export; what was measured then is of what it said then:"
         )
     return "\n\n".join(part for part in (*parts, *measured) if part)
-
-
-def _measurements(report: dict[str, Any]) -> list[str]:
-    """What a report says, as tables."""
-    parts = [fit_table(report["proxies"]), speed_table(report), score_tables(report)]
-    parts += [as_text(report["search"])] if report.get("search") else []
-    return [f"Measured in {report['dtype']}, with the weights that `verify` knows:", *parts]

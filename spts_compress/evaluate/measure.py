@@ -107,15 +107,10 @@ def measure_all(
             rankings = metrics.on_skipped_states(spts, any_ids(longest), schedule.ffn_selection == "relative")
             return {str(layer): ranking for layer, ranking in rankings.items()}
 
+        text = tokenizer, haystack, longest
         rows = [keep(f"speed-{length}", partial(speed, length)) for length in section.lengths]
-        needles = [
-            keep(f"needle-{example.index}", partial(answer, example))
-            for example in _needles(section, tokenizer, haystack, longest)
-        ]
-        agreed = [
-            keep(f"agreement-{example.index}", partial(agree, example))
-            for example in _free(section, tokenizer, haystack, longest)
-        ]
+        needles = [keep(f"needle-{e.index}", partial(answer, e)) for e in _needles(section, *text)]
+        agreed = [keep(f"agreement-{e.index}", partial(agree, e)) for e in _free(section, *text)]
         states = keep("skipped-states", skipped_states)
     fidelity = []
     if agreed:

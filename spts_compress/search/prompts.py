@@ -24,7 +24,7 @@ RETRIEVAL = (
 MULTI_HOP = ("vt", "multi_hop", "repository", "arithmetic")
 GROUPS = {"retrieval": RETRIEVAL, "multi-hop": MULTI_HOP}
 FREE = (
-    "Explain in a few sentences what the following text says.\n\n{context}",
+    agreement.QUESTION,
     "{context}\n\nWhich names and terms matter most in the text above, and what is said of them?",
     "Read the text and answer the question below.\n\n{context}\n\nQuestion: what does the text say about {term}?",
     "{context}\n\nSummarize the text above.",

@@ -73,10 +73,6 @@ def _jieba_words(text: str) -> list[str]:
     return _library("jieba").lcut(text, cut_all=False)
 
 
-def rouge_l_chinese(answer: str, output: str) -> float:
-    return rouge_l(*(" ".join(_jieba_words(text)) for text in (answer, output)))
-
-
 def classification(answer: str, outputs: list[str], classes: list[str]) -> float:
     """1 over the number of class names in the answer, if the right one is among them; a name inside the right one does
     not count."""
@@ -114,7 +110,7 @@ SCORERS: dict[str, Scorer] = {
     "f1": _best(lambda answer, output: token_f1(english_words(answer), english_words(output))),
     "f1_chinese": _best(lambda answer, output: token_f1(chinese_words(answer), chinese_words(output))),
     "rouge": _best(rouge_l),
-    "rouge_chinese": _best(rouge_l_chinese),
+    "rouge_chinese": _best(lambda *texts: rouge_l(*(" ".join(_jieba_words(text)) for text in texts))),
     "classification": classification,
     "count": _best(number_share),
     # references of the form "Paragraph 12" or 段落12

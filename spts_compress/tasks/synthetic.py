@@ -117,11 +117,6 @@ def examples(task: str, tokenizer: Any, haystack: str, length: int, count: int, 
     return [_make(task, index, tokenizer, filling, length, seed) for index in range(count)]
 
 
-def _helper_module(number: int) -> str:
-    name = f"helper_{number:04}"
-    return f"# file: {name}.py\ndef {name}(items):\n    return [item + {number % 97} for item in items]\n"
-
-
 def _make(task: str, index: int, tokenizer: Any, filling: list[str], length: int, seed: int) -> Example:
     rng = random.Random(f"{task} {length} {seed} {index}")
     puzzle = MAKERS[task](rng)
@@ -129,7 +124,10 @@ def _make(task: str, index: int, tokenizer: Any, filling: list[str], length: int
     code = task == "repository"
 
     def unit(number: int) -> str:
-        return _helper_module(number) if code else filling[(offset + number) % len(filling)]
+        if not code:
+            return filling[(offset + number) % len(filling)]
+        name = f"helper_{number:04}"
+        return f"# file: {name}.py\ndef {name}(items):\n    return [item + {number % 97} for item in items]\n"
 
     def build(count: int, rest: str) -> str:
         text = hide(puzzle.facts, depths, [unit(i) for i in range(count)])
