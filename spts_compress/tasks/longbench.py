@@ -1,4 +1,4 @@
-"""LongBench (arXiv 2308.14508) in its own format, from a folder or a dataset on the Hub."""
+"""LongBench (arXiv 2308.14508) in its own format, from a folder."""
 
 import json
 import os
@@ -29,29 +29,26 @@ LINE = "input and context (texts), answers (a list of texts, one or more), all_c
 
 
 class LongBench:
-    """Where the data is: `source` is a folder with `TASK.jsonl` files, or a name for `datasets.load_dataset`. The
-    benchmark's `dataset2prompt.json` and `dataset2maxlen.json` are read from the folder (`prompts`, if the data is not
-    in one).
+    """Where the data is: `source` is a folder with `TASK.jsonl` files and the benchmark's `dataset2prompt.json` and
+    `dataset2maxlen.json`.
 
     Raises:
         UserError: if something is missing or not in the format, naming it.
     """
 
-    def __init__(self, source: str, prompts: Path | None = None):
-        self.source = source
-        self.folder = Path(source) if Path(source).is_dir() else None
-        beside = prompts or self.folder
-        if beside is None:
+    def __init__(self, source: str):
+        self.folder = Path(source)
+        if not self.folder.is_dir():
             raise UserError(
-                f"{source}: not a folder; for a dataset on the Hub name the folder of dataset2prompt.json too"
+                f"{source}: not a folder; give the one that holds {PROMPTS} and files such as {TASKS[0]}.jsonl"
             )
-        self.beside, self.prompts, self.lengths = beside, _mapping(beside / PROMPTS), _mapping(beside / LENGTHS)
+        self.prompts, self.lengths = _mapping(self.folder / PROMPTS), _mapping(self.folder / LENGTHS)
 
     def tasks(self) -> list[str]:
         """The tasks that are there."""
-        there = [name for name in TASKS if self.folder is None or os.path.lexists(self.folder / f"{name}.jsonl")]
+        there = [name for name in TASKS if os.path.lexists(self.folder / f"{name}.jsonl")]
         if not there:
-            raise UserError(f"{self.source}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
+            raise UserError(f"{self.folder}: no LongBench file such as {TASKS[0]}.jsonl in this folder")
         return there
 
     def examples(
@@ -60,19 +57,19 @@ class LongBench:
         """The first `count` examples of a task, cut in the middle to at most `length` tokens, answer included, which
         has `answer_tokens` (by default as many as the task says)."""
         if task not in self.tasks():
-            raise UserError(f"{task} is not in {self.source}; it has {', '.join(self.tasks())}")
+            raise UserError(f"{task} is not in {self.folder}; it has {', '.join(self.tasks())}")
         how, template, room = SCORER[task], self.prompts.get(task), self.lengths.get(task)
         made: dict[str, Example] = {}
         if not isinstance(template, str) or "{context}" not in template:
-            raise UserError(f"{self.beside / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
+            raise UserError(f"{self.folder / PROMPTS}: no text for {task}; give its prompt, with {{context}} in it")
         if not isinstance(room, int) or room < 1:
-            raise UserError(f"{self.beside / LENGTHS}: no number for {task}; give how many tokens its answers have")
+            raise UserError(f"{self.folder / LENGTHS}: no number for {task}; give how many tokens its answers have")
         room = answer_tokens or room
         for index, row in zip(range(count), self._rows(task), strict=False):
             try:
                 prompt = template.format(**row)
             except (LookupError, ValueError, AttributeError) as error:
-                raise UserError(f"{self.beside / PROMPTS}: {task} can't be filled in: {reason(error)}") from None
+                raise UserError(f"{self.folder / PROMPTS}: {task} can't be filled in: {reason(error)}") from None
             text = _cut(prompt, tokenizer, length - room, task not in WITHOUT_CHAT)
             tokens, names = token_count(tokenizer, text), row["all_classes"] or []
             example = Example(task, index, text, row["answers"], tokens, length, room, scorer=how, classes=names)
@@ -84,15 +81,6 @@ class LongBench:
         return [row["context"] for _, row in zip(range(count), self._rows(task), strict=False)]
 
     def _rows(self, task: str) -> Iterator[dict]:
-        if self.folder is None:
-            from datasets import load_dataset
-
-            try:
-                for number, row in enumerate(load_dataset(self.source, task, split="test", streaming=True), 1):
-                    yield _checked(row, task, f"{self.source}, {task}, row {number}")
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{self.source}: {reason(error)}") from None
-            return
         path = self.folder / f"{task}.jsonl"
         with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
