@@ -115,7 +115,7 @@ def test_a_network_of_low_rank_is_recovered():
 def test_the_regression_is_ridge_regression():
     ffn, x = network(), states(300, 5)
     tokens = tokens_of(ffn, x)
-    linear, square, constant = ltp.Regression(tokens.unit).solve(tokens.log_norm, 0.01)
+    linear, square, constant = next(ltp.ridge(tokens.unit, tokens.log_norm, [0.01]))
     unit = (x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)).double().numpy()
     features = np.concatenate([unit, unit**2], axis=1)
     centred = features - features.mean(0)
@@ -133,14 +133,14 @@ def test_the_regression_copes_with_few_tokens_and_equal_features(count):
     x = states(count, 4)
     x[:, 3], x[:, 5] = 0, x[:, 4]
     unit = network().unit(x)
-    made = ltp.Regression(unit).solve(torch.randn(count, generator=torch.Generator().manual_seed(1)), 1e-4)
+    made = next(ltp.ridge(unit, torch.randn(count, generator=torch.Generator().manual_seed(1)), [1e-4]))
     assert all(torch.isfinite(part).all() for part in made)
 
 
 def test_the_exported_regression_predicts_what_was_solved():
     ffn, x = network(), states(300, 5)
     tokens, check = tokens_of(ffn, x[:200]), tokens_of(ffn, x[200:])
-    proxy = ltp.fit_ridge(ffn, ltp.Regression(tokens.unit), tokens, check)
+    proxy = ltp.fit_ridge(ffn, tokens, check)
     a, b, c = proxy.down[-1], proxy.square, proxy.constants[0]
     unit = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(proxy(x).log(), unit @ a + unit.square() @ b + c, rtol=1e-3, atol=1e-4)
@@ -152,7 +152,7 @@ def test_a_blend_is_the_geometric_mean():
     ffn, x = network(), states(200, 6)
     tokens = tokens_of(ffn, x)
     low = ltp.low_rank(ffn, torch.arange(20), 5)
-    ridge = ltp.fit_ridge(ffn, ltp.Regression(tokens.unit), tokens, tokens)
+    ridge = ltp.fit_ridge(ffn, tokens, tokens)
     expected = (low(x) * ridge(x)).sqrt()
     ltp.geometric_mean(low, ridge)
     torch.testing.assert_close(low(x), expected, rtol=1e-3, atol=1e-5)

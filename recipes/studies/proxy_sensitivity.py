@@ -21,7 +21,7 @@ from spts_compress.checkpoint.families import context_of, norms_of
 from spts_compress.checkpoint.keys import environment
 from spts_compress.cost import has_experts, proxy_flop_fraction
 from spts_compress.fit import metrics
-from spts_compress.fit.ltp import FeedForward, Regression, Tokens, fit_ridge
+from spts_compress.fit.ltp import FeedForward, Tokens, fit_ridge
 from spts_compress.fit.size import fit
 from spts_compress.modeling.configuration_spts import Proxy
 from spts_compress.plan import complete
@@ -218,7 +218,7 @@ def _judge(
         tokens = Tokens.cat([fitted[n][:: round(len(names) / variant.part)] for n in names])
         check = Tokens.cat([held_out[n][: len(held_out[n]) // 2] for n in names])
         needed = variant.section.regression or not variant.size.rank
-        regressed = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if needed else None
+        regressed = fit_ridge(ffn, tokens, check) if needed else None
         proxy = regressed
         if proxy is None or variant.size.rank:
             proxy, _ = fit(ffn, variant.size, tokens, check, variant.section, regressed, SHARE)

@@ -3,6 +3,7 @@
 What needs no gradient steps is here: channel pruning, truncated SVD, and a regression; `refine.py` goes on from that.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,28 +127,24 @@ def truncated_svd(
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-class Regression:
-    """Ridge regression of a number a token on its state `u` of unit RMS and on `u * u`: closed form, made once for all
-    numbers."""
-
-    def __init__(self, unit: torch.Tensor):
-        features = torch.cat([unit, unit.square()], dim=1)
-        self.mean = features.mean(0)
-        features -= self.mean
-        self.features, self.gram = features, features.T @ features
-        diagonal = self.gram.diagonal()
-        self.variance = diagonal.clamp_min(float(diagonal.max()) * 1e-9 + 1e-12)
-
-    def solve(self, target: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights of `u` and of `u * u`, (D,) each, and the constant, for `target` (N,)."""
-        moment = (self.features.T @ (target - target.mean())).double()
-        factor, failed = torch.linalg.cholesky_ex((self.gram + torch.diag(penalty * self.variance)).double())
+def ridge(
+    unit: torch.Tensor, target: torch.Tensor, penalties: Sequence[float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Ridge regression, in closed form, of a number a token, `target` (N,), on its state `u` of unit RMS, (N, D), and
+    on `u * u`: for each penalty the weights of both, (D,) each, and the constant."""
+    features = torch.cat([unit, unit.square()], dim=1)
+    mean = features.mean(0)
+    features -= mean
+    gram, moment = features.T @ features, (features.T @ (target - target.mean())).double()
+    variance = gram.diagonal().clamp_min(float(gram.diagonal().max()) * 1e-9 + 1e-12)
+    for penalty in penalties:
+        factor, failed = torch.linalg.cholesky_ex((gram + torch.diag(penalty * variance)).double())
         while failed:  # fewer tokens than features, or equal features
             penalty *= 10
-            factor, failed = torch.linalg.cholesky_ex((self.gram + torch.diag(penalty * self.variance)).double())
+            factor, failed = torch.linalg.cholesky_ex((gram + torch.diag(penalty * variance)).double())
         weights = torch.cholesky_solve(moment[:, None], factor)[:, 0].float()
         linear, square = weights.chunk(2)
-        return linear, square, target.mean() - self.mean @ weights
+        yield linear, square, target.mean() - mean @ weights
 
 
 @torch.no_grad()
@@ -201,12 +198,12 @@ def centre(proxy: FeedForwardProxy, tokens: Tokens) -> None:
 
 
 @torch.no_grad()
-def fit_ridge(ffn: FeedForward, regression: Regression, tokens: Tokens, check: Tokens) -> FeedForwardProxy:
+def fit_ridge(ffn: FeedForward, tokens: Tokens, check: Tokens) -> FeedForwardProxy:
     """The proxy of rank 0: ridge regression of the log norm, with the penalty that is best on `check`."""
     fitted = []
-    for penalty in PENALTIES:
+    for solved in ridge(tokens.unit, tokens.log_norm, PENALTIES):
         proxy = blank(ffn, Proxy(1, 0))
-        proxy.down[-1], proxy.square[:], proxy.constants[0] = regression.solve(tokens.log_norm, penalty)
+        proxy.down[-1], proxy.square[:], proxy.constants[0] = solved
         fitted.append(proxy)
     return min(fitted, key=lambda proxy: log_error(proxy, check))
 

@@ -9,7 +9,7 @@ from ..modeling.configuration_spts import Proxy
 from ..modeling.selection import FeedForwardProxy
 from ..recipe import ProxySection
 from . import metrics, refine
-from .ltp import FeedForward, Regression, Tokens, centre, fit_ridge, geometric_mean, log_error, low_rank, most_important
+from .ltp import FeedForward, Tokens, centre, fit_ridge, geometric_mean, log_error, low_rank, most_important
 
 
 def sizes(full: Proxy, regression: bool) -> list[Proxy]:
@@ -63,7 +63,7 @@ def choose(
         `check`), the number of the one `chosen`, and the `reason` in words.
     """
     wanted = section.regression or not full.rank
-    ridge = fit_ridge(ffn, Regression(tokens.unit), tokens, check) if wanted else None
+    ridge = fit_ridge(ffn, tokens, check) if wanted else None
     proxies, rows = [], []
     for size in sizes(full, section.regression):
         proxy, improved = ridge, False
