@@ -2,27 +2,12 @@
 path. What a checkpoint's own code checks, `spts_block.py` says again: it stops at the first fault."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
-from .modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
+from .modeling.configuration_spts import Amount, Proxy, Schedule
 from .modeling.spts_block import FFN_SELECTIONS, HEAD_REDUCTIONS, covers
 from .utils.errors import unknown_key
-
-NESTED = {
-    "budget": Amount, "prune_to": Amount, "ffn_budget": Amount, "probe": Probe, "stages": Stage, "proxy": Proxy,
-    "update": Update,
-}  # fmt: skip
-LISTS = ("stages", "proxy", "update")
-REQUIRED = {
-    Stage: ("end", "budget"), Proxy: ("channels", "rank"), Update: ("attention_rank", "ffn_rank"),
-    Schedule: ("start", "stages"),
-}  # fmt: skip
-OPTIONAL = ("cap", "prune_to", "ffn_budget", "proxy", "update", "kv")  # None is as good as nothing
-TYPES: dict[str, tuple[type, ...]] = {
-    "fraction": (int, float), "score_carry": (int, float), "ffn_selection": (str,), "enabled": (bool,),
-    "kv": (int, float),
-}  # fmt: skip
 
 
 def read(
@@ -57,28 +42,32 @@ def are_heads(value: Any) -> bool:
 
 
 def _form(kind: type, value: Any, path: str, without: tuple[str, ...] = ()) -> Iterator[str]:
-    """What is unknown, missing or of another type in the plain data of dataclass `kind`, `without` some fields."""
+    """What is unknown, missing or of another type in the plain data of dataclass `kind`, by its annotations, `without`
+    some fields."""
     if kind is Amount and type(value) is int:
         return
     if not isinstance(value, dict):
         yield f"{path} is {value!r}; it must be {'a number of tokens or ' if kind is Amount else ''}a mapping"
         return
-    known = [field.name for field in fields(kind) if field.name not in without]
-    yield from (unknown_key(f"{path}.{key}", known) for key in value if key not in known)
-    yield from (f"{path}.{key} is missing" for key in REQUIRED.get(kind, ()) if key in known and key not in value)
-    for key in known:
-        if key not in value or (key in OPTIONAL and value[key] is None):
+    known = {field.name: field for field in fields(kind) if field.name not in without}
+    yield from (unknown_key(f"{path}.{key}", [*known]) for key in value if key not in known)
+    yield from (f"{path}.{key} is missing" for key, own in known.items() if own.default is MISSING and key not in value)
+    hints = get_type_hints(kind)
+    for key, own in known.items():
+        if key not in value or (own.default in (None, ()) and value[key] is None):  # which is as good as nothing
             continue
         item, place = value[key], f"{path}.{key}"
-        if key in LISTS and isinstance(item, list | tuple):
+        types = get_args(hints[key]) or (hints[key],)
+        nested: Any = next((each for each in types if is_dataclass(each)), None)
+        if nested and ... in types and isinstance(item, list | tuple):
             for number, part in enumerate(item):
-                yield from _form(NESTED[key], part, f"{place}.{number}")
+                yield from _form(nested, part, f"{place}.{number}")
         elif key == "heads":
             if not (isinstance(item, str) or are_heads(item)):
                 yield f"{place} is {item!r}; it must be mean, max, or lists of heads by layer, as {{3: [5], 7: [0, 8]}}"
-        elif key in NESTED and key != "stages":
-            yield from _form(NESTED[key], item, place)
-        elif type(item) not in TYPES.get(key, (int,)):
+        elif nested and key != "stages":
+            yield from _form(nested, item, place)
+        elif type(item) not in types and not (type(item) is int and float in types):
             yield f"{place} is {item!r}, which is not of the right type"
 
 
