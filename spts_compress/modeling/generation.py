@@ -32,9 +32,8 @@ class GenerationCalls(SkippingPreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As stock. `spts` goes for every prompt that the call runs; it may stand in the generation config. Where it
-        is not given, all of them run dense if
-        there is guidance (whose negative prompt is no part of the cache), an early exit (which runs without some of
-        the layers) or a prompt in chunks (which don't show where it ends).
+        is not given, all of them run dense if there is guidance (whose negative prompt is no part of the cache), an
+        early exit (which runs without some of the layers) or a prompt in chunks (which don't show where it ends).
 
         Raises:
             ValueError: if `spts` asks to skip in a prompt in chunks.

@@ -23,14 +23,11 @@ Rows = list[dict[str, Any]]
 
 @torch.no_grad()
 def compare(model: Any, schedule: Schedule, reference: DenseReference) -> dict[str, Any]:
-    """How far SPTS is from dense along the dense model's own answer, teacher-forced after a prefill by `schedule`.
+    """The `agreement` of SPTS with dense along the dense model's own answer, teacher-forced after a prefill by
+    `schedule`, and `same`: whether they agree on all tokens, so that the greedy answer is the dense one.
 
     Args:
         model: the skipping model, with proxies in all layers from the schedule's start on.
-
-    Returns:
-        `kl`: mean KL(dense || SPTS) of the next token, nats; `top1`: share of tokens on which both agree; `same`:
-        whether they agree on all, so that the greedy answer is the dense one.
     """
     device, count = model.lm_head.weight.device, len(reference.answer)
     request = SkipRequest(schedule, last=count)

@@ -1,6 +1,7 @@
 """What a search came to, as tables and a picture."""
 
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def as_text(search: dict[str, Any]) -> str:
 def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
     """Write `search.json`, `search.md` and, where matplotlib is there, `search.png` into `folder`. What another search
     found, and tables that someone wrote in, move aside."""
-    other = (folder / FILES[0]).is_file() and _found_before(folder) != _found(search)
-    if other or tables.is_edited(folder, "search", as_text):
+    path, before = folder / FILES[0], None  # of what can't be read, which is another's
+    with suppress(UserError):
+        before = _found(read_json(path))
+    if (path.is_file() and before != _found(search)) or tables.is_edited(folder, "search", as_text):
         tables.keep_earlier(folder, FILES)
     drawing = partial(draw, search, num_layers) if search["points"] else None
     tables.save(search, as_text(search), folder, "search", drawing, 14)
@@ -82,13 +85,6 @@ def save(search: dict[str, Any], folder: Path, num_layers: int) -> None:
 def _found(search: dict[str, Any]) -> Any:
     """What a result says, in plain data, whatever it took to find."""
     return json.loads(json.dumps([search.get("points"), search.get("chosen")]))
-
-
-def _found_before(folder: Path) -> Any:
-    try:
-        return _found(read_json(folder / FILES[0]))
-    except UserError:
-        return None  # whatever it is, it is not this
 
 
 def draw(search: dict[str, Any], num_layers: int, figure: Any) -> None:

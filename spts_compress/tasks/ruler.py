@@ -24,12 +24,9 @@ NIAH = (
 )
 NIAH_PREFIX = " The special magic {kind} for {query} mentioned in the provided text are"
 # RULER asks in the singular where one value is asked for.
-NIAH_ONE = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What is the special magic {kind} for {query} mentioned in the provided text?"
+NIAH_ONE, NIAH_ONE_PREFIX = (
+    text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in (NIAH, NIAH_PREFIX)
 )
-NIAH_ONE_PREFIX = " The special magic {kind} for {query} mentioned in the provided text is"
 VT = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
     "Question: Find all variables that are assigned the value {query} in the text above."
