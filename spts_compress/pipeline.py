@@ -37,8 +37,7 @@ from .search import space
 from .search import tables as search_tables
 from .search.prompts import PromptSet
 from .timing.break_even import shortest_paying_length
-from .timing.pairs import GREEDY, on_weights_of, stock_twin
-from .timing.stage_timer import StageTimer
+from .timing.pairs import GREEDY, StageTimer, on_weights_of, stock_twin
 from .utils.devices import hardware
 from .utils.distributed import SINGLE_PROCESS, Ranks
 from .utils.errors import UserError, reason

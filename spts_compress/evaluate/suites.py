@@ -225,9 +225,6 @@ def collect(
     `output`/setting.json says beforehand which answers belong to this evaluation, so that a stopped one can be scored,
     and to which examples: one answer may be that of several, such as of a document that fits into two lengths.
 
-    Args:
-        folder_keys: of the checkpoint when it was loaded.
-
     Raises:
         UserError: if a prompt does not fit into its length, or the checkpoint was changed meanwhile; what was answered
             then is not kept.

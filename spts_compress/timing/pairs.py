@@ -1,4 +1,4 @@
-"""Time and memory of the dense and the skipping model: same weights, one process, in turn."""
+"""Time and memory: of the dense and the skipping model, same weights, one process, in turn; and of a run's stages."""
 
 import ctypes
 import gc
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -136,6 +137,23 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     finally:
         done.set()
         watcher.join()
+
+
+@dataclass
+class StageTimer:
+    """What each stage of a run costs, for the report: `costs` by stage, its `seconds`, and its `peak_bytes` above what
+    was held before (of the device, on a CPU of the process). Work that was finished by an earlier run is not done again
+    and costs next to nothing."""
+
+    device: str
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.monotonic()
+        with peak_memory(torch.device(self.device)) as peak:
+            yield
+        self.costs[name] = {"seconds": time.monotonic() - begin, "peak_bytes": peak()}
 
 
 @torch.no_grad()
