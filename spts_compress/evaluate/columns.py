@@ -52,8 +52,9 @@ def _interval(row: dict, digits: int) -> str:
     return " ({:.{n}f}-{:.{n}f})".format(*row["interval"], n=digits) if row["interval"] else ""
 
 
-def _of_mode(what: str, mode: str, spec: str) -> Show:
-    return lambda row: format(row[what][mode], spec) if row[what] else ""
+def _if_measured(part: str, name: str, spec: str) -> Show:
+    """A value of a row's part; blank where it is not there."""
+    return lambda row: format(row[part][name], spec) if name in (row.get(part) or ()) else ""
 
 
 TASK_COLUMNS: dict[str, Show] = {
@@ -72,20 +73,16 @@ FIDELITY_COLUMNS: dict[str, Show] = {
     "prompts": lambda row: prompts(row),
     "next token as dense (95% interval)": lambda row: f"{row['top1']:.1%}{_interval(row, 3)}",
     "KL, nats": "{kl:.3f}",
-    "repeating, dense": _of_mode("repeats", "dense", ""),
-    "repeating, SPTS": _of_mode("repeats", "spts", ""),
-    "perplexity of following text, dense": _of_mode("perplexity", "dense", ".2f"),
-    "perplexity of following text, SPTS": _of_mode("perplexity", "spts", ".2f"),
+    "repeating, dense": _if_measured("repeats", "dense", ""),
+    "repeating, SPTS": _if_measured("repeats", "spts", ""),
+    "perplexity of following text, dense": _if_measured("perplexity", "dense", ".2f"),
+    "perplexity of following text, SPTS": _if_measured("perplexity", "spts", ".2f"),
 }
 
 
 def _proxy_size(fit: dict) -> str:
     chosen = fit["candidates"][fit["chosen"]]
     return f"{chosen['channels']} channels, rank {chosen['rank']}" if chosen["rank"] else "regression"
-
-
-def _on_skipped(what: str) -> Show:
-    return lambda fit: f"{fit['skipped'][what]:.2f}" if "skipped" in fit else ""
 
 
 PROXIES: dict[str, Show] = {
@@ -96,20 +93,14 @@ PROXIES: dict[str, Show] = {
     "Spearman of input norm": "{input_norm[spearman]:.2f}",
     "recall": "{proxy[recall]:.2f}",
     "recall of input norm": "{input_norm[recall]:.2f}",
-    "Spearman, skipped states": _on_skipped("spearman"),
-    "recall, skipped states": _on_skipped("recall"),
+    "Spearman, skipped states": _if_measured("skipped", "spearman", ".2f"),
+    "recall, skipped states": _if_measured("skipped", "recall", ".2f"),
     "why this size": "{reason}",
 }
 UPDATES: dict[str, Show] = {
-    "R^2 of the update, attention": lambda fit: _r2(fit, "attention"),
-    "R^2 of the update, feed-forward": lambda fit: _r2(fit, "ffn"),
+    "R^2 of the update, attention": _if_measured("update", "attention", ".2f"),
+    "R^2 of the update, feed-forward": _if_measured("update", "ffn", ".2f"),
 }
-
-
-def _r2(fit: dict, part: str) -> str:
-    return f"{fit['update'][part]:.2f}" if part in fit["update"] else ""
-
-
 BENCH: dict[str, Show] = {
     **{name: SPEED[name] for name in ("prompt tokens", "TTFT dense", "TTFT SPTS", "dense / SPTS (range)")},
     "batch": "{batch}",
