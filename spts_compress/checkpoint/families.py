@@ -40,8 +40,12 @@ def norms_of(family: str) -> Norms:
 
 
 def code_files(family: str) -> list[Path]:
-    """The modelling code that a checkpoint of a family carries, in this package."""
-    return modeling.code_files(FAMILIES[family][0])
+    """The modelling code that a checkpoint of a family carries, in this package: the family's own module, and as
+    transformers looks for them what it imports from there, and so on."""
+    from transformers.dynamic_module_utils import get_relative_import_files  # slow to import
+
+    own = Path(modeling.__file__).parent / f"{FAMILIES[family][0]}.py"
+    return [own, *sorted({Path(file) for file in get_relative_import_files(own)})]
 
 
 def exported_config(plain: dict[str, Any]) -> dict[str, Any]:
