@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calibrate.capture import layer_arguments
 from ..cost import LayerShape, layer_costs
 from ..modeling.configuration_spts import Schedule
-from ..modeling.stock_layer import MASKS, layer_kinds, position_tables
+from ..modeling.stock_layer import layer_kinds
 from .pairs import synchronize
 
 
@@ -63,30 +64,24 @@ def measure(stock: Any, ids: torch.Tensor, tokens: Iterable[int], repeats: int =
     counts = sorted(set(tokens))
     seconds: dict[str, list[float]] = {part: [] for part in (*last, "feed_forward", "keys")}
     for count in counts:
-        states, positions = embedded[:, :count], torch.arange(count, device=ids.device)[None]
-        rotary = position_tables(stock.model.rotary_emb, stock.config, states, positions)
-        for kind in last:
-            mask = MASKS[kind](stock.config, states, None, None)
-            seconds[kind].append(_time(ids.device, repeats, _attention, last[kind], norm, states, rotary[kind], mask))
-        seconds["feed_forward"].append(_time(ids.device, repeats, _feed_forward, layers[-1], norm, states))
+        states, options = embedded[:, :count], dict(zip(kinds, layer_arguments(stock, count), strict=True))
+        for kind, layer in last.items():
+            seconds[kind].append(_time(ids.device, repeats, _normed, layer.self_attn, norm, states, **options[kind]))
+        seconds["feed_forward"].append(_time(ids.device, repeats, _normed, layers[-1].mlp, norm, states))
         seconds["keys"].append(_time(ids.device, repeats, nn.functional.linear, states, keys))
     return LatencyTable(counts, seconds)
 
 
-def _attention(layer: Any, norm: Any, states: torch.Tensor, rotary: Any, mask: Any) -> Any:
-    return layer.self_attn(norm(states), position_embeddings=rotary, attention_mask=mask)
+def _normed(part: Any, norm: Any, states: torch.Tensor, **options: Any) -> Any:
+    return part(norm(states), **options)
 
 
-def _feed_forward(layer: Any, norm: Any, states: torch.Tensor) -> Any:
-    return layer.mlp(norm(states))
-
-
-def _time(device: torch.device, repeats: int, function: Callable, *arguments: Any) -> float:
+def _time(device: torch.device, repeats: int, function: Callable, *arguments: Any, **options: Any) -> float:
     taken = []
     for _ in range(repeats + 1):
         synchronize(device)
         begin = time.perf_counter()
-        function(*arguments)
+        function(*arguments, **options)
         synchronize(device)
         taken.append(time.perf_counter() - begin)
     return median(taken[1:])
