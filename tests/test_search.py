@@ -11,7 +11,6 @@ from tiny import TEXT, stock_twin, tiny_model, tiny_tokenizer
 from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Amount, Probe, Proxy, Schedule, Stage, Update
 from spts_compress.recipe import ChoicesSection, Kind, ScheduleParams, SearchSection
-from spts_compress.schedule import faults
 from spts_compress.search import dense_reference, evaluator, halving, prompts, run, space, tables, winner
 from spts_compress.search.dense_reference import DenseReference
 from spts_compress.search.halving import Candidate
@@ -77,7 +76,7 @@ def test_a_shape_at_a_cost_costs_that_and_no_more():
         scaled = costs.scale_to_cost(params, ("speedup", 1.3))
         if scaled is not None:
             reached += 1
-            assert faults(scaled, 5) == []
+            assert [*scaled.faults(5)] == []
             assert 1.3 <= predicted(config, scaled, 1000)["speedup"] < 1.4
             own = (params.start, params.kernel_size, params.ffn_selection)
             assert (scaled.start, scaled.probe.kernel_size, scaled.ffn_selection) == own
@@ -107,7 +106,7 @@ def test_kv_is_drawn_where_there_are_updates():
         tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)}, update=update
     )
     found = costs.scale_to_cost(ScheduleParams(1, kv=1.0, margin=0.0), ("speedup", 1.2))
-    assert found.update == update and found.kv == 1.0 and faults(found, 5) == []
+    assert found.update == update and found.kv == 1.0 and [*found.faults(5)] == []
     assert 1.2 <= predicted(costs.config, found, 1000)["speedup"] < 1.25
     assert predicted(costs.config, found, 1000)["kv_share"] == 1.0
 
@@ -334,7 +333,7 @@ def test_a_filter_drops_tokens_for_good_in_its_first_layer_alone(start, margin, 
     costs = Costs(tiny_model(vocab_size=300).config, 1000, {layer: Proxy(12, 4) for layer in range(1, 5)})
     params = ScheduleParams(start, filters=True, stages=stages, decay=1.0, margin=margin)
     found = costs.scale_to_cost(params, ("speedup", 1.1))
-    assert faults(found, 5, 4) == [] and found.start == start
+    assert [*found.faults(5, 4)] == [] and found.start == start
     first, *others = (found.counts(layer, 1000) for layer in range(start, 5))
     assert first.active == first.ffn_tokens == 1000 > first.candidates_out
     assert {count.candidates_in for count in others[:1]} == {first.candidates_out}
@@ -352,7 +351,7 @@ def test_shapes_choose_heads_by_what_they_find():
         return Costs(config, 1000, proxies, heads).scale_to_cost(params, ("speedup", 1.1))
 
     early = at(start=3, heads=0.5)  # a stage in front that keeps all, in which the first head scores
-    assert faults(early, 5, 4) == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1
+    assert [*early.faults(5, 4)] == [] and early.probe.heads == ((1, 0), (3, 2), (4, 0)) and early.start == 1
     assert [early.counts(layer, 1000).active for layer in (1, 2)] == [1000, 1000]
     assert early.counts(3, 1000).active < 1000 and len(early.proxy) == 4
     own = at(start=3, heads=1.0)

@@ -1,11 +1,11 @@
 """The `spts` block of a `config.json` as plain data: read, written and checked. No part of the method.
 
 It travels with every exported checkpoint, so it imports nothing of spts_compress, and stops at the first fault. The
-toolkit's own check of the same rules, `schedule.py`, names all faults at once: a new rule goes into both.
+toolkit, in `schedule.py`, names all faults at once, by the same rules.
 """
 
-from dataclasses import asdict, astuple, is_dataclass
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 HEAD_REDUCTIONS = ("mean", "max")
@@ -56,6 +56,57 @@ def _limit(amount: Any) -> float:
     return float("inf") if amount.fraction else amount.floor
 
 
+Fault = tuple[str, str]  # what is out of range, in a few words, and as a line: path, value, and what would be right
+
+
+def _range(path: str, value: float, least: int, most: int | None = None, what: str | None = None) -> Iterator[Fault]:
+    if not (value >= least and (most is None or value <= most)):
+        right = f"at least {least}" if most is None else f"{least} to {most}"
+        yield what or path, f"{path} is {value}; it must be {right}"
+
+
+def _stage_faults(start: int, stages: Any, last: int | None) -> Iterator[Fault]:
+    if not stages:
+        yield "the stages' ends", "stages is empty; there must be at least one"
+    previous = start - 1
+    for i, stage in enumerate(stages):
+        path = f"stages.{i}"
+        yield from _range(f"{path}.end", stage.end, previous + 1, last, "the stages' ends")
+        previous = stage.end
+        for name, amount in stage.amounts().items():
+            yield from _range(f"{path}.{name}.fraction", amount.fraction, 0, 1, "a budget")
+            yield from _range(f"{path}.{name}.floor", amount.floor, 0, what="a budget")
+            if amount.fraction == amount.floor == 0:
+                yield "a budget", f"{path}.{name} is 0; it must keep some tokens"
+            if amount.cap is not None and amount.cap < max(1, amount.floor):
+                yield "a cap", f"{path}.{name}.cap is {amount.cap}; it must be at least the floor"
+        following = stages[i + 1] if i + 1 < len(stages) else None
+        if following is None:
+            if stage.prune_to is not None:
+                yield "prune_to of the last stage", f"{path}.prune_to is set; nothing is pruned after the last stage"
+        elif stage.prune_to is not None:
+            what = "prune_to, less than a budget of the next stage,"
+            for name in ("budget", "ffn_budget"):
+                if not covers(stage.prune_to, following.amounts().get(name, stage.prune_to)):
+                    yield what, f"{path}.prune_to is less than stages.{i + 1}.{name}; it must be at least that"
+
+
+def _head_faults(heads: Any, start: int, num_layers: int | None, num_heads: int | None) -> Iterator[Fault]:
+    what = f"probe.heads, {heads!r},"
+    if isinstance(heads, str):
+        if heads not in HEAD_REDUCTIONS:
+            yield what, f"probe.heads is {heads!r}; it must be mean, max, or lists of heads by layer"
+        return
+    for layer, head in heads:
+        there = layer >= start and (num_layers is None or layer < num_layers)
+        if not (there and head >= 0 and (num_heads is None or head < num_heads)):
+            yield what, f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head"
+    if len(set(heads)) < len(heads):
+        yield what, "probe.heads has a head twice"
+    if all(layer != start for layer, _ in heads):
+        yield what, f"probe.heads has none in layer {start}, which skips with nothing carried to it"
+
+
 class SptsBlock:
     """Mixed into the schedule."""
 
@@ -90,40 +141,52 @@ class SptsBlock:
             raise ValueError(f"this model's spts block can't be used: {error}") from error
         return schedule
 
+    def faults(self: Any, num_layers: int | None = None, num_heads: int | None = None) -> Iterator[Fault]:
+        """Everything that is out of range or contradictory."""
+        probe, always = self.probe, "sink_tokens or recent_tokens"
+        last = None if num_layers is None else num_layers - 1
+        yield from _range("start", self.start, 1, last)
+        yield from _stage_faults(self.start, self.stages, last)
+        yield from _range("probe.window_size", probe.window_size, 1)
+        yield from _head_faults(probe.heads, self.start, num_layers, num_heads)
+        yield from _range("probe.score_carry", probe.score_carry, 0, 1)
+        yield from _range("sink_tokens", self.sink_tokens, 0, what=always)
+        yield from _range("recent_tokens", self.recent_tokens, 1, what=always)
+        yield from _range("min_length", self.min_length, 0)
+        if (width := probe.kernel_size) < 1 or width % 2 == 0:
+            yield "probe.kernel_size", f"probe.kernel_size is {width}; it must be odd and at least 1"
+        if (selection := self.ffn_selection) not in FFN_SELECTIONS:
+            yield "ffn_selection", f"ffn_selection is {selection!r}; it must be one of {', '.join(FFN_SELECTIONS)}"
+        for name, what in (("proxy", "the number of proxies"), ("update", "the number of updates")):
+            count = len(getattr(self, name))
+            if num_layers is not None and count not in (0, 1, num_layers - self.start):
+                yield what, f"{name} has {count} entries for {num_layers - self.start} skipping layers"
+        if not self.proxy and self.uses_proxies:
+            what = "ffn_selection, which needs a proxy,"
+            yield what, f"ffn_selection is {selection!r} and there is no proxy; take attention or all"
+        for size in self.proxy:
+            yield from _range("proxy.channels", size.channels, 1)
+            yield from _range("proxy.rank", size.rank, 0)
+        for update in self.update:
+            yield from _range("update.attention_rank", update.attention_rank, 0, what="update")
+            yield from _range("update.ffn_rank", update.ffn_rank, 0, what="update")
+        if self.kv is not None and not 0 < self.kv <= 1:
+            yield "kv", f"kv is {self.kv}; it must be more than 0 and at most 1"
+
     def check(self: Any, num_layers: int, num_heads: int | None = None) -> None:
         """Raises ValueError if a value is out of range: what would otherwise be a wrong answer or an odd error."""
-        ends = [self.start - 1, *(stage.end for stage in self.stages)]
-        amounts = [amount for stage in self.stages for amount in stage.amounts().values()]
-        numbers = [*ends, self.sink_tokens, self.recent_tokens, self.probe.window_size, self.probe.kernel_size]
-        numbers += [self.min_length]
-        left = [(s.prune_to, a) for s, n in pairwise(self.stages) if s.prune_to for a in (n.budget, n.ffn_budget) if a]
-        heads = self.probe.heads
-        if isinstance(heads, str):
-            fine_heads = heads in HEAD_REDUCTIONS
-        else:
-            first, most = [layer for layer, _ in heads[:1]], float("inf") if num_heads is None else num_heads
-            there = (layer < num_layers and type(head) is int and 0 <= head < most for layer, head in heads)
-            fine_heads = first == [self.start] and all(there) and len(set(heads)) == len(heads)
-        for fine, what in (
-            (all(type(number) is int for number in numbers + [a.floor for a in amounts]), "a number of tokens"),
-            (0 <= ends[0] < num_layers - 1, "start"),
-            (len(ends) > 1 and ends == sorted(set(ends)) and ends[-1] < num_layers, "the stages' ends"),
-            (all(s.prune_to is None for s in self.stages[-1:]), "prune_to of the last stage"),
-            (all(0 <= a.fraction <= 1 and a.floor >= 0 and (a.fraction or a.floor) for a in amounts), "a budget"),
-            (all(a.cap is None or a.cap >= max(1, a.floor) for a in amounts), "a cap"),
-            (all(covers(*pair) for pair in left), "prune_to, less than a budget of the next stage,"),
-            (self.sink_tokens >= 0 and self.recent_tokens >= 1, "sink_tokens or recent_tokens"),
-            (type(self.enabled) is bool, f"enabled, {self.enabled!r},"),
-            (self.probe.window_size >= 1, "probe.window_size"),
-            (self.probe.kernel_size >= 1 and self.probe.kernel_size % 2 == 1, "probe.kernel_size"),
-            (0 <= self.probe.score_carry <= 1, "probe.score_carry"),
-            (self.ffn_selection in FFN_SELECTIONS, "ffn_selection"),
-            (fine_heads, f"probe.heads, {heads!r},"),
-            (len(self.proxy) in (0, 1, num_layers - self.start), "the number of proxies"),
-            (self.proxy or self.ffn_selection in ("attention", "all"), "ffn_selection, which needs a proxy,"),
-            (len(self.update) in (0, 1, num_layers - self.start), "the number of updates"),
-            (all(type(rank) is int and rank >= 0 for u in self.update for rank in astuple(u)), "update"),
-            (self.kv is None or 0 < self.kv <= 1, "kv"),
+        numbers = [self.start, self.sink_tokens, self.recent_tokens, self.min_length]
+        numbers += [self.probe.window_size, self.probe.kernel_size, *(stage.end for stage in self.stages)]
+        numbers += [amount.floor for stage in self.stages for amount in stage.amounts().values()]
+        heads = () if isinstance(self.probe.heads, str) else self.probe.heads
+        for values, kind, what in (
+            (numbers, int, "a number of tokens"),
+            ([self.enabled], bool, f"enabled, {self.enabled!r},"),
+            ([head for _, head in heads], int, f"probe.heads, {heads!r},"),
+            ([size for proxy in self.proxy for size in vars(proxy).values()], int, "proxy"),
+            ([rank for update in self.update for rank in vars(update).values()], int, "update"),
         ):
-            if not fine:
+            if any(type(value) is not kind for value in values):
                 raise ValueError(f"{what} is out of range")
+        for what, _ in self.faults(num_layers, num_heads):
+            raise ValueError(f"{what} is out of range")

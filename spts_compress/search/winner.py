@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..modeling.configuration_spts import Amount, Schedule
-from ..schedule import faults
 from .dense_reference import References
 from .evaluator import Evaluator, Rows, by_kind, loss, quality
 from .halving import Candidate
@@ -58,7 +57,7 @@ def with_other_budgets(schedule: Schedule) -> Iterator[tuple[int, float, Schedul
             if number and (prune_to := stages[number - 1].prune_to) is not None:
                 stages[number - 1] = replace(stages[number - 1], prune_to=times(prune_to, max(1.0, factor)))
             changed = replace(schedule, stages=tuple(stages))
-            if changed != schedule and not faults(changed, stages[-1].end + 1):
+            if changed != schedule and not any(changed.faults(stages[-1].end + 1)):
                 yield number, factor, changed
 
 
