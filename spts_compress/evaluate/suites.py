@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -290,9 +291,7 @@ def summarise(output: Path) -> dict[str, Any]:
     made = [row.get("made", last) for some in rows.values() for row in some] or [last]
     setting["made"] = [one for index, one in enumerate(made) if one not in made[:index]]
     scored = recovery.score_rows([{**row, "mode": mode} for mode in MODES for row in rows[mode]])
-    free: dict[tuple[int, str], list[dict]] = {
-        (length, source): [] for length in setting["request"]["lengths"] for source in (HAYSTACK, LONGBENCH)
-    }
+    free: dict[tuple[int, str], list[dict]] = defaultdict(list)  # in the order in which prompts are made
     for row in rows["fidelity"]:
         free[row["limit"], HAYSTACK if row["task"] == agreement.TASK else LONGBENCH].append(row)
     return {
@@ -308,7 +307,6 @@ def summarise(output: Path) -> dict[str, Any]:
                 **recovery.fidelity_summary(measured),
             }
             for (length, source), measured in free.items()
-            if measured
         ],
         "depths": [
             {name: row[name] for name in ("task", "limit", "depth", "mode", "score")}
