@@ -18,8 +18,11 @@ STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
 
 @pytest.fixture(autouse=True)
 def studies_path(monkeypatch):
-    """The studies import each other: `python recipes/studies/x.py` puts their folder first, `runpy` does not."""
+    """The studies import each other: `python recipes/studies/x.py` puts their folder first, `runpy` does not; and some
+    switch gradients off for good."""
     monkeypatch.setattr(sys, "path", [str(STUDIES), *sys.path])
+    with torch.set_grad_enabled(True):
+        yield
 
 
 @pytest.fixture
