@@ -28,10 +28,11 @@ from .evaluate import columns
 from .evaluate.measure import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
+from .fit.distill import distill
 from .fit.proxies import fit_proxies, judged
 from .fit.updates import blank, fit_updates, skipping_parts
 from .modeling.configuration_spts import Schedule
-from .recipe import ModelSection, Recipe, SearchSection
+from .recipe import DistillSection, ModelSection, Recipe, SearchSection
 from .search import run as searching
 from .search import space
 from .search import tables as search_tables
@@ -108,7 +109,7 @@ def run(
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     refuse_among_inputs(output, root, base, texts)
     check_first(recipe, output, root, device)
-    store, measures, stage, searched = Store(root), Store(root), StageTimer(device), None
+    store, measures, stage, searched, distilled = Store(root), Store(root), StageTimer(device), None, None
     begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
     with ExitStack() as stack:
         if ranks.is_main:
@@ -128,6 +129,9 @@ def run(
         if ready.schedule.update:
             with stage("updates"):
                 ready = _with_updates(ready, store)
+        if recipe.distill.steps:
+            with stage("distillation"):
+                ready, distilled = _distilled(ready, store)
         if recipe.export.break_even:
             ready = replace(ready, schedule=_from_break_even(ready, device, store, log))
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
@@ -143,6 +147,7 @@ def run(
         report = {
             "proxies": fits,
             "search": searched,
+            "distilled": distilled,
             "same_text": ready.same_text,
             "stages": stage.costs if begins_anew else {},
             **measured,
@@ -180,6 +185,7 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
         ("calibration.length", recipe.calibration.length),
         ("report.lengths", longest),
         ("report.quality_length", recipe.report.longest),
+        ("distill.length and distill.following", recipe.distill.tokens if recipe.distill.steps else 0),
     ):
         if length > context:
             raise UserError(f"{name}: {length} is more than the model's context of {context}")
@@ -312,6 +318,8 @@ def prepare(
             for note in prompts.notes:
                 log(f"search: {note}")
             same_text = text == haystack or not searched_on.isdisjoint(asked_about - sequences.fitted)
+        if recipe.distill.steps:
+            check_distillation(recipe.distill, sequences, schedule)
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]
@@ -383,6 +391,36 @@ def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prep
     r2 = {row["layer"]: row for row in from_tensor(kept.pop("rows"))}
     fits = [{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits]
     return replace(ready, parameters={**ready.parameters, **kept}, fits=fits)
+
+
+def check_distillation(section: DistillSection, sequences: Blocks, schedule: Schedule) -> None:
+    """Raises UserError if there is too little text for it, or nothing would be skipped."""
+    least = min(sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
+    if least < section.tokens:
+        raise UserError(
+            f"distill: a prompt and what follows it are {section.tokens} tokens, and {least} are to be fitted on, or "
+            "held out: raise calibration.tokens (or held_out), or lower distill.length"
+        )
+    if not replace(schedule, min_length=0).skips(section.length):
+        raise UserError(f"distill.length: nothing is skipped of {section.length} tokens; raise it")
+
+
+def _distilled(ready: Prepared, store: Store) -> tuple[Prepared, dict[str, float]]:
+    """With updates that are distilled, and what that brought, see `distill`; both are kept."""
+    section, parts = ready.recipe.distill, (ready.sequences.fit, ready.sequences.held_out)
+    check_distillation(section, ready.sequences, ready.schedule)  # a search may have found it
+    text = [[sequence.tolist() for sequence in part] for part in parts]
+    what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
+    key = fingerprint(*what, text, section.model_dump(), ready.schedule.to_dict(), tensors_key(ready.parameters))
+    kept = store.tensors("distilled", key)
+    if kept is None:
+        model = ready.skipping()
+        brought = distill(model, *parts, section)
+        kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
+        kept["brought"] = as_tensor(brought)
+        store.put_tensors("distilled", key, kept)
+    brought = from_tensor(kept.pop("brought"))
+    return replace(ready, parameters={**ready.parameters, **kept}), brought
 
 
 def _from_break_even(ready: Prepared, device: str, store: Store, log: Log) -> Schedule:

@@ -290,6 +290,21 @@ class SearchSection(Section):
         return [("speedup", value) for value in sorted(self.speedups)]
 
 
+class DistillSection(Section):
+    """Gradient steps that take all updates together nearer to the dense model's next tokens: `steps` of them (0: none),
+    each on a prompt of `length` tokens of the calibration text and the `following` ones."""
+
+    steps: Natural = 0
+    length: Annotated[int, Field(ge=16)] = 2048
+    following: Positive = 96
+    seed: Natural = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt and what follows it."""
+        return self.length + self.following
+
+
 class ReportSection(Section):
     """What is measured at the end: time and cache at each of `lengths` (in `pairs` of runs), and at `quality_length`
     (by default the longest) `needles` prompts with a hidden number among `keys`, and agreement with the dense model
@@ -333,6 +348,7 @@ class Recipe(Section):
     proxy: ProxySection = ProxySection()
     schedule: dict[Any, Any] | None = None
     search: SearchSection | None = None
+    distill: DistillSection = DistillSection()
     report: ReportSection = ReportSection()
     export: ExportSection
 
@@ -340,6 +356,8 @@ class Recipe(Section):
     def one_way(self) -> "Recipe":
         if self.schedule is not None and self.search is not None:
             raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
+        if self.distill.steps and not (self.search.update if self.search else (self.schedule or {}).get("update")):
+            raise ValueError("has distill.steps, but no updates that they could better: give `update`, too")
         return self
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:

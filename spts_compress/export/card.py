@@ -121,7 +121,11 @@ in one long prompt."""
 UPDATES = "R^2 of the updates is on held-out tokens that the layer skips: of what would take them to the dense state."
 
 
-def _fitted(schedule: Schedule) -> str:
+DISTILLED = """ Gradient steps then took all of them nearer to the dense model's next tokens: KL {before:.3f} ->
+{after:.3f} nats, of held-out text that follows a prompt; the table is of the updates before."""
+
+
+def _fitted(schedule: Schedule, distilled: dict[str, float] | None) -> str:
     """What the table of fits shows, in words."""
     relative, selection = schedule.ffn_selection == "relative", schedule.ffn_selection
     words = "No proxies, since attention's scores choose the feed-forward network's tokens, too."
@@ -129,7 +133,8 @@ def _fitted(schedule: Schedule) -> str:
         words = "No proxies, since the feed-forward network runs on all candidates."
     if schedule.proxy:
         words = PROXIES.format(relative=" over the state's own" if relative else "", selection=selection)
-    return words + (f" {UPDATES}" if schedule.update else "")
+    words += f" {UPDATES}" if schedule.update else ""
+    return words + (DISTILLED.format(**distilled) if distilled else "")
 
 
 DEQUANTISED = "; they are a GGUF file's, dequantised, and so not quite those of the model that was quantised"
@@ -212,7 +217,7 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 {searched}
 ## What was fitted
 
-{_fitted(schedule)}
+{_fitted(schedule, report.get("distilled"))}
 
 {fits}
 

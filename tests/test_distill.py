@@ -1,0 +1,123 @@
+"""Distillation of updates: gradient steps toward the dense model's next tokens."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from helpers import recipe_for, run
+from scipy.special import rel_entr
+from tiny import tiny_base, tiny_model
+
+from spts_compress.fit.distill import distill, loss, trained
+from spts_compress.fit.updates import blank, fit_updates
+from spts_compress.recipe import DistillSection
+
+SCHEDULE = {
+    "start": 1,
+    "stages": [{"end": 2, "budget": {"fraction": 0.5}}, {"end": 4, "budget": {"fraction": 0.3}}],
+    "ffn_selection": "attention",
+    "update": {"attention_rank": 0, "ffn_rank": 8},
+    "kv": 0.8,
+}
+SECTION = DistillSection(steps=12, length=64, following=16)
+
+
+def fitted(family="llama", schedule=SCHEDULE):
+    """A tiny model whose updates are fitted, what they were fitted on, and held-out text."""
+    model = tiny_model(family, schedule, max_position_embeddings=128)
+    model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
+    generator = torch.Generator().manual_seed(3)
+    parts = [list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (24, 16)]
+    fit_updates(model, *parts, 64)
+    return model, *parts
+
+
+def test_the_loss_is_the_divergence_of_what_follows_a_skipped_prompt():
+    model, _, held_out = fitted()
+    ids = torch.cat(held_out)[None, :80]
+    with torch.no_grad():  # 16 tokens follow a prompt of 65, whose last one tells the first of them
+        first = model(ids[:, :65], use_cache=True, logits_to_keep=1, spts={"min_length": 0})
+        later = model(ids[:, 65:], past_key_values=first.past_key_values)
+        skipped = torch.cat([first.logits, later.logits], dim=1)[0].softmax(-1).double().numpy()
+        dense = model(ids, spts=False).logits[0, 64:].softmax(-1).double().numpy()
+        found = float(loss(model, ids, 16))
+    assert found == pytest.approx(rel_entr(dense, skipped).sum(-1).mean(), rel=1e-3) and found > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "deepseek_v3"])
+def test_steps_bring_held_out_text_nearer_and_change_updates_alone(family):
+    model, fit, held_out = fitted(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    brought = distill(model, fit, held_out, SECTION)
+    assert brought["after"] < brought["before"]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all("_update." in name for name in changed)
+    assert [parameter.requires_grad for parameter in model.parameters()] == needed
+    assert not any("_scores" in vars(layer) for layer in model.model.layers)
+    with torch.no_grad():
+        checked = torch.cat(held_out)[: 12 * 80].view(12, 1, 80)
+        kept = sum(float(loss(model, ids, 16)) for ids in checked) / 12
+    assert kept == pytest.approx(brought["after"], rel=1e-5)
+    again, *_ = fitted(family)
+    assert distill(again, fit, held_out, SECTION) == brought
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    model, _, held_out = fitted()
+    model, ids = model.double(), torch.cat(held_out)[None, :80]
+    with trained(model) as parameters:
+        loss(model, ids, 16).backward()
+        for parameter in parameters[:4]:  # of the first skipping layer, through all later ones
+            gradient, step = parameter.grad.flatten(), 1e-4
+            place = int(gradient.abs().argmax())
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    parameter.view(-1)[place] += sign * step
+                    ends.append(float(loss(model, ids, 16)))
+                    parameter.view(-1)[place] -= sign * step
+            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[place]), rel=1e-2)
+
+
+def test_steps_that_make_it_worse_are_taken_back(monkeypatch):
+    model, fit, held_out = fitted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr("spts_compress.fit.distill.RATE", 100.0)
+    brought = distill(model, fit, held_out, SECTION)
+    assert brought["after"] == brought["before"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_that_skip_nothing_of_these_prompts_are_left(monkeypatch):
+    stages = [{"end": 2, "budget": 100}, {"end": 4, "budget": {"fraction": 0.3}}]
+    model, fit, held_out = fitted(schedule={**SCHEDULE, "stages": stages})
+    before = model.model.layers[1].ffn_update.bias.clone()
+    assert distill(model, fit, held_out, SECTION)["after"] > 0
+    assert torch.equal(model.model.layers[1].ffn_update.bias, before)
+
+
+def test_a_recipe_distils_says_what_it_brought_and_keeps_it(corpus, tmp_path):
+    recipe = recipe_for(tiny_base(tmp_path / "base"), corpus, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    data["schedule"] = {**SCHEDULE, "start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.4}}]}
+    data["distill"] = {"steps": 4, "length": 64, "following": 16}
+    recipe.write_text(yaml.safe_dump(data))
+    run("recipe", recipe)
+    report = json.loads((tmp_path / "out/spts_report.json").read_text())
+    assert report["distilled"]["after"] <= report["distilled"]["before"]
+    assert f"KL {report['distilled']['before']:.3f} ->" in (tmp_path / "out/README.md").read_text()
+    [unit] = (tmp_path / "out.work").glob("distilled-*")
+    made = unit.stat().st_mtime_ns
+    run("recipe", recipe, "--force")
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("distilled-*")] == [made]
+    for edits, line in (
+        (["schedule.update=null", "schedule.kv=null"], "has distill.steps, but no updates"),
+        (["distill.length=100000"], "distill.length and distill.following: 100016 is more than the model's context"),
+        (["distill.length=300"], "raise calibration.tokens"),
+        (["schedule.stages=[{end: 4, budget: 100}]"], "distill.length: nothing is skipped of 64 tokens"),
+    ):
+        output = run("recipe", recipe, *[word for edit in edits for word in ("--set", edit)], "--force", code=2)
+        [error] = [text for text in output.splitlines() if text.startswith("error: ")]
+        assert line in error
