@@ -63,7 +63,8 @@ def describe(recipe: Recipe, device: str = "cpu") -> str:
     name = recipe.model.path or str(recipe.model.gguf_file)
     tell_of_own_code(config, name, notes.append)
     rest = (recipe.report.lengths, recipe.model.dtype, recipe.calibration.tokens, recipe.search, device)
-    return "\n".join([plan.describe(name, config, schedule, *rest, _weight_bytes(recipe.model, config)), *notes])
+    weights = _weight_bytes(recipe.model, config)
+    return "\n".join([plan.describe(name, config, schedule, *rest, weights, recipe.distill), *notes])
 
 
 def _weight_bytes(section: ModelSection, config: Any) -> int | None:
@@ -185,7 +186,7 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
         ("calibration.length", recipe.calibration.length),
         ("report.lengths", longest),
         ("report.quality_length", recipe.report.longest),
-        ("distill.length and distill.following", recipe.distill.tokens if recipe.distill.steps else 0),
+        ("distill.length and distill.following", recipe.distill.tokens),
     ):
         if length > context:
             raise UserError(f"{name}: {length} is more than the model's context of {context}")
@@ -234,7 +235,7 @@ def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need = plan.memory_need(config, dtype, tokens, device)
+    need = plan.memory_need(config, dtype, tokens, device, recipe.distill.tokens)
     if memory < need:
         raise UserError(
             f"{device}: {size(memory)} of memory, but the run needs about {size(need)}; use a larger machine"

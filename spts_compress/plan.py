@@ -6,7 +6,7 @@ from typing import Any
 from .cost import LayerShape, has_experts, layer_costs, predicted, proxy_flop_fraction, suitable_proxy
 from .modeling.configuration_spts import Proxy, Schedule
 from .modeling.stock_layer import layer_windows
-from .recipe import ProxySection, Recipe, SearchSection
+from .recipe import DistillSection, ProxySection, Recipe, SearchSection
 from .utils.errors import UserError
 from .utils.tables import size, table
 
@@ -115,14 +115,16 @@ def disk_need(
     return weights + BYTES[dtype] * states * config.hidden_size + (4 + BYTES[dtype]) * proxies
 
 
-def memory_need(config: Any, dtype: str, tokens: int, device: str) -> int:
+def memory_need(config: Any, dtype: str, tokens: int, device: str, distilled: int) -> int:
     """Bytes of one layer's calibration: its states in the model's type thrice, and in float32 with the regression's
-    features, and its feed-forward network in float32; on a GPU the weights, too. On a CPU they are pages of the
+    features, and its feed-forward network in float32; or of what every layer keeps for the gradient of a step of
+    distillation on `distilled` tokens; on a GPU the weights, too. On a CPU they are pages of the
     files, which the system reads again where memory is short."""
     weights = 0 if device == "cpu" else BYTES[dtype] * parameters(config)
-    width = max(LayerShape.of(config, number).intermediate for number in range(config.num_hidden_layers))
-    layer = 5 * 4 * config.hidden_size * width
-    return weights + layer + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
+    widths = [LayerShape.of(config, number).intermediate for number in range(config.num_hidden_layers)]
+    layer = 5 * 4 * config.hidden_size * max(widths) + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
+    step = BYTES[dtype] * distilled * sum(12 * config.hidden_size + 4 * width for width in widths)
+    return weights + max(layer, step)
 
 
 def blind_ends(config: Any, schedule: Schedule) -> list[int]:
@@ -180,6 +182,7 @@ def describe(
     search: SearchSection | None,
     device: str,
     weights: int | None = None,
+    distill: DistillSection = DistillSection(),
 ) -> str:
     """The plan as text, without what a run needs if it has no `tokens`."""
     probes = proxy_parameters(config, schedule)
@@ -191,9 +194,12 @@ def describe(
     ]
     if tokens:
         beside = " beside the weights, which stay on the disk where it is short," if device == "cpu" else ""
-        memory = memory_need(config, dtype, tokens, device)
+        memory = memory_need(config, dtype, tokens, device, distill.tokens)
         disk = disk_need(config, schedule, dtype, tokens, search, weights)
         head.append(f"needs     about {size(memory)} of memory{beside} and {size(disk)} of disk")
+    if distill.steps:
+        text = f"{distill.length} tokens and the {distill.following} that follow"
+        head.append(f"distills  the updates in {distill.steps} steps, each on {text}")
     if search is not None:
         return "\n".join([*head, _search(search)])
     if blind := blind_ends(config, schedule):

@@ -301,8 +301,8 @@ class DistillSection(Section):
 
     @property
     def tokens(self) -> int:
-        """Of a prompt and what follows it."""
-        return self.length + self.following
+        """Of a prompt and what follows it; 0 without steps."""
+        return self.length + self.following if self.steps else 0
 
 
 class ReportSection(Section):
