@@ -182,7 +182,7 @@ def describe(
     search: SearchSection | None,
     device: str,
     weights: int | None = None,
-    distill: DistillSection = DistillSection(),
+    distill: DistillSection | None = None,
 ) -> str:
     """The plan as text, without what a run needs if it has no `tokens`."""
     probes = proxy_parameters(config, schedule)
@@ -194,10 +194,10 @@ def describe(
     ]
     if tokens:
         beside = " beside the weights, which stay on the disk where it is short," if device == "cpu" else ""
-        memory = memory_need(config, dtype, tokens, device, distill.tokens)
+        memory = memory_need(config, dtype, tokens, device, distill.tokens if distill else 0)
         disk = disk_need(config, schedule, dtype, tokens, search, weights)
         head.append(f"needs     about {size(memory)} of memory{beside} and {size(disk)} of disk")
-    if distill.steps:
+    if distill and distill.steps:
         text = f"{distill.length} tokens and the {distill.following} that follow"
         head.append(f"distills  the updates in {distill.steps} steps, each on {text}")
     if search is not None:
