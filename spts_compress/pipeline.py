@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import yaml
 from . import __version__, plan
 from .calibrate.base_checks import tell_of_own_code
 from .calibrate.base_model import Base, resolve, resolve_config
-from .calibrate.corpus import COLUMNS, Skipped
+from .calibrate.corpus import Skipped
 from .calibrate.data import Blocks, blocks, document_key, documents, from_files
 from .checkpoint.families import context_of, model_class, norms_of
 from .checkpoint.keys import environment, tensors_key
@@ -471,9 +471,12 @@ def _unseen(
         return sequences.unseen, frozenset(map(document_key, calibration))
     texts = list(from_files(Path(path)))
     keys = list(map(document_key, texts))
-    columns = (column,) if column else ()  # where the same rows have other text for prompts than for calibration
-    fitted_on = map(document_key, from_files(Path(path), (*columns, *COLUMNS), Skipped()))
-    if seen := sum(key in sequences.fitted for key in fitted_on):
+    seen = sum(key in sequences.fitted for key in keys)
+    if column:  # the same rows may have other text for prompts than for calibration
+        with suppress(UserError):  # or none
+            fitted_on = from_files(Path(path), (column,), Skipped())
+            seen = max(seen, sum(document_key(text) in sequences.fitted for text in fitted_on))
+    if seen:
         raise UserError(
             f"{name}: the calibration fits on {seen} of the {len(texts)} documents in {path}: leave it out, and "
             "documents held out there are taken, or give other text"

@@ -215,6 +215,10 @@ def test_bad_input_gets_one_clear_line_and_no_traceback(corpus, tmp_path):
     columns.write_text("\n".join(json.dumps({"text": f"A title. {r['text']}", "body": r["text"]}) for r in rows))
     calibration = {"calibration__path": str(columns), "report__text": str(columns)}
     fails("report.text: the calibration fits on", "--set", "calibration.column=body", **calibration)
+    other = tmp_path / "other.jsonl"  # what was fitted on is the text of prompts, beside other text
+    other.write_text("\n".join(json.dumps({"text": r["text"], "body": f"{n} words"}) for n, r in enumerate(rows)))
+    calibration = {"calibration__path": str(columns), "report__text": str(other)}
+    fails("report.text: the calibration fits on", "--set", "calibration.column=body", **calibration)
     fails("model.path", model__path=str(tmp_path / "nowhere"))
     fails("schedule.stages.0.end is 9; it must be 2 to 4", "--set", "schedule.stages=[{end: 9, budget: 20}]")
     fails("--device", "--device", "nonsense")

@@ -92,19 +92,23 @@ def _stage_faults(start: int, stages: Any, last: int | None) -> Iterator[Fault]:
 
 
 def _head_faults(heads: Any, start: int, num_layers: int | None, num_heads: int | None) -> Iterator[Fault]:
-    what = f"probe.heads, {heads!r},"
     if isinstance(heads, str):
         if heads not in HEAD_REDUCTIONS:
-            yield what, f"probe.heads is {heads!r}; it must be mean, max, or lists of heads by layer"
+            yield (
+                f"probe.heads, {heads!r},",
+                f"probe.heads is {heads!r}; it must be mean, max, or lists of heads by layer",
+            )
         return
     for layer, head in heads:
         there = layer >= start and (num_layers is None or layer < num_layers)
         if not (there and head >= 0 and (num_heads is None or head < num_heads)):
-            yield what, f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head"
+            fault = f"probe.heads has head {head} of layer {layer}; no skipping layer has such a head"
+            yield f"probe.heads, {heads!r},", fault
     if len(set(heads)) < len(heads):
-        yield what, "probe.heads has a head twice"
+        yield f"probe.heads, {heads!r},", "probe.heads has a head twice"
     if all(layer != start for layer, _ in heads):
-        yield what, f"probe.heads has none in layer {start}, which skips with nothing carried to it"
+        fault = f"probe.heads has none in layer {start}, which skips with nothing carried to it"
+        yield f"probe.heads, {heads!r},", fault
 
 
 class SptsBlock:
