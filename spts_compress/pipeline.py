@@ -132,7 +132,7 @@ def run(
                 ready = _with_updates(ready, store)
         if recipe.distill.steps:
             with stage("distillation"):
-                ready, distilled = _distilled(ready, store)
+                ready, distilled = _distilled(ready, store, log)
         if recipe.export.break_even:
             ready = replace(ready, schedule=_from_break_even(ready, device, store, log))
         ready = replace(ready, model=None)  # the check loads the checkpoint twice
@@ -154,7 +154,8 @@ def run(
             **measured,
         }
         report["fitted_on"] = sorted(ready.searched_on.union(ready.sequences.fitted if ready.parameters else ()))
-        tables = columns.speed_table(report), columns.score_tables(report), columns.fit_table(fits)
+        fitted = "\n\n".join(filter(None, (columns.fit_table(fits), columns.distillation(report))))
+        tables = columns.speed_table(report), columns.score_tables(report), fitted
         found = None if searched is None else search_tables.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
         for name, text in ((CARD, shown), (RECIPE, verbatim), (RESOLVED_RECIPE, _resolved(ready))):
@@ -235,10 +236,11 @@ def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need = plan.memory_need(config, dtype, tokens, device, recipe.distill.tokens)
+    need = plan.memory_need(config, dtype, tokens, device, recipe.distill)
     if memory < need:
         raise UserError(
             f"{device}: {size(memory)} of memory, but the run needs about {size(need)}; use a larger machine"
+            + (", or lower distill.length" if recipe.distill.steps else "")
         )
     if not os.access(parent, os.W_OK):
         raise UserError(f"{parent}: not writable; give another --output")
@@ -320,7 +322,9 @@ def prepare(
                 log(f"search: {note}")
             same_text = text == haystack or not searched_on.isdisjoint(asked_about - sequences.fitted)
         if recipe.distill.steps:
-            check_distillation(recipe.distill, sequences, schedule)
+            _check_text(recipe.distill, sequences)
+            if recipe.search is None and not _distils(recipe.distill, schedule, base.config):
+                raise UserError(f"distill.length: no update is used in {recipe.distill.length} tokens; raise it")
         model = base.load(recipe.model.dtype, device)
         _try_forward(model, sequences, base.name)
     fitted: Any = schedule, {}, [{"layer": layer} for layer in range(schedule.start, base.config.num_hidden_layers)]
@@ -394,22 +398,29 @@ def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prep
     return replace(ready, parameters={**ready.parameters, **kept}, fits=fits)
 
 
-def check_distillation(section: DistillSection, sequences: Blocks, schedule: Schedule) -> None:
-    """Raises UserError if there is too little text for it, or nothing would be skipped."""
+def _check_text(section: DistillSection, sequences: Blocks) -> None:
+    """Raises UserError if there is too little text for distillation."""
     least = min(sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
     if least < section.tokens:
         raise UserError(
             f"distill: a prompt and what follows it are {section.tokens} tokens, and {least} are to be fitted on, or "
             "held out: raise calibration.tokens (or held_out), or lower distill.length"
         )
-    if not replace(schedule, min_length=0).skips(section.length):
-        raise UserError(f"distill.length: nothing is skipped of {section.length} tokens; raise it")
 
 
-def _distilled(ready: Prepared, store: Store) -> tuple[Prepared, dict[str, float]]:
-    """With updates that are distilled, and what that brought, see `distill`; both are kept."""
+def _distils(section: DistillSection, schedule: Schedule, config: Any) -> bool:
+    """Whether an update changes what follows the prompts: those of the last layer never do, which nothing reads."""
+    layers = config.num_hidden_layers
+    return any(layer < layers - 1 for layer, _ in skipping_parts(schedule, layers, section.length))
+
+
+def _distilled(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[str, float] | None]:
+    """With updates that are distilled, and what that brought, see `distill`; both are kept. As it is, and None, where a
+    search found a schedule without use for it."""
     section, parts = ready.recipe.distill, (ready.sequences.fit, ready.sequences.held_out)
-    check_distillation(section, ready.sequences, ready.schedule)  # a search may have found it
+    if not _distils(section, ready.schedule, ready.base.config):
+        log(f"distill: the schedule that was found uses no update in {section.length} tokens, so there is none")
+        return ready, None
     text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
     key = fingerprint(*what, text, section.model_dump(), ready.schedule.to_dict(), tensors_key(ready.parameters))

@@ -115,15 +115,18 @@ def disk_need(
     return weights + BYTES[dtype] * states * config.hidden_size + (4 + BYTES[dtype]) * proxies
 
 
-def memory_need(config: Any, dtype: str, tokens: int, device: str, distilled: int) -> int:
+def memory_need(config: Any, dtype: str, tokens: int, device: str, distill: DistillSection | None) -> int:
     """Bytes of one layer's calibration: its states in the model's type thrice, and in float32 with the regression's
-    features, and its feed-forward network in float32; or of what every layer keeps for the gradient of a step of
-    distillation on `distilled` tokens; on a GPU the weights, too. On a CPU they are pages of the
-    files, which the system reads again where memory is short."""
+    features, and its feed-forward network in float32; or of what all layers, and the logits, keep for the gradient of a
+    step of distillation; on a GPU the weights, too. On a CPU they are pages of the files, which the system reads again
+    where memory is short."""
     weights = 0 if device == "cpu" else BYTES[dtype] * parameters(config)
-    widths = [LayerShape.of(config, number).intermediate for number in range(config.num_hidden_layers)]
-    layer = 5 * 4 * config.hidden_size * max(widths) + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
-    step = BYTES[dtype] * distilled * sum(12 * config.hidden_size + 4 * width for width in widths)
+    shapes, step = [LayerShape.of(config, number) for number in range(config.num_hidden_layers)], 0
+    width = max(shape.intermediate for shape in shapes)
+    layer = 5 * 4 * config.hidden_size * width + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
+    if distill is not None:
+        states = sum(10 * config.hidden_size + 3 * shape.pair + 4 * shape.intermediate for shape in shapes)
+        step = BYTES[dtype] * distill.tokens * states + 16 * distill.following * config.vocab_size
     return weights + max(layer, step)
 
 
@@ -194,7 +197,7 @@ def describe(
     ]
     if tokens:
         beside = " beside the weights, which stay on the disk where it is short," if device == "cpu" else ""
-        memory = memory_need(config, dtype, tokens, device, distill.tokens if distill else 0)
+        memory = memory_need(config, dtype, tokens, device, distill)
         disk = disk_need(config, schedule, dtype, tokens, search, weights)
         head.append(f"needs     about {size(memory)} of memory{beside} and {size(disk)} of disk")
     if distill and distill.steps:

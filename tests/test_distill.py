@@ -12,6 +12,7 @@ from tiny import tiny_base, tiny_model
 from spts_compress.fit.distill import distill, loss, trained
 from spts_compress.fit.updates import blank, fit_updates
 from spts_compress.recipe import DistillSection
+from spts_compress.utils.errors import UserError
 
 SCHEDULE = {
     "start": 1,
@@ -20,7 +21,7 @@ SCHEDULE = {
     "update": {"attention_rank": 0, "ffn_rank": 8},
     "kv": 0.8,
 }
-SECTION = DistillSection(steps=12, length=64, following=16)
+SECTION = DistillSection(steps=24, length=64, following=16)
 
 
 def fitted(family="llama", schedule=SCHEDULE):
@@ -28,7 +29,7 @@ def fitted(family="llama", schedule=SCHEDULE):
     model = tiny_model(family, schedule, max_position_embeddings=128)
     model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
     generator = torch.Generator().manual_seed(3)
-    parts = [list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (24, 16)]
+    parts = [list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (24, 5)]
     fit_updates(model, *parts, 64)
     return model, *parts
 
@@ -36,18 +37,22 @@ def fitted(family="llama", schedule=SCHEDULE):
 def test_the_loss_is_the_divergence_of_what_follows_a_skipped_prompt():
     model, _, held_out = fitted()
     ids = torch.cat(held_out)[None, :80]
-    with torch.no_grad():  # 16 tokens follow a prompt of 65, whose last one tells the first of them
-        first = model(ids[:, :65], use_cache=True, logits_to_keep=1, spts={"min_length": 0})
-        later = model(ids[:, 65:], past_key_values=first.past_key_values)
+    with torch.no_grad():
+        first = model(ids[:, :64], use_cache=True, logits_to_keep=1, spts={"min_length": 0})
+        later = model(ids[:, 64:], past_key_values=first.past_key_values)
         skipped = torch.cat([first.logits, later.logits], dim=1)[0].softmax(-1).double().numpy()
-        dense = model(ids, spts=False).logits[0, 64:].softmax(-1).double().numpy()
+        dense = model(ids, spts=False).logits[0, 63:].softmax(-1).double().numpy()
         found = float(loss(model, ids, 16))
     assert found == pytest.approx(rel_entr(dense, skipped).sum(-1).mean(), rel=1e-3) and found > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "deepseek_v3"])
-def test_steps_bring_held_out_text_nearer_and_change_updates_alone(family):
-    model, fit, held_out = fitted(family)
+@pytest.mark.parametrize(
+    "family, selection",
+    [("llama", "attention"), ("llama", "proxy"), ("gemma3_text", "attention"), ("deepseek_v3", "attention")],
+)
+def test_steps_bring_held_out_text_nearer_and_change_updates_alone(family, selection):
+    proxy = {"proxy": {"channels": 4, "rank": 2}} if selection == "proxy" else {}
+    model, fit, held_out = fitted(family, {**SCHEDULE, "ffn_selection": selection, **proxy})
     before = {name: value.clone() for name, value in model.state_dict().items()}
     needed = [parameter.requires_grad for parameter in model.parameters()]
     brought = distill(model, fit, held_out, SECTION)
@@ -57,11 +62,14 @@ def test_steps_bring_held_out_text_nearer_and_change_updates_alone(family):
     assert [parameter.requires_grad for parameter in model.parameters()] == needed
     assert not any("_scores" in vars(layer) for layer in model.model.layers)
     with torch.no_grad():
-        checked = torch.cat(held_out)[: 12 * 80].view(12, 1, 80)
-        kept = sum(float(loss(model, ids, 16)) for ids in checked) / 12
+        checked = torch.cat(held_out)[: 4 * 80].view(4, 1, 80)
+        kept = sum(float(loss(model, ids, 16)) for ids in checked) / 4
     assert kept == pytest.approx(brought["after"], rel=1e-5)
-    again, *_ = fitted(family)
-    assert distill(again, fit, held_out, SECTION) == brought
+
+
+def test_the_same_steps_bring_the_same():
+    runs = [distill(*fitted(), SECTION) for _ in range(2)]
+    assert runs[0] == runs[1]
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -78,7 +86,7 @@ def test_the_gradient_is_that_of_finite_differences():
                     parameter.view(-1)[place] += sign * step
                     ends.append(float(loss(model, ids, 16)))
                     parameter.view(-1)[place] -= sign * step
-            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[place]), rel=1e-2)
+            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[place]), rel=3e-2)
 
 
 def test_steps_that_make_it_worse_are_taken_back(monkeypatch):
@@ -88,6 +96,23 @@ def test_steps_that_make_it_worse_are_taken_back(monkeypatch):
     brought = distill(model, fit, held_out, SECTION)
     assert brought["after"] == brought["before"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_that_is_not_finite_is_left_out(monkeypatch):
+    model, fit, held_out = fitted()
+    steps = []
+
+    def once_infinite(*args, loss=loss):
+        found = loss(*args)
+        steps.append(found.requires_grad)
+        return found * float("inf") if sum(steps) == 2 and steps[-1] else found
+
+    monkeypatch.setattr("spts_compress.fit.distill.loss", once_infinite)
+    brought = distill(model, fit, held_out, SECTION)
+    assert sum(steps) == SECTION.steps and brought["after"] < brought["before"]
+    monkeypatch.setattr("spts_compress.fit.distill.loss", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match=r"wider model\.dtype"):
+        distill(model, fit, held_out, SECTION)
 
 
 def test_layers_that_skip_nothing_of_these_prompts_are_left(monkeypatch):
@@ -107,7 +132,9 @@ def test_a_recipe_distils_says_what_it_brought_and_keeps_it(corpus, tmp_path):
     run("recipe", recipe)
     report = json.loads((tmp_path / "out/spts_report.json").read_text())
     assert report["distilled"]["after"] <= report["distilled"]["before"]
-    assert f"KL {report['distilled']['before']:.3f} ->" in (tmp_path / "out/README.md").read_text()
+    [brought] = [part for part in run("inspect", tmp_path / "out").split("\n\n") if part.startswith("Gradient steps")]
+    assert f"(KL {report['distilled']['before']:.3f} -> " in brought or "brought the updates nothing" in brought
+    assert brought in (tmp_path / "out/README.md").read_text()
     [unit] = (tmp_path / "out.work").glob("distilled-*")
     made = unit.stat().st_mtime_ns
     run("recipe", recipe, "--force")
@@ -116,7 +143,13 @@ def test_a_recipe_distils_says_what_it_brought_and_keeps_it(corpus, tmp_path):
         (["schedule.update=null", "schedule.kv=null"], "has distill.steps, but no updates"),
         (["distill.length=100000"], "distill.length and distill.following: 100016 is more than the model's context"),
         (["distill.length=300"], "raise calibration.tokens"),
-        (["schedule.stages=[{end: 4, budget: 100}]"], "distill.length: nothing is skipped of 64 tokens"),
+        (["schedule.stages=[{end: 4, budget: 100}]"], "distill.length: no update is used in 64 tokens; raise it"),
+        (
+            [
+                "schedule.stages=[{end: 3, budget: {fraction: 1.0}, prune_to: {fraction: 0.5}}, {end: 4, budget: {fraction: 0.5}}]"
+            ],
+            "distill.length: no update is used in 64 tokens; raise it",
+        ),
     ):
         output = run("recipe", recipe, *[word for edit in edits for word in ("--set", edit)], "--force", code=2)
         [error] = [text for text in output.splitlines() if text.startswith("error: ")]

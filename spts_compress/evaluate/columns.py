@@ -154,6 +154,19 @@ def score_tables(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def distillation(report: dict[str, Any]) -> str:
+    """What distillation brought, in words; empty without it."""
+    if not (brought := report.get("distilled")):
+        return ""
+    ends = "KL {before:.3f} -> {after:.3f} nats on held-out text after a prompt, by which the best steps were chosen"
+    if brought["before"] == brought["after"]:
+        return "Gradient steps toward the dense model's next tokens brought the updates nothing, and were taken back."
+    return (
+        f"Gradient steps then took the updates nearer to the dense model's next tokens ({ends.format(**brought)}); R^2 "
+        "is of the updates before."
+    )
+
+
 def fit_table(fits: list[dict]) -> str:
     """Every layer's proxy: its size, and how well it ranks tokens; and R^2 of its updates; empty if there are none."""
     parts = {"proxy": PROXIES, "update": UPDATES}

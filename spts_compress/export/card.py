@@ -121,11 +121,7 @@ in one long prompt."""
 UPDATES = "R^2 of the updates is on held-out tokens that the layer skips: of what would take them to the dense state."
 
 
-DISTILLED = """ Gradient steps then took all of them nearer to the dense model's next tokens: KL {before:.3f} ->
-{after:.3f} nats, of held-out text that follows a prompt; the table is of the updates before."""
-
-
-def _fitted(schedule: Schedule, distilled: dict[str, float] | None) -> str:
+def _fitted(schedule: Schedule) -> str:
     """What the table of fits shows, in words."""
     relative, selection = schedule.ffn_selection == "relative", schedule.ffn_selection
     words = "No proxies, since attention's scores choose the feed-forward network's tokens, too."
@@ -133,8 +129,7 @@ def _fitted(schedule: Schedule, distilled: dict[str, float] | None) -> str:
         words = "No proxies, since the feed-forward network runs on all candidates."
     if schedule.proxy:
         words = PROXIES.format(relative=" over the state's own" if relative else "", selection=selection)
-    words += f" {UPDATES}" if schedule.update else ""
-    return words + (DISTILLED.format(**distilled) if distilled else "")
+    return words + (f" {UPDATES}" if schedule.update else "")
 
 
 DEQUANTISED = "; they are a GGUF file's, dequantised, and so not quite those of the model that was quantised"
@@ -217,7 +212,7 @@ Active tokens of the candidates, per layer ({probe_words(schedule)}):
 {searched}
 ## What was fitted
 
-{_fitted(schedule, report.get("distilled"))}
+{_fitted(schedule)}
 
 {fits}
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..modeling.update import UPDATES
 from ..recipe import DistillSection
+from ..utils.errors import UserError
 from .updates import prompts_of
 
 RATE = 0.02  # Adam's step, in units of each parameter's own root mean square
@@ -41,9 +42,9 @@ def trained(model: Any) -> Iterator[list[torch.nn.Parameter]]:
 
 
 def loss(model: Any, ids: torch.Tensor, following: int) -> torch.Tensor:
-    """Mean KL(dense || SPTS) in nats of the last `following` tokens of `ids` (1, n), where those before them are the
-    prompt."""
-    options = {"use_cache": True, "logits_to_keep": following}
+    """Mean KL(dense || SPTS) in nats at the prompt's end and at the `following` tokens after it, the last of `ids`
+    (1, n)."""
+    options = {"use_cache": True, "logits_to_keep": following + 1}
     with torch.no_grad():
         expected = log_softmax(model(ids, spts=False, **options).logits[0].float(), dim=-1)
     found = log_softmax(model(ids, spts={"min_length": 0}, **options).logits[0].float(), dim=-1)
@@ -57,11 +58,14 @@ def distill(
     best on held-out text are kept.
 
     Args:
-        model: a skipping causal language model with updates, which skips in prompts of `section.length` tokens.
-        fit, held_out: token sequences, together of `section.tokens` at least.
+        model: a skipping causal language model with updates, some of which it uses in prompts of `section.length`.
+        fit, held_out: token sequences, each together of `section.tokens` at least.
 
     Returns:
         Mean KL(dense || SPTS) in nats of held-out text that follows a prompt, `before` and `after`.
+
+    Raises:
+        UserError: if it is not finite before.
     """
     generator = torch.Generator().manual_seed(section.seed)
     stream, steps, size = torch.cat(fit), section.steps, section.tokens
@@ -77,22 +81,24 @@ def distill(
         adam = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, 0.95))
         scales = [max(float(each.square().mean().sqrt()), 1e-4) for each in exact]
         before = least = error()
+        if not math.isfinite(before):
+            raise UserError("distill: the model's logits are not finite on held-out text; take a wider model.dtype")
         best = [parameter.detach().clone() for parameter in parameters]
         for step in tqdm(range(steps), desc="distilling", unit="step"):
             rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             begin = int(torch.randint(len(stream) - size + 1, (), generator=generator))
             loss(model, stream[None, begin : begin + size].to(model.device), section.following).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group, each, parameter, scale in zip(adam.param_groups, exact, parameters, scales, strict=True):
                 group["lr"] = rate * scale
                 each.grad = None if parameter.grad is None else parameter.grad.float()  # a layer may skip nothing
                 parameter.grad = None
-            adam.step()
+            if torch.nn.utils.clip_grad_norm_(exact, 1.0).isfinite():  # else no later one would be
+                adam.step()
             with torch.no_grad():
                 for each, parameter in zip(exact, parameters, strict=True):
                     parameter.copy_(each)
             looks = (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps
-            if looks and (now := error()) < least:
+            if looks and (now := error()) < least:  # which NaN is not
                 least, best = now, [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
             for parameter, value in zip(parameters, best, strict=True):
