@@ -139,17 +139,14 @@ def test_a_recipe_distils_says_what_it_brought_and_keeps_it(corpus, tmp_path):
     made = unit.stat().st_mtime_ns
     run("recipe", recipe, "--force")
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("distilled-*")] == [made]
+    half = "{fraction: 0.5}"
+    pruning = f"{{end: 3, budget: {{fraction: 1.0}}, prune_to: {half}}}, {{end: 4, budget: {half}}}"
     for edits, line in (
         (["schedule.update=null", "schedule.kv=null"], "has distill.steps, but no updates"),
         (["distill.length=100000"], "distill.length and distill.following: 100016 is more than the model's context"),
         (["distill.length=300"], "raise calibration.tokens"),
         (["schedule.stages=[{end: 4, budget: 100}]"], "distill.length: no update is used in 64 tokens; raise it"),
-        (
-            [
-                "schedule.stages=[{end: 3, budget: {fraction: 1.0}, prune_to: {fraction: 0.5}}, {end: 4, budget: {fraction: 0.5}}]"
-            ],
-            "distill.length: no update is used in 64 tokens; raise it",
-        ),
+        ([f"schedule.stages=[{pruning}]"], "distill.length: no update is used in 64 tokens; raise it"),
     ):
         output = run("recipe", recipe, *[word for edit in edits for word in ("--set", edit)], "--force", code=2)
         [error] = [text for text in output.splitlines() if text.startswith("error: ")]
