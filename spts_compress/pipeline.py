@@ -381,21 +381,29 @@ def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prep
     ready = replace(
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
-    report, parts = ready.recipe.report, (ready.sequences.fit, ready.sequences.held_out)
-    longest = max(*report.lengths, report.longest)
+    longest = max(*ready.recipe.report.lengths, ready.recipe.report.longest)
+    ready, rows = _fitted(ready, store, "updates", fit_updates, longest, on_dense)
+    r2 = {row["layer"]: row for row in rows}
+    return replace(ready, fits=[{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits])
+
+
+def _fitted(ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *options: Any) -> tuple[Prepared, Any]:
+    """With the updates of a skipping model that `fit` changed in place, by the text to fit on, the text that is held
+    out and `options`; and what it said of them. Both are kept under `name`."""
+    parts = ready.sequences.fit, ready.sequences.held_out
     text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, text, longest, on_dense, ready.schedule.to_dict(), tensors_key(ready.parameters))
-    kept = store.tensors("updates", key)
+    plain = [option.model_dump() if isinstance(option, DistillSection) else option for option in options]
+    key = fingerprint(*what, text, *plain, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    kept = store.tensors(name, key)
     if kept is None:
         model = ready.skipping()
-        rows = fit_updates(model, *parts, longest, on_dense)
-        kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
-        kept["rows"] = as_tensor(rows)
-        store.put_tensors("updates", key, kept)
-    r2 = {row["layer"]: row for row in from_tensor(kept.pop("rows"))}
-    fits = [{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits]
-    return replace(ready, parameters={**ready.parameters, **kept}, fits=fits)
+        said = as_tensor(fit(model, *parts, *options))
+        fitted = {part: value for part, value in model.state_dict().items() if "_update." in part}
+        kept = {**fitted, "said": said}
+        store.put_tensors(name, key, kept)
+    said = from_tensor(kept.pop("said"))
+    return replace(ready, parameters={**ready.parameters, **kept}), said
 
 
 def _check_text(section: DistillSection, sequences: Blocks) -> None:
@@ -415,24 +423,13 @@ def _distils(section: DistillSection, schedule: Schedule, config: Any) -> bool:
 
 
 def _distilled(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[str, float] | None]:
-    """With updates that are distilled, and what that brought, see `distill`; both are kept. As it is, and None, where a
-    search found a schedule without use for it."""
-    section, parts = ready.recipe.distill, (ready.sequences.fit, ready.sequences.held_out)
+    """With updates that are distilled, and what that brought, see `distill`; as it is, and None, where a search found a
+    schedule without use for it."""
+    section = ready.recipe.distill
     if not _distils(section, ready.schedule, ready.base.config):
         log(f"distill: the schedule that was found uses no update in {section.length} tokens, so there is none")
         return ready, None
-    text = [[sequence.tolist() for sequence in part] for part in parts]
-    what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, text, section.model_dump(), ready.schedule.to_dict(), tensors_key(ready.parameters))
-    kept = store.tensors("distilled", key)
-    if kept is None:
-        model = ready.skipping()
-        brought = distill(model, *parts, section)
-        kept = {name: value for name, value in model.state_dict().items() if "_update." in name}
-        kept["brought"] = as_tensor(brought)
-        store.put_tensors("distilled", key, kept)
-    brought = from_tensor(kept.pop("brought"))
-    return replace(ready, parameters={**ready.parameters, **kept}), brought
+    return _fitted(ready, store, "distilled", distill, section)
 
 
 def _from_break_even(ready: Prepared, device: str, store: Store, log: Log) -> Schedule:
