@@ -126,7 +126,8 @@ def memory_need(config: Any, dtype: str, tokens: int, device: str, distill: Dist
     layer = 5 * 4 * config.hidden_size * width + (3 * BYTES[dtype] + 20) * tokens * config.hidden_size
     if distill is not None:
         states = sum(10 * config.hidden_size + 3 * shape.pair + 4 * shape.intermediate for shape in shapes)
-        step = BYTES[dtype] * distill.tokens * states + 16 * distill.following * config.vocab_size
+        logits = 16 + 12 * BYTES[dtype]  # of a step, and the dense model's of the texts that are looked at
+        step = BYTES[dtype] * distill.tokens * states + logits * distill.following * config.vocab_size
     return weights + max(layer, step)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..modeling.update import UPDATES
 from ..recipe import DistillSection
 from ..utils.errors import UserError
+from .descent import Pace, descend
 from .updates import prompts_of
 
 RATE = 0.02  # Adam's step, in units of each parameter's own root mean square
@@ -34,21 +35,29 @@ def trained(model: Any) -> Iterator[list[torch.nn.Parameter]]:
     with ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(any(parameter is each for each in parameters))
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         for layer in layers:
             layer._scores = torch.no_grad()(layer._scores)
             stack.callback(delattr, layer, "_scores")
         yield parameters
 
 
-def loss(model: Any, ids: torch.Tensor, following: int) -> torch.Tensor:
-    """Mean KL(dense || SPTS) in nats at the prompt's end and at the `following` tokens after it, the last of `ids`
-    (1, n)."""
-    options = {"use_cache": True, "logits_to_keep": following + 1}
-    with torch.no_grad():
-        expected = log_softmax(model(ids, spts=False, **options).logits[0].float(), dim=-1)
-    found = log_softmax(model(ids, spts={"min_length": 0}, **options).logits[0].float(), dim=-1)
-    return kl_div(found, expected, reduction="batchmean", log_target=True)
+@torch.no_grad()
+def dense_logits(model: Any, ids: torch.Tensor, following: int) -> torch.Tensor:
+    """The dense model's, (following + 1, V), at the prompt's end and at the `following` tokens after it, the last of
+    `ids` (1, n)."""
+    return model(ids, spts=False, use_cache=True, logits_to_keep=following + 1).logits[0]
+
+
+def loss(model: Any, ids: torch.Tensor, following: int, dense: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean KL(dense || SPTS) in nats at these positions, see `dense_logits`, of which `dense` is the result if it is
+    known."""
+    dense = dense_logits(model, ids, following) if dense is None else dense
+    found = model(ids, spts={"min_length": 0}, use_cache=True, logits_to_keep=following + 1).logits[0]
+    wanted, found = (log_softmax(logits.float(), dim=-1) for logits in (dense, found))
+    return kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def distill(
@@ -68,39 +77,22 @@ def distill(
         UserError: if it is not finite before.
     """
     generator = torch.Generator().manual_seed(section.seed)
-    stream, steps, size = torch.cat(fit), section.steps, section.tokens
+    stream, size = torch.cat(fit), section.tokens
     checked = prompts_of(held_out, size)[:CHECKED, None].to(model.device)
+    expected = [dense_logits(model, ids, section.following) for ids in checked]  # for all looks
 
     @torch.no_grad()
     def error() -> float:
-        return sum(float(loss(model, ids, section.following)) for ids in checked) / len(checked)
+        losses = (loss(model, ids, section.following, dense) for ids, dense in zip(checked, expected, strict=True))
+        return sum(map(float, losses)) / len(checked)
 
-    with trained(model) as parameters:
-        # In float32, whatever the model's type: a step is small against the parameter.
-        exact = [parameter.detach().float() for parameter in parameters]
-        adam = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, 0.95))
-        scales = [max(float(each.square().mean().sqrt()), 1e-4) for each in exact]
-        before = least = error()
-        if not math.isfinite(before):
+    def next_loss() -> torch.Tensor:
+        begin = int(torch.randint(len(stream) - size + 1, (), generator=generator))
+        return loss(model, stream[None, begin : begin + size].to(model.device), section.following)
+
+    pace = Pace(RATE, WARM_UP, decay=0.95, checks=CHECKS, clip=1.0)
+    with trained(model) as parameters, tqdm(total=section.steps, desc="distilling", unit="step") as bar:
+        if not math.isfinite(before := error()):
             raise UserError("distill: the model's logits are not finite on held-out text; take a wider model.dtype")
-        best = [parameter.detach().clone() for parameter in parameters]
-        for step in tqdm(range(steps), desc="distilling", unit="step"):
-            rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            begin = int(torch.randint(len(stream) - size + 1, (), generator=generator))
-            loss(model, stream[None, begin : begin + size].to(model.device), section.following).backward()
-            for group, each, parameter, scale in zip(adam.param_groups, exact, parameters, scales, strict=True):
-                group["lr"] = rate * scale
-                each.grad = None if parameter.grad is None else parameter.grad.float()  # a layer may skip nothing
-                parameter.grad = None
-            if torch.nn.utils.clip_grad_norm_(exact, 1.0).isfinite():  # else no later one would be
-                adam.step()
-            with torch.no_grad():
-                for each, parameter in zip(exact, parameters, strict=True):
-                    parameter.copy_(each)
-            looks = (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps
-            if looks and (now := error()) < least:  # which NaN is not
-                least, best = now, [parameter.detach().clone() for parameter in parameters]
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best, strict=True):
-                parameter.copy_(value)
-    return {"before": before, "after": least}
+        after = descend(parameters, section.steps, pace, next_loss, error, before, bar.update)
+    return {"before": before, "after": after}

@@ -1,14 +1,13 @@
 """Refinement of a proxy: gradient steps that lessen the discrepancy between what it predicts and what the feed-forward
 network does, with the base weights frozen (the objective of the paper's Eq. 7, which the paper does not optimise)."""
 
-import math
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
 
 from ..modeling.selection import FeedForwardProxy
+from .descent import Pace, descend
 from .ltp import FeedForward, Tokens, log_error
 
 BATCH = 1024  # tokens
@@ -74,19 +73,10 @@ def refine(
         return float(error(proxy, check))
 
     generator = torch.Generator().manual_seed(seed)
-    scales = [max(float(p.detach().square().mean().sqrt()), 1e-4) for p in proxy.parameters()]
-    adam = torch.optim.Adam([{"params": [p]} for p in proxy.parameters()], betas=(0.9, 0.98))
-    least, best, improved = unseen(), deepcopy(proxy.state_dict()), False
-    for step in range(steps):
-        rate = RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group, scale in zip(adam.param_groups, scales, strict=True):
-            group["lr"] = rate * scale
+
+    def batch_loss() -> torch.Tensor:
         batch = torch.randint(len(tokens), (BATCH,), generator=generator).to(tokens.unit.device)
-        adam.zero_grad()
-        loss(proxy, tokens[batch]).backward()
-        adam.step()
-        looks = (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps
-        if looks and (now := unseen()) < least:
-            least, best, improved = now, deepcopy(proxy.state_dict()), True
-    proxy.load_state_dict(best)
-    return improved
+        return loss(proxy, tokens[batch])
+
+    before, pace = unseen(), Pace(RATE, WARM_UP, decay=0.98, checks=CHECKS)
+    return descend([*proxy.parameters()], steps, pace, batch_loss, unseen, before) < before

@@ -1,0 +1,70 @@
+"""Gradient steps on what was made in closed form: Adam with a cosine schedule, of which the best state is kept."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How steps are taken. `rate`: Adam's step, in units of each parameter's own root mean square, after `warm_up`
+    steps. `decay`: of its second moments. `checks`: times the error is looked at. `clip`: the most that the gradient's
+    norm may be."""
+
+    rate: float
+    warm_up: int
+    decay: float
+    checks: int
+    clip: float = math.inf
+
+
+@torch.no_grad()
+def _set(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def descend(
+    parameters: Sequence[torch.Tensor],
+    steps: int,
+    pace: Pace,
+    loss: Callable[[], torch.Tensor],
+    error: Callable[[], float],
+    least: float,
+    update: Callable[[], Any] = lambda: None,
+) -> float:
+    """Take steps in place; the state of the least error is kept, that of before if none is better. A step whose
+    gradient is not finite is left out, or no later one would be.
+
+    Args:
+        parameters: of any type; some may get no gradient.
+        loss: on the next step's data. `error`: what is looked at. `least`: the error before.
+        update: called after each step, for a progress bar.
+
+    Returns:
+        The least error.
+    """
+    # In float32, whatever the parameters' type: a step is small against them.
+    exact = [parameter.detach().float() for parameter in parameters]
+    best = [parameter.detach().clone() for parameter in parameters]
+    scales = [max(float(each.square().mean().sqrt()), 1e-4) for each in exact]
+    adam = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, pace.decay))
+    for step in range(steps):
+        rate = pace.rate * min(1.0, (step + 1) / pace.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss().backward()
+        for group, each, parameter, scale in zip(adam.param_groups, exact, parameters, scales, strict=True):
+            group["lr"] = rate * scale
+            each.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        if torch.nn.utils.clip_grad_norm_(exact, pace.clip).isfinite():
+            adam.step()
+        _set(parameters, exact)
+        looks = (step + 1) % max(1, steps // pace.checks) == 0 or step + 1 == steps
+        if looks and (now := error()) < least:  # which NaN is not
+            least, best = now, [parameter.detach().clone() for parameter in parameters]
+        update()
+    _set(parameters, best)
+    return least
