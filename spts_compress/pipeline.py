@@ -393,8 +393,7 @@ def _fitted(ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *
     parts = ready.sequences.fit, ready.sequences.held_out
     text = [[sequence.tolist() for sequence in part] for part in parts]
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    plain = [option.model_dump() if isinstance(option, DistillSection) else option for option in options]
-    key = fingerprint(*what, text, *plain, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    key = fingerprint(*what, text, *options, ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors(name, key)
     if kept is None:
         model = ready.skipping()

@@ -7,10 +7,9 @@ import torch
 import yaml
 from helpers import recipe_for, run
 from scipy.special import rel_entr
-from tiny import tiny_base, tiny_model
+from tiny import tiny_base, with_updates
 
 from spts_compress.fit.distill import distill, loss, trained
-from spts_compress.fit.updates import blank, fit_updates
 from spts_compress.recipe import DistillSection
 from spts_compress.utils.errors import UserError
 
@@ -26,12 +25,7 @@ SECTION = DistillSection(steps=24, length=64, following=16)
 
 def fitted(family="llama", schedule=SCHEDULE):
     """A tiny model whose updates are fitted, what they were fitted on, and held-out text."""
-    model = tiny_model(family, schedule, max_position_embeddings=128)
-    model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
-    generator = torch.Generator().manual_seed(3)
-    parts = [list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (24, 5)]
-    fit_updates(model, *parts, 64)
-    return model, *parts
+    return with_updates(family, schedule, 128, (24, 5))[:3]
 
 
 def test_the_loss_is_the_divergence_of_what_follows_a_skipped_prompt():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers import recipe_for, run
-from tiny import tiny_base, tiny_model
+from tiny import tiny_base, tiny_model, with_updates
 from transformers import AutoModelForCausalLM
 
 from spts_compress.fit.updates import BLOCK, PENALTY, LayerFit, blank, fit_updates, prompt_length, solve
@@ -87,11 +87,7 @@ def test_states_of_one_layer_at_a_time_are_held(monkeypatch):
 
 def fitted(schedule, prompts=24):
     """A tiny model with updates fitted on so many prompts, what they were fitted on, and its held-out prompts."""
-    model = tiny_model("llama", schedule, max_position_embeddings=64)
-    model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
-    generator = torch.Generator().manual_seed(3)
-    fit, held_out = (list(torch.randint(3, 97, (count, 64), generator=generator)) for count in (prompts, 16))
-    return model, fit, held_out, fit_updates(model, fit, held_out, 64)
+    return with_updates("llama", schedule, 64, (prompts, 16))
 
 
 def test_tokens_that_skip_the_feed_forward_network_alone_are_fitted_on():

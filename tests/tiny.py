@@ -16,6 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from spts_compress.fit.updates import blank, fit_updates
 from spts_compress.modeling.modeling_spts_deepseek import (
     SptsDeepseekV2Config,
     SptsDeepseekV2ForCausalLM,
@@ -221,3 +222,13 @@ def tiny_base(folder, family: str = "llama", shards: bool = False, **changes):
     stock.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def with_updates(family, schedule, context, counts):
+    """A tiny model of so much context whose updates are fitted, the `counts` of prompts of 64 tokens to fit on and held
+    out, and what was said of the fit."""
+    model = tiny_model(family, schedule, max_position_embeddings=context)
+    model.load_state_dict({**model.state_dict(), **blank(model.config.schedule(), model.config, torch.float32)})
+    generator = torch.Generator().manual_seed(3)
+    fit, held_out = (list(torch.randint(3, 97, (count, 64), generator=generator)) for count in counts)
+    return model, fit, held_out, fit_updates(model, fit, held_out, 64)
