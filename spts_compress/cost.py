@@ -159,6 +159,7 @@ def layer_costs(config: Any, schedule: Schedule, length: int) -> list[LayerCost]
         if heads and (min(active, ffn_tokens, candidates_out) < candidates_in or carries):
             share = 1.0 if isinstance(heads, str) else len(heads) / config.num_attention_heads
             probing += 2.0 * schedule.probe.window_size * candidates_in * shape.probed * share
+            probing += schedule.probe.window_size * shape.update(schedule.probe.rank)
         if ffn_tokens < candidates_in and schedule.uses_proxies:
             probing += candidates_in * shape.proxy(schedule.proxy_of(layer))
         update = 0.0

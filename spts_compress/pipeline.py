@@ -30,6 +30,8 @@ from .export import card, write
 from .export.verify import write_manifest
 from .fit.distill import distill
 from .fit.proxies import fit_proxies, judged
+from .fit.queries import CHECKED, fit_queries, texts_of
+from .fit.queries import blank as blank_queries
 from .fit.updates import blank, fit_updates, skipping_parts
 from .modeling.configuration_spts import Schedule
 from .recipe import DistillSection, ModelSection, Recipe, SearchSection
@@ -110,7 +112,7 @@ def run(
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
     refuse_among_inputs(output, root, base, texts)
     check_first(recipe, output, root, device)
-    store, measures, stage, searched, distilled = Store(root), Store(root), StageTimer(device), None, None
+    store, measures, stage, searched, asking, distilled = Store(root), Store(root), StageTimer(device), None, None, None
     begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
     with ExitStack() as stack:
         if ranks.is_main:
@@ -127,6 +129,9 @@ def run(
             ready = _take_found(ready, searched, search_folder, log, ranks)
         if not ranks.is_main:
             return None
+        if ready.schedule.probe.rank:
+            with stage("queries"):
+                ready, asking = _with_queries(ready, store)
         if ready.schedule.update:
             with stage("updates"):
                 ready = _with_updates(ready, store)
@@ -148,13 +153,15 @@ def run(
         report = {
             "proxies": fits,
             "search": searched,
+            "queries": asking,
             "distilled": distilled,
             "same_text": ready.same_text,
             "stages": stage.costs if begins_anew else {},
             **measured,
         }
         report["fitted_on"] = sorted(ready.searched_on.union(ready.sequences.fitted if ready.parameters else ()))
-        fitted = "\n\n".join(filter(None, (columns.fit_table(fits), columns.distillation(report))))
+        told = columns.fit_table(fits), columns.queries(report), columns.distillation(report)
+        fitted = "\n\n".join(filter(None, told))
         tables = columns.speed_table(report), columns.score_tables(report), fitted
         found = None if searched is None else search_tables.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
@@ -187,6 +194,7 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
         ("calibration.length", recipe.calibration.length),
         ("report.lengths", longest),
         ("report.quality_length", recipe.report.longest),
+        ("queries.length", recipe.queries.length),
         ("distill.length and distill.following", recipe.distill.tokens),
     ):
         if length > context:
@@ -321,8 +329,10 @@ def prepare(
             for note in prompts.notes:
                 log(f"search: {note}")
             same_text = text == haystack or not searched_on.isdisjoint(asked_about - sequences.fitted)
+        if recipe.search.probe_rank if recipe.search else schedule.probe.rank:
+            _check_text("queries", recipe.queries.length, sequences)
         if recipe.distill.steps:
-            _check_text(recipe.distill, sequences)
+            _check_text("distill", recipe.distill.tokens, sequences)
             if recipe.search is None and not _distils(recipe.distill, schedule, base.config):
                 raise UserError(f"distill.length: no update is used in {recipe.distill.length} tokens; raise it")
         model = base.load(recipe.model.dtype, device)
@@ -366,10 +376,28 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
             "search.speedup, or lower search.quality, or search.on_failure: export"
         )
     schedule = Schedule.from_dict(points[chosen]["winner"]["schedule"], layers)
+    schedule = replace(schedule, probe=replace(schedule.probe, rank=section.probe_rank))
     if not schedule.uses_proxies:
         return replace(ready, schedule=replace(schedule, proxy=()), parameters={})
     parameters = {n: t for n, t in ready.parameters.items() if int(n.split(".")[2]) >= schedule.start}
     return replace(ready, schedule=schedule, parameters=parameters)
+
+
+def _with_queries(ready: Prepared, store: Store) -> tuple[Prepared, dict[str, float]]:
+    """With the corrections of its probing queries, and what they bring; what is fitted is kept."""
+    config, rank = ready.base.config, ready.schedule.probe.rank
+    layers = range(ready.schedule.start, config.num_hidden_layers)
+    none = blank_queries(rank, layers, config.hidden_size, ready.model.dtype)
+    bare = replace(ready, parameters={**ready.parameters, **none}, schedule=replace(ready.schedule, update=()))
+    section, sequences = ready.recipe.queries, ready.sequences
+    parts = (sequences.fit, section.steps), (sequences.held_out, CHECKED)
+    texts = [texts_of(part, ready.tokenizer, section, count) for part, count in parts]
+
+    def fit(model: Any, _fit: Any, _held_out: Any, *options: Any) -> dict[str, float]:
+        return fit_queries(model, *options)
+
+    fitted, brought = _fitted(bare, store, "queries", fit, *texts, section)
+    return replace(fitted, schedule=ready.schedule), brought
 
 
 def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prepared:
@@ -405,13 +433,13 @@ def _fitted(ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *
     return replace(ready, parameters={**ready.parameters, **kept}), said
 
 
-def _check_text(section: DistillSection, sequences: Blocks) -> None:
-    """Raises UserError if there is too little text for distillation."""
-    least = min(sum(map(len, part)) for part in (sequences.fit, sequences.held_out))
-    if least < section.tokens:
+def _check_text(name: str, tokens: int, sequences: Blocks) -> None:
+    """Raises UserError if there is too little text for a section of the recipe, which takes so many tokens at once."""
+    least = min(sequences.sizes)
+    if least < tokens:
         raise UserError(
-            f"distill: a prompt and what follows it are {section.tokens} tokens, and {least} are to be fitted on, or "
-            "held out: raise calibration.tokens (or held_out), or lower distill.length"
+            f"{name}: a prompt and what follows it are {tokens} tokens, and {least} are to be fitted on, or "
+            f"held out: raise calibration.tokens (or held_out), or lower {name}.length"
         )
 
 

@@ -27,7 +27,8 @@ def complete(recipe: Recipe, config: Any, context: int) -> Recipe:
         shape = LayerShape.of(config, plain[0])
         size_ = suitable_proxy(shape, proxy.max_flop_fraction, proxy.channels, proxy.rank)
         proxy = proxy.model_copy(update={"channels": size_.channels, "rank": size_.rank})
-    return recipe.model_copy(update={"calibration": calibration, "proxy": proxy, "report": report})
+    queries = filled(recipe.queries, length=min(recipe.queries.length, context))
+    return recipe.model_copy(update={"calibration": calibration, "proxy": proxy, "report": report, "queries": queries})
 
 
 def proxy_sizes(config: Any, section: ProxySection, start: int = 0) -> dict[int, Proxy]:
@@ -64,11 +65,12 @@ def parameters(config: Any) -> int:
 
 
 def proxy_parameters(config: Any, schedule: Schedule) -> int:
-    """Number of parameters of all proxies and updates."""
+    """Number of parameters of all that is fitted."""
     layers, hidden = range(schedule.start, config.num_hidden_layers), config.hidden_size
     sizes = [schedule.proxy_of(layer) for layer in layers if schedule.proxy]
     ranks = [rank for layer in layers if schedule.update for rank in astuple(schedule.update_of(layer))]
     proxies = sum(2 * size_.rank * (hidden + size_.channels) + 2 * hidden + 1 for size_ in sizes)
+    ranks += [schedule.probe.rank] * len(layers) if schedule.probe.rank else []
     return proxies + sum((2 * rank + 1) * hidden for rank in ranks)
 
 
@@ -153,6 +155,7 @@ def probe_words(schedule: Schedule) -> str:
     """How tokens are ranked, and which ones need not be, in words."""
     probe, heads = schedule.probe, schedule.probe.heads
     how = f"{heads} over heads" if isinstance(heads, str) else f"{len(heads)} heads of {len(dict(heads))} layers"
+    how += f", corrected at rank {probe.rank}" if probe.rank else ""
     return (
         f"probe: last {probe.window_size} queries, {how}, carrying {probe.score_carry:g}, "
         f"pooled over {probe.kernel_size}; "

@@ -217,11 +217,12 @@ class SearchSection(Section):
     parts, which is kept with the run. Candidates start at one of the layers `starts` (by default a third to three
     quarters of the depth, with `update` from a sixth on); heads that score may be in layers from `heads_from` on (by
     default the earliest start). With `update` every candidate has updates of these ranks, fitted on the dense states
-    while it is searched, and for the schedule that is found anew, on the states that it leaves.
-    `candidates` are drawn, half as many varied in each of `rounds`. They are judged on `prompts` of every one of
-    `kinds` (or of single tasks of theirs, which the kind then leaves out, so that the worst task counts) and
-    `lengths`, and the winner on as many others; their text is `text` (a file or folder, as `calibration.path`), by
-    default the calibration documents that nothing was fitted on. `choices` narrows what candidates are drawn from.
+    while it is searched, and for the schedule that is found anew, on the states that it leaves. `probe_rank` is the
+    rank of the corrections of probing queries that the found schedule gets. `candidates` are drawn, half as many varied
+    in each of `rounds`. They are judged on `prompts` of every one of `kinds` (or of single tasks of theirs, which the
+    kind then leaves out, so that the worst task counts) and `lengths`, and the winner on as many others; their text is
+    `text` (a file or folder, as `calibration.path`), by default the calibration documents that nothing was fitted on.
+    `choices` narrows what candidates are drawn from.
     `require_dense_correct`: whether prompts with a known answer are replaced until the dense model answers them
     rightly, since fidelity to a wrong answer is of no use. `on_failure`: whether the nearest schedule is exported if
     the quality is not reached."""
@@ -243,6 +244,7 @@ class SearchSection(Section):
     on_failure: Literal["stop", "export"] = "stop"
     choices: ChoicesSection = ChoicesSection()
     update: UpdateSection | None = None
+    probe_rank: Natural = 0
     require_dense_correct: bool = False
     seed: Natural = 11
 
@@ -288,6 +290,17 @@ class SearchSection(Section):
         if self.kv_share is not None:
             return [("kv_share", self.kv_share)]
         return [("speedup", value) for value in sorted(self.speedups)]
+
+
+class QueriesSection(Section):
+    """How the corrections of the probing queries are fitted, of a schedule with a `probe.rank` (or of one that is
+    found, by `search.probe_rank`): by `steps`, each on a prompt of at most `length` tokens. In turn it is a stretch of
+    the calibration text with the `following` tokens, or has needles in it and their answer."""
+
+    steps: Positive = 160
+    length: Annotated[int, Field(ge=512)] = 2048
+    following: Positive = 48
+    seed: Natural = 0
 
 
 class DistillSection(Section):
@@ -348,6 +361,7 @@ class Recipe(Section):
     proxy: ProxySection = ProxySection()
     schedule: dict[Any, Any] | None = None
     search: SearchSection | None = None
+    queries: QueriesSection = QueriesSection()
     distill: DistillSection = DistillSection()
     report: ReportSection = ReportSection()
     export: ExportSection

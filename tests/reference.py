@@ -200,7 +200,7 @@ class Reference:
         return made
 
     def update(self, x, layer, part):
-        """What a layer is estimated to add to a token that it skips."""
+        """What a layer is estimated to add to a token that it skips; what is added to one that probes."""
         p = f"model.layers.{layer}.{part}_update."
         estimate = self.w[p + "bias"]
         return estimate + self.w[p + "up"] @ (self.w[p + "down"] @ x) if p + "up" in self.w else estimate
@@ -253,7 +253,8 @@ class Reference:
         for h in range(self.c.num_attention_heads):
             total = [0.0] * n
             for i in range(n - w, n):
-                q = self.query(x[i], layer, positions[i])[h]
+                asking = x[i] + self.update(x[i], layer, "probe") if probe.get("rank") else x[i]
+                q = self.query(asking, layer, positions[i])[h]
                 seen = [j for j in range(i + 1) if self.sees(layer, positions[i], positions[j])]
                 logits = torch.stack([(q * keys[j][h]).sum() * self.scaling for j in seen])
                 for j, p in zip(seen, torch.softmax(logits, 0).tolist(), strict=True):

@@ -47,6 +47,7 @@ def schedules(draw, layers: int = 5):
             "heads": draw(st.sampled_from(["mean", "max"]) | scoring_heads(start)),
             "score_carry": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
             "kernel_size": draw(st.sampled_from([1, 1, 3, 7])),
+            "rank": draw(st.sampled_from([0, 0, 3])),
         },
         sink_tokens=draw(st.integers(0, 3)),
         recent_tokens=draw(st.integers(1, 4)),

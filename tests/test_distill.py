@@ -9,7 +9,7 @@ from helpers import recipe_for, run
 from scipy.special import rel_entr
 from tiny import tiny_base, with_updates
 
-from spts_compress.fit.distill import distill, loss, trained
+from spts_compress.fit.distill import distill, loss, trained_updates
 from spts_compress.recipe import DistillSection
 from spts_compress.utils.errors import UserError
 
@@ -69,7 +69,7 @@ def test_the_same_steps_bring_the_same():
 def test_the_gradient_is_that_of_finite_differences():
     model, _, held_out = fitted()
     model, ids = model.double(), torch.cat(held_out)[None, :80]
-    with trained(model) as parameters:
+    with trained_updates(model) as parameters:
         loss(model, ids, 16).backward()
         for parameter in parameters[:4]:  # of the first skipping layer, through all later ones
             gradient, step = parameter.grad.flatten(), 1e-4

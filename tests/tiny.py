@@ -56,7 +56,7 @@ SCHEDULE = dict(
 # The same where skipped tokens are updated and more of them cached: with proxies, and without.
 UPDATES = [{"attention_rank": 4, "ffn_rank": 0}, {"attention_rank": 2, "ffn_rank": 3}] * 2
 UPDATING = {**SCHEDULE, "update": UPDATES, "kv": 0.6}
-BARE = {**SCHEDULE, "proxy": None, "ffn_selection": "attention", "update": UPDATES[1], "kv": 1.0}
+BARE = {**SCHEDULE, "proxy": None, "ffn_selection": "attention", "update": UPDATES[1], "kv": 1.0, "probe": {"rank": 2}}
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, SptsDeepseekV2Config, SptsDeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, SptsDeepseekV3Config, SptsDeepseekV3ForCausalLM),

@@ -154,6 +154,16 @@ def score_tables(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def queries(report: dict[str, Any]) -> str:
+    """What the corrections of the probing queries brought, in words; empty without any."""
+    if not (brought := report.get("queries")):
+        return ""
+    return (
+        "Corrections of the probing queries take what tokens are ranked by nearer to what an answer attends to: KL "
+        "{before:.3f} -> {after:.3f} nats on held-out text, by which the best steps were chosen.".format(**brought)
+    )
+
+
 def distillation(report: dict[str, Any]) -> str:
     """What distillation brought, in words; empty without it."""
     if not (brought := report.get("distilled")):

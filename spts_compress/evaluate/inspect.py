@@ -10,7 +10,7 @@ from ..plan import describe
 from ..search.tables import as_text
 from ..utils.errors import UserError, reason, some
 from ..utils.tables import size
-from .columns import distillation, fit_table, score_tables, speed_table
+from .columns import distillation, fit_table, queries, score_tables, speed_table
 
 
 def read_config(folder: Path) -> Any:
@@ -48,7 +48,8 @@ def inspect(folder: Path) -> str:
     try:
         if report:
             measured = [f"Measured in {report['dtype']}, with the weights that `verify` knows:"]
-            measured += [fit_table(report["proxies"]), distillation(report), speed_table(report), score_tables(report)]
+            measured += [fit_table(report["proxies"]), queries(report), distillation(report)]
+            measured += [speed_table(report), score_tables(report)]
             measured += [as_text(report["search"])] if report.get("search") else []
             lengths = [row["length"] for row in report["speed"]]
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -1,7 +1,8 @@
 """Gradient steps on what was made in closed form: Adam with a cosine schedule, of which the best state is kept."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,26 @@ import torch
 class Pace:
     """How steps are taken. `rate`: Adam's step, in units of each parameter's own root mean square, after `warm_up`
     steps. `decay`: of its second moments. `checks`: times the error is looked at. `clip`: the most that the gradient's
-    norm may be."""
+    norm may be. `least`: what the root mean square is taken for if it is less."""
 
     rate: float
     warm_up: int
     decay: float
     checks: int
     clip: float = math.inf
+    least: float = 1e-4
+
+
+@contextmanager
+def trained(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """These parameters are the only ones of a model that get gradients in the block."""
+    needed = [(each, each.requires_grad) for each in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield [each.requires_grad_(True) for each in parameters]
+    finally:
+        for each, before in needed:
+            each.requires_grad_(before)
 
 
 @torch.no_grad()
@@ -50,7 +64,7 @@ def descend(
     # In float32, whatever the parameters' type: a step is small against them.
     exact = [parameter.detach().float() for parameter in parameters]
     best = [parameter.detach().clone() for parameter in parameters]
-    scales = [max(float(each.square().mean().sqrt()), 1e-4) for each in exact]
+    scales = [max(float(each.square().mean().sqrt()), pace.least) for each in exact]
     adam = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, pace.decay))
     for step in range(steps):
         rate = pace.rate * min(1.0, (step + 1) / pace.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..modeling.update import UPDATES
 from ..recipe import DistillSection
 from ..utils.errors import UserError
-from .descent import Pace, descend
+from .descent import Pace, descend, trained
 from .updates import prompts_of
 
 RATE = 0.02  # Adam's step, in units of each parameter's own root mean square
@@ -28,20 +28,15 @@ CHECKED = 12  # prompts of them, at most
 
 
 @contextmanager
-def trained(model: Any) -> Iterator[list[torch.nn.Parameter]]:
+def trained_updates(model: Any) -> Iterator[list[torch.nn.Parameter]]:
     """Yields the updates' parameters, the only ones that get gradients in the block; scores get none."""
     layers = model.model.layers[model.config.schedule().start :]
     parameters = [each for layer in layers for name in UPDATES for each in getattr(layer, name).parameters()]
     with ExitStack() as stack:
-        for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
         for layer in layers:
             layer._scores = torch.no_grad()(layer._scores)
             stack.callback(delattr, layer, "_scores")
-        yield parameters
+        yield stack.enter_context(trained(model, parameters))
 
 
 @torch.no_grad()
@@ -91,7 +86,7 @@ def distill(
         return loss(model, stream[None, begin : begin + size].to(model.device), section.following)
 
     pace = Pace(RATE, WARM_UP, decay=0.95, checks=CHECKS, clip=1.0)
-    with trained(model) as parameters, tqdm(total=section.steps, desc="distilling", unit="step") as bar:
+    with trained_updates(model) as parameters, tqdm(total=section.steps, desc="distilling", unit="step") as bar:
         if not math.isfinite(before := error()):
             raise UserError("distill: the model's logits are not finite on held-out text; take a wider model.dtype")
         after = descend(parameters, section.steps, pace, next_loss, error, before, bar.update)

@@ -12,7 +12,7 @@ from .cache import SkippedCacheLayer, fill_layers
 from .generation import GenerationCalls
 from .static import StaticKeptLayer
 from .stock_layer import SkippingPreTrainedModel
-from .update import UPDATES
+from .update import QUERIES, UPDATES
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class SkipRequest:
         fixed = [key for key in ("start", "proxy", "update") if changes.get(key) not in (None, config.spts.get(key))]
         if fixed:
             raise ValueError(f"{', '.join(fixed)} can't be changed for one call: what was fitted is fixed")
-        return cls(config.schedule(**changes), last, positions)
+        schedule = config.schedule(**changes)
+        if schedule.probe.rank not in (0, config.schedule().probe.rank):
+            raise ValueError("probe.rank can't be changed for one call, but to 0: what was fitted is fixed")
+        return cls(schedule, last, positions)
 
     def prompt_lengths(self, attention_mask: torch.Tensor | None, batch: int, slots: int) -> list[int]:
         """Prompt tokens of each row, without padding; empty if there is nothing to skip.
@@ -175,6 +178,7 @@ def check_call(
     if wants_every_layer(model.config, kwargs):
         raise ValueError("hidden states, attentions and routing of every layer need spts=False")
     parts = [*(["proxy"] if request.schedule.proxy else []), *(UPDATES if request.schedule.update else [])]
+    parts += [QUERIES] if request.schedule.probe.rank else []
     if not all(hasattr(layer, part) for layer in model.layers[request.schedule.start :] for part in parts):
         raise ValueError("the spts block was set or changed after this model was built; load it again")
     if (tokens[0] is None) == (tokens[1] is None):

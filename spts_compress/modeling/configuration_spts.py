@@ -55,13 +55,15 @@ class Probe:
     or which ones alone score, as (layer, head) pairs (in the block, lists of heads by layer): a layer's score is the
     mean of its own, and one without any goes by what is carried. `score_carry`: weight of the accumulated scores of
     earlier skipping layers, as S + score_carry * (the sum carried so far); some layers alone rank badly.
-    `kernel_size`: width of the max-pooling over neighbouring candidates (odd; 1: none).
+    `kernel_size`: width of the max-pooling over neighbouring candidates (odd; 1: none). `rank`: of what was fitted to
+    be added to the last tokens' normed states, so that their queries score what the answer will attend to; 0: nothing.
     """
 
     window_size: int = 1
     heads: str | tuple[tuple[int, int], ...] = "mean"
     score_carry: float = 0.0
     kernel_size: int = 1
+    rank: int = 0
 
     @property
     def carries(self) -> bool:

@@ -133,11 +133,15 @@ class SkippingDecoderLayer(StockLayer):
         if plan.heads is None and carried is not None:
             return carried
         window = min(probe.window_size, plan.candidates_in.width)
-        query = self.probes(plan.last(normed, window), *(plan.last(table, window) for table in cos_sin))
+        query = self.asked(plan.last(normed, window), *(plan.last(table, window) for table in cos_sin), rank=probe.rank)
         named = None if isinstance(plan.heads, str) or self.shares_heads() else plan.heads
         heads = probe_scores(query, key, self.self_attn.scaling, valid, self.unseen(slots, window, plan), named)
         raw = reduce_heads(self.all_heads(heads), plan.heads if named is None else "mean")
         return raw + probe.score_carry * carried if probe.score_carry and carried is not None else raw
+
+    def asked(self, normed: torch.Tensor, *cos_sin: torch.Tensor, rank: int) -> torch.Tensor:
+        """The probing queries (B, H, w, d) of the last tokens' normed states (B, w, D)."""
+        return self.probes(normed + self.probe_update(normed) if rank else normed, *cos_sin)
 
     def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
         """Which candidates the last `count` queries do not see, (B or 1, count, T); None: later ones alone."""

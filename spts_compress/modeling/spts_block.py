@@ -154,6 +154,7 @@ class SptsBlock:
         yield from _range("probe.window_size", probe.window_size, 1)
         yield from _head_faults(probe.heads, self.start, num_layers, num_heads)
         yield from _range("probe.score_carry", probe.score_carry, 0, 1)
+        yield from _range("probe.rank", probe.rank, 0)
         yield from _range("sink_tokens", self.sink_tokens, 0, what=always)
         yield from _range("recent_tokens", self.recent_tokens, 1, what=always)
         yield from _range("min_length", self.min_length, 0)
@@ -180,9 +181,10 @@ class SptsBlock:
     def check(self: Any, num_layers: int, num_heads: int | None = None) -> None:
         """Raises ValueError if a value is out of range: what would otherwise be a wrong answer or an odd error."""
         numbers = [self.start, self.sink_tokens, self.recent_tokens, self.min_length]
-        numbers += [self.probe.window_size, self.probe.kernel_size, *(stage.end for stage in self.stages)]
+        probe = self.probe
+        numbers += [probe.window_size, probe.kernel_size, probe.rank, *(stage.end for stage in self.stages)]
         numbers += [amount.floor for stage in self.stages for amount in stage.amounts().values()]
-        heads = () if isinstance(self.probe.heads, str) else self.probe.heads
+        heads = () if isinstance(probe.heads, str) else probe.heads
         for values, kind, what in (
             (numbers, int, "a number of tokens"),
             ([self.enabled], bool, f"enabled, {self.enabled!r},"),

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache import SkippedCacheLayer
 from .selection import FeedForwardProxy
 from .static import StaticKeptLayer
-from .update import LowRankUpdate
+from .update import QUERIES, UPDATES, LowRankUpdate
 
 if TYPE_CHECKING:
     Stock = Any  # what is mixed into a stock class uses what is there
@@ -220,8 +220,10 @@ def add_fitted(layers: Any, config: Any, schedule: Any) -> None:
             layer.proxy = FeedForwardProxy(*shape, activation_of(config), config.rms_norm_eps)
         if index >= schedule.start and schedule.update:
             ranks = schedule.update_of(index)
-            layer.attention_update = LowRankUpdate(config.hidden_size, ranks.attention_rank)
-            layer.ffn_update = LowRankUpdate(config.hidden_size, ranks.ffn_rank)
+            for name, rank in zip(UPDATES, (ranks.attention_rank, ranks.ffn_rank), strict=True):
+                setattr(layer, name, LowRankUpdate(config.hidden_size, rank))
+        if index >= schedule.start and schedule.probe.rank:
+            setattr(layer, QUERIES, LowRankUpdate(config.hidden_size, schedule.probe.rank))
 
 
 def layers_held(cache: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,148 @@
+"""The probing queries' corrections: the last tokens of a prompt ask for what the answer will attend to.
+
+Which tokens a layer may skip is scored by what the prompt's own last queries attend to; what the answer attends to is
+known only once it is written. In calibration it is: each layer by itself, in the dense model's states, learns by
+gradient steps what to add to the last tokens' normed states so that their scores come nearer to the attention of the
+tokens that follow.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch.nn.functional import avg_pool1d, kl_div
+from tqdm import tqdm
+
+from ..modeling.selection import probe_scores, reduce_heads
+from ..modeling.stock_layer import cos_sin_of, layer_windows
+from ..modeling.update import QUERIES, LowRankUpdate
+from ..recipe import QueriesSection
+from ..tasks import ruler
+from ..tasks.example import token_ids
+from .descent import Pace, descend, trained
+
+Text = tuple[list[int], int]  # token ids, and how many of them, the last ones, follow a prompt
+RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
+WARM_UP = 10  # steps
+CHECKS = 3  # times the held-out texts are looked at
+CHECKED = 12  # of them
+
+
+def blank(rank: int, layers: Sequence[int], hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Corrections that add nothing, by their parameters' names in the exported model."""
+    shapes = LowRankUpdate(hidden, rank).named_parameters()
+    zeros = {part: torch.zeros_like(value.data, dtype=dtype) for part, value in shapes}
+    return {f"model.layers.{n}.{QUERIES}.{part}": zero.clone() for n in layers for part, zero in zeros.items()}
+
+
+def texts_of(sequences: list[torch.Tensor], tokenizer: Any, section: QueriesSection, count: int) -> list[Text]:
+    """`count` texts to fit on or to check by: stretches of a text, and needles that are hidden in it, in turn.
+
+    Raises:
+        UserError: if a needle's prompt does not fit into `section.length`.
+    """
+    stream, rng, made = torch.cat(sequences), random.Random(section.seed), list[Text]()
+    size = section.length
+    prose, tasks = tokenizer.decode(stream.tolist(), skip_special_tokens=True), cycle([*ruler.NEEDLES, "vt"])
+    for number in range(count):
+        if number % 2 == 0:
+            begin = rng.randrange(len(stream) - size + 1)
+            made.append((stream[begin : begin + size].tolist(), section.following))
+            continue
+        given = tokenizer, prose, size, 1, section.seed + number, section.following
+        example = ruler.examples(next(tasks), *given)[0]
+        answer = tokenizer(" " + ", ".join(example.outputs), add_special_tokens=False)["input_ids"]
+        made.append((token_ids(tokenizer, example.text) + answer, len(answer)))
+    return made
+
+
+def scoring(config: Any, length: int) -> list[int]:
+    """The layers that get a correction: those with heads that score, and no window shorter than `length` tokens."""
+    schedule, windows = config.schedule(), layer_windows(config)
+    layers = range(schedule.start, config.num_hidden_layers)
+    return [n for n in layers if schedule.probe.heads_of(n) and (windows[n] or length) >= length]
+
+
+def spread(scores: torch.Tensor, schedule: Any) -> torch.Tensor:
+    """Logarithms of the shares that candidates which need to be chosen have of the scores (T), each a mean over as many
+    neighbours as pooling takes."""
+    width = schedule.probe.kernel_size
+    smooth = avg_pool1d(scores[None, None], width, stride=1, padding=width // 2)[0, 0]
+    chosen = smooth[schedule.sink_tokens : len(scores) - schedule.always_last].clamp_min(1e-12)
+    return (chosen / chosen.sum()).log()
+
+
+def layer_loss(layer: Any, number: int, config: Any, states: torch.Tensor, tables: Any, following: int) -> torch.Tensor:
+    """KL in nats of a layer's scores of a prompt from the attention, mean over heads, that its `following` tokens pay
+    it.
+
+    Args:
+        states: before the layer, (1, n + following, D).
+        tables: its rotary tables.
+    """
+    schedule, scaling, end = config.schedule(), layer.self_attn.scaling, states.shape[1] - following
+    window, heads = min(schedule.probe.window_size, end), schedule.probe.heads_of(number)
+    named = None if isinstance(heads, str) else torch.tensor(heads, device=states.device)
+    with torch.no_grad():
+        normed, cos_sin = layer.normed("before_attention", states), cos_sin_of(tables)
+        key = layer.keys(normed, *cos_sin)
+        query = layer.probes(normed[:, end:], *(table[:, end:] for table in cos_sin))
+        wanted = probe_scores(query, key, scaling)[0, :, :end].mean(0)
+    last = slice(end - window, end)
+    query = layer.asked(normed[:, last], *(table[:, last] for table in cos_sin), rank=schedule.probe.rank)
+    found = probe_scores(query, key[:, :, :end], scaling, heads=named)
+    found = reduce_heads(found, heads if named is None else "mean")[0]
+    wanted, found = (spread(scores, schedule) for scores in (wanted, found))
+    return kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def loss(model: Any, layers: list[int], text: Text) -> torch.Tensor:
+    """Mean of `layer_loss` over `layers` in one dense pass."""
+    losses, (ids, following) = list[torch.Tensor](), text
+
+    def note(number: int, layer: Any, args: tuple, kwargs: dict) -> None:
+        with torch.enable_grad():
+            tables = kwargs["position_embeddings"]
+            losses.append(layer_loss(layer, number, model.config, args[0].detach(), tables, following).cpu())
+
+    with ExitStack() as stack, torch.no_grad():
+        for n in layers:
+            handle = model.model.layers[n].register_forward_pre_hook(partial(note, n), with_kwargs=True)
+            stack.callback(handle.remove)
+        model.model(torch.tensor([ids], device=model.device), use_cache=False)
+    return torch.stack(losses).mean()
+
+
+def fit_queries(
+    model: Any, texts: Sequence[Text], checked: Sequence[Text], section: QueriesSection
+) -> dict[str, float]:
+    """Fit the corrections of a skipping causal language model in place; those that are best on `checked` are kept.
+
+    Args:
+        texts: one for each step.
+
+    Returns:
+        Mean KL in nats, see `layer_loss`, on `checked`: `before` and `after`.
+    """
+    layers, generator = scoring(model.config, section.length), torch.Generator().manual_seed(section.seed)
+    fitted = [getattr(model.model.layers[n], QUERIES) for n in layers]
+    for each in fitted:
+        each.down.data.copy_(torch.randn(each.down.shape, generator=generator) / math.sqrt(each.down.shape[1]))
+
+    @torch.no_grad()
+    def error() -> float:
+        return sum(float(loss(model, layers, text)) for text in checked) / len(checked)
+
+    each_once, least = iter(texts), 1 / math.sqrt(model.config.hidden_size)
+    pace = Pace(RATE, WARM_UP, decay=0.99, checks=CHECKS, clip=1.0, least=least)
+    own = [parameter for each in fitted for parameter in each.parameters()]
+    with trained(model, own) as parameters, tqdm(total=section.steps, desc="fitting queries", unit="step") as bar:
+        before = error()
+        steps = section.steps, pace, lambda: loss(model, layers, next(each_once)), error
+        after = descend(parameters, *steps, before, bar.update)
+    return {"before": before, "after": after}

@@ -1,0 +1,143 @@
+"""Corrections of the probing queries, fitted to what the answer attends to."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import recipe_for, run
+from scipy.special import rel_entr
+from tiny import BARE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
+
+from spts_compress.fit.queries import blank, fit_queries, loss, scoring, texts_of
+from spts_compress.recipe import QueriesSection
+
+PROBE = {"window_size": 4, "kernel_size": 5, "rank": 3}
+SCHEDULE = {**BARE, "probe": PROBE, "sink_tokens": 2, "recent_tokens": 6}
+SECTION = QueriesSection(steps=24, length=512, following=8)
+
+
+def uncorrected(family="llama", **probe):
+    """A tiny model whose corrections add nothing yet."""
+    model = tiny_model(family, {**SCHEDULE, "probe": {**PROBE, **probe}}, max_position_embeddings=256)
+    none = blank(3, range(1, 5), model.config.hidden_size, torch.float32)
+    model.load_state_dict({**model.state_dict(), **none})
+    return model
+
+
+def random_texts(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [(row.tolist(), 8) for row in torch.randint(3, 97, (count, 64), generator=generator)]
+
+
+def shares(scores):
+    """What candidates that have to be chosen get, each with its neighbours."""
+    smooth = np.convolve(scores, np.ones(5) / 5, mode="same")[2:-6]
+    return smooth / smooth.sum()
+
+
+@pytest.mark.parametrize("heads", ["mean", {"1": [0, 3], "3": [2]}])
+def test_the_loss_is_the_divergence_from_what_later_tokens_attend_to(heads):
+    model = uncorrected(heads=heads)
+    stock = stock_twin(model)
+    stock.set_attn_implementation("eager")
+    [text] = random_texts(1, 5)
+    with torch.no_grad():
+        attentions = stock(torch.tensor([text[0]]), output_attentions=True).attentions
+        early = stock(torch.tensor([text[0][:56]]), output_attentions=True).attentions
+    layers = [1, 2, 3, 4] if heads == "mean" else [1, 3]
+    assert scoring(model.config, 64) == layers
+    expected = []
+    for layer in layers:
+        wanted = attentions[layer][0, :, 56:, :56].mean((0, 1))
+        own = slice(None) if heads == "mean" else heads[str(layer)]
+        found = early[layer][0, own, 52:].mean((0, 1))
+        expected.append(rel_entr(*(shares(s.double().numpy()) for s in (wanted, found))).sum())
+    assert float(loss(model, layers, text).detach()) == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3", "phi3", "qwen3"])
+def test_steps_bring_scores_nearer_and_change_corrections_alone(family):
+    model = uncorrected(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    texts, checked = random_texts(4, 1) * 6, random_texts(3, 1)
+    brought = fit_queries(model, texts, checked, SECTION)
+    assert brought["after"] < brought["before"]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    layers = scoring(model.config, SECTION.length)
+    assert {int(name.split(".")[2]) for name in changed} == set(layers)
+    assert all(".probe_update." in name for name in changed)
+    assert layers == ([1, 4] if family == "gemma3_text" else [1, 2, 3, 4])  # others have windows
+    assert [parameter.requires_grad for parameter in model.parameters()] == needed
+    with torch.no_grad():
+        kept = np.mean([float(loss(model, layers, text)) for text in checked])
+    assert kept == pytest.approx(brought["after"], rel=1e-4)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    model = tiny_model("llama", SCHEDULE).double()
+    [text] = random_texts(1, 7)
+    parameter = model.model.layers[2].probe_update.down
+    loss(model, [1, 2], text).backward()
+    place, step, ends = int(parameter.grad.abs().argmax()), 1e-3, []  # scores are in float32
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.view(-1)[place] += sign * step
+            ends.append(float(loss(model, [1, 2], text)))
+            parameter.view(-1)[place] -= sign * step
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(parameter.grad.flatten()[place]), rel=2e-2)
+
+
+def test_texts_are_stretches_and_needles_with_their_answers():
+    tokenizer = tiny_tokenizer()
+    stream = torch.tensor(tokenizer(TEXT * 60)["input_ids"])
+    section = QueriesSection(length=2048, following=16, seed=3)
+    made = texts_of([stream[:900], stream[900:]], tokenizer, section, 18)
+    assert made == texts_of([stream], tokenizer, section, 18)
+    for (stretch, following), (needle, answer) in zip(made[::2], made[1::2], strict=True):
+        assert len(stretch) == 2048 and following == 16 and len(needle) <= 2048 + answer
+        assert str(stretch)[1:-1] in str(stream.tolist())
+        prompt, said = tokenizer.decode(needle[:-answer]), tokenizer.decode(needle[-answer:])
+        assert all(part in prompt for part in said.strip().split(", "))
+    assert all(first[0] != second[0] for first, second in pairwise(made[::2]))
+
+
+def test_one_call_can_do_without_corrections_but_not_with_others():
+    model, ids = tiny_model("llama", SCHEDULE), torch.arange(3, 63)[None]
+    with torch.no_grad():
+        own, without = (model(ids, logits_to_keep=1, spts={"probe": {**PROBE, "rank": r}}).logits for r in (3, 0))
+        assert not torch.equal(own, without)
+        assert torch.equal(own, model(ids, logits_to_keep=1).logits)
+    with pytest.raises(ValueError, match=r"probe\.rank can't be changed"):
+        model(ids, logits_to_keep=1, spts={"probe": {"rank": 2}})
+
+
+def test_a_recipe_fits_them_says_what_they_bring_and_keeps_them(tmp_path):
+    (texts := tmp_path / "texts").mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(" ".join(f"{n} {TEXT}" for n in range(number * 99, number * 99 + 40)))
+    recipe = recipe_for(tiny_base(tmp_path / "base"), texts, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    schedule = {**SCHEDULE, "start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.4}}]}
+    data["schedule"] = {name: value for name, value in schedule.items() if name != "proxy"}
+    data["calibration"] |= {"tokens": 8192, "held_out": 0.25}
+    data["queries"] = {"steps": 4, "length": 1024, "following": 16}
+    recipe.write_text(yaml.safe_dump(data))
+    run("recipe", recipe)
+    report = json.loads((tmp_path / "out/spts_report.json").read_text())
+    assert report["queries"]["after"] <= report["queries"]["before"]
+    [brought] = [part for part in run("inspect", tmp_path / "out").split("\n\n") if part.startswith("Corrections")]
+    assert (
+        f"KL {report['queries']['before']:.3f} -> " in brought and brought in (tmp_path / "out/README.md").read_text()
+    )
+    assert "corrected at rank 3" in run("recipe", recipe, "--dry-run")
+    made = [unit.stat().st_mtime_ns for unit in (tmp_path / "out.work").glob("queries-*")]
+    assert len(made) == 1
+    (again := tmp_path / "again.yaml").write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
+    run("recipe", again, "--force", "--set", "report.seed=5")
+    assert [unit.stat().st_mtime_ns for unit in (tmp_path / "out.work").glob("queries-*")] == made
+    output = run("recipe", recipe, "--force", "--set", "calibration.tokens=3000", code=2)
+    assert "queries: a prompt and what follows it are 1024 tokens" in output
