@@ -246,6 +246,30 @@ def test_what_a_static_cache_can_not_do_gets_a_clear_error():
     assert not ran and type(small.layers[0]) is StaticLayer  # told before the work, and the cache is as it was
 
 
+@pytest.mark.parametrize("window", [None, 128, 10])
+def test_a_later_turn_without_room_in_a_stock_static_cache_gets_a_clear_error(window):
+    model, short = tiny_model("mistral", {**SCHEDULE, "min_length": 30}, sliding_window=window), prompt(20)
+    out = answers(model, short, 4, return_dict_in_generate=True, **STATIC)
+    text = torch.cat([out.sequences, prompt(8, seed=4)], 1)
+    cache, ends = out.past_key_values, answers(model, text, 4, spts=False)
+    if window == 10:  # whose layers hold no more in any case
+        assert torch.equal(answers(model, text, 4, past_key_values=cache), ends)
+        return
+    for new in (text, text[:, :24]):  # the last one is a single token
+        with pytest.raises(ValueError, match="made for 23 tokens, and this turn may need"):
+            answers(model, new, 4, past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match="made for 23 tokens, and this turn may need 28"):
+        model(text[:, 23:28], past_key_values=cache)
+    for room in (34, 35):
+        own = StaticCache(config=model.config, max_cache_len=room)
+        answers(model, short, 4, past_key_values=own)
+        if room == 35:
+            assert torch.equal(answers(model, text, 4, past_key_values=own), ends)
+            continue
+        with pytest.raises(ValueError, match="made for 34 tokens, and this turn may need 35"):
+            answers(model, text, 4, past_key_values=own)
+
+
 def test_where_all_layers_have_windows_a_static_cache_does_not_tell_its_length():
     model, tokens = tiny_model("mistral", sliding_window=10), prompt()
     expected = answers(model, tokens)

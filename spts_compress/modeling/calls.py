@@ -10,7 +10,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer, fill_layers
 from .generation import GenerationCalls
-from .static import StaticKeptLayer
+from .static import StaticKeptLayer, check_room
 from .stock_layer import SkippingPreTrainedModel
 from .update import QUERIES, UPDATES
 
@@ -154,13 +154,17 @@ def holds_skipped(cache: Any) -> bool:
     return any(isinstance(held, SkippedCacheLayer | StaticKeptLayer) for held in getattr(cache, "layers", ()))
 
 
+def new_tokens(given: tuple[Any, Any]) -> int:
+    """How many tokens a call gives, as ids or states."""
+    return (given[1] if given[0] is None else given[0]).shape[1]
+
+
 def has_begun(cache: Cache | None, given: tuple[Any, Any], layer: int = 0) -> bool:
     """Whether a cache holds tokens before those `given` (ids, or states). A static cache counts on the device, and a
     compiled step must not wait for it: with one token, which has nothing to skip, it counts as begun unasked."""
     if cache is None:
         return False
-    new = (given[1] if given[0] is None else given[0]).shape[1]
-    return (new == 1 and cache.is_compileable) or bool(cache.get_seq_length(layer) > 0)
+    return (new_tokens(given) == 1 and cache.is_compileable) or bool(cache.get_seq_length(layer) > 0)
 
 
 def check_call(
@@ -228,6 +232,9 @@ class DecoderCalls(SkippingPreTrainedModel):
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             lengths = request.prompt_lengths(attention_mask, *inputs_embeds.shape[:2])
         if not (lengths or first_layer or (begun and holds_skipped(cache))):
+            stock_static = begun and isinstance(cache, StaticCache)
+            if stock_static and (new_tokens(tokens) > 1 or hasattr(cache, "to_come")):  # no step, which may be compiled
+                check_room(cache, self.config, new_tokens(tokens))
             given: dict[str, Any] = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache)
             given.update(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
             return super().forward(**given, **kwargs)

@@ -99,6 +99,27 @@ def is_static(cache: Any) -> bool:
     return any(isinstance(held, StaticKeptLayer) for held in getattr(cache, "layers", ()))
 
 
+def made_for(cache: Any, config: Any) -> int | None:
+    """How many tokens a static cache of stock layers was made for; None if it does not tell, since layers that are all
+    as short as their window hold any number."""
+    longest = cache.get_max_length()
+    windowed = all(isinstance(held, StaticSlidingWindowLayer) for held in cache.layers)
+    return None if windowed and longest >= config.sliding_window else longest
+
+
+@torch.compiler.disable
+def check_room(cache: Any, config: Any, new: int) -> None:
+    """Raises ValueError if a static cache of stock layers has no room for the `new` tokens of a later pass and those
+    that `generate` says are to come: stock would fail among them or, where all layers have windows, forget others."""
+    room, to_come = made_for(cache, config), vars(cache).get("to_come", 0)
+    needed = int(cache.get_seq_length()) + new + max(0, to_come - 1)  # the last one does not run
+    if room is not None and needed > room:
+        raise ValueError(
+            f"the static cache was made for {room} tokens, and this turn may need {needed}: make it with a larger "
+            "max_cache_len, or leave the cache out"
+        )
+
+
 @torch.compiler.disable  # where someone compiles the prefill, too
 def to_dynamic(cache: Any, config: Any, new: int = 0) -> None:
     """Give dynamic layers to a static cache that is empty, or that skipped. It will have room for as many tokens as
@@ -116,10 +137,8 @@ def to_dynamic(cache: Any, config: Any, new: int = 0) -> None:
         )
     if (to_come := vars(cache).get("to_come")) is not None:
         cache.capacity = seen + to_come
-    elif empty:  # layers that are all as short as their window don't tell
-        longest = cache.get_max_length()
-        windowed = all(isinstance(held, StaticSlidingWindowLayer) for held in cache.layers)
-        cache.capacity = None if windowed and longest >= config.sliding_window else longest
+    elif empty:
+        cache.capacity = made_for(cache, config)
     if cache.capacity is None:
         raise ValueError(
             "all layers have windows, so the static cache does not tell how many tokens it was made for; make it with "
