@@ -136,6 +136,25 @@ def test_an_assistant_goes_by_its_own_schedule(model):
             assert torch.equal(new_tokens(model, tokens, spts=spts, assistant_model=draft), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"spts": False}], ids=["spts", "dense"])
+def test_assisted_decoding_on_a_cache_takes_the_new_tokens_alone(model, options):
+    drafts = stock_twin(model), tiny_model(seed=5)
+    assistants = {"prompt_lookup_num_tokens": 3}, *({"assistant_model": draft} for draft in drafts)
+    out = model.generate(prompt(40), max_new_tokens=4, return_dict_in_generate=True, **GREEDY, **options)
+    text = torch.cat([out.sequences, prompt(20, seed=4), prompt(20, seed=4)], dim=1)  # repeats itself
+    given = dict(attention_mask=torch.ones_like(text), **options)
+    expected = new_tokens(model, text, 10, past_key_values=copy.deepcopy(out.past_key_values), **given)
+    new = text[:, out.past_key_values.get_seq_length() :]
+    embeds = model.get_input_embeddings()(text)
+    for assistant in assistants:
+        given["past_key_values"] = copy.deepcopy(out.past_key_values)
+        with pytest.raises(ValueError, match="give the ones after these alone"):
+            new_tokens(model, text, 10, **assistant, **given)
+        with pytest.raises(ValueError, match="give the ones after these alone"):
+            model.generate(inputs_embeds=embeds, max_new_tokens=10, **GREEDY, **assistant, **given)
+        assert torch.equal(new_tokens(model, new, 10, **assistant, **given), expected)
+
+
 REBUILT = {
     "pairs": lambda cache, config: DynamicCache(ddp_cache_data=[(held.keys, held.values) for held in cache.layers]),
     "triples": lambda cache, config: DynamicCache(ddp_cache_data=list(cache)),

@@ -109,8 +109,19 @@ class GenerationCalls(SkippingPreTrainedModel):
         return create_masks_for_generate(**given)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock; an assistant is told not to skip, or nothing: changes of the schedule are this model's."""
+        """As stock; an assistant is told not to skip, or nothing: changes of the schedule are this model's.
+
+        Raises:
+            ValueError: for the whole text on a cache that holds its beginning, which stock runs again on top of it.
+        """
         assistant, told = kwargs.get("assistant_model"), dict(kwargs["model_kwargs"])
+        cache, mask = told.get("past_key_values"), told.get("attention_mask")
+        text = getattr(kwargs["generation_config"], "_mask_length", -1) if mask is None else mask.shape[-1]
+        if cache is not None and cache.get_seq_length() > 0 and kwargs["inputs_tensor"].shape[1] == text:
+            raise ValueError(
+                "assisted decoding runs all tokens that it is given, also those that the cache holds: give the ones "
+                "after these alone, with the attention mask of the whole text, or leave the cache out"
+            )
         spts = told.pop("spts", None)
         if assistant is None or (spts is False and "spts" in inspect.signature(assistant.forward).parameters):
             told["spts"] = False
