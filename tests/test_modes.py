@@ -305,13 +305,29 @@ def test_a_later_mask_has_the_prompt_as_the_prefill_had_it(model):
         given = torch.cat([torch.ones(2, 40).long() if first is None else first, torch.ones(2, 1).long()], dim=1)
         other = given.clone()
         other[:, 20:30] = 0
-        for wrong in (other, torch.ones_like(given) if first is padded else other.bool()):
+        for wrong in (other, *((torch.ones_like(given), None) if first is padded else (other.bool(),))):
             with pytest.raises(ValueError, match="another one for the prompt than the prefill had"):
                 model(tokens[:, :1], attention_mask=wrong, past_key_values=copy.deepcopy(cache))
         plain = model(tokens[:, :1], attention_mask=given, past_key_values=copy.deepcopy(cache)).logits
         cache.reorder_cache(torch.tensor([1, 0]))
         turned = model(tokens[:, :1].flip(0), attention_mask=given.flip(0), past_key_values=cache).logits
         torch.testing.assert_close(turned, plain.flip(0))
+        if first is padded:  # the row without padding needs no mask
+            cache.batch_select_indices(torch.tensor([1]))
+            assert torch.isfinite(model(tokens[:1, :1], past_key_values=cache).logits).all()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_later_turn_of_padded_rows_needs_their_mask(model, static):
+    tokens, padded = prompt(40, rows=2), (torch.arange(40) >= torch.tensor([[0], [15]])).long()
+    kind = {"cache_implementation": "static"} if static else {}
+    options = dict(GREEDY, max_new_tokens=4, return_dict_in_generate=True)
+    out = model.generate(tokens, attention_mask=padded, **options, **kind)
+    text = torch.cat([out.sequences, prompt(5, rows=2, seed=4)], dim=1)
+    mask = torch.cat([padded, torch.ones(2, 9).long()], dim=1)
+    with pytest.raises(ValueError, match="another one for the prompt than the prefill had"):  # ones are left out
+        new_tokens(model, text, attention_mask=mask | 1, past_key_values=copy.deepcopy(out.past_key_values))
+    new_tokens(model, text, attention_mask=mask, past_key_values=out.past_key_values)
 
 
 def test_a_cache_that_was_reset_tells_of_the_dense_prompt_after(model):

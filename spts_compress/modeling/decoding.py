@@ -100,6 +100,7 @@ class StockRuns(DecoderCalls):
         check_depth(self)
         states, total = run.states, run.cache.get_seq_length(run.first_layer) + run.states.shape[1]
         static = is_static(run.cache)  # whose layers know what is padding: nothing here may wait for the device
+        first = next((held for held in run.cache.layers if isinstance(held, SkippedCacheLayer)), None)
         if run.mask is not None:
             expected = states.shape[0], run.mask.shape[-1] if static else total
             if run.mask.shape != expected:
@@ -107,16 +108,18 @@ class StockRuns(DecoderCalls):
                     f"after a skipped prefill the attention mask must have the shape {expected} (rows, all tokens so "
                     f"far), not {tuple(run.mask.shape)}; or prefill with spts=False"
                 )
-            if not static:
-                first = next((held for held in run.cache.layers if isinstance(held, SkippedCacheLayer)), None)
-                fits = [] if first is None else [first.fits(run.mask)]
-                whole, *alike = torch.stack([run.mask.bool().all(), *fits]).tolist()  # waits for the device once
-                if not all(alike):
-                    raise ValueError(
-                        "the attention mask is another one for the prompt than the prefill had, which chose its tokens "
-                        "by it: give that one, or run the prompt again, with spts=False if its mask is to change"
-                    )
-                run = replace(run, mask=None) if whole else run
+        elif first is not None and first.mask is not None:  # no static one; without a mask nothing is padding
+            run = replace(run, mask=torch.ones_like(first.mask))
+        if run.mask is not None and not static:
+            fits = [] if first is None else [first.fits(run.mask)]
+            whole, *alike = torch.stack([run.mask.bool().all(), *fits]).tolist()  # waits for the device once
+            if not all(alike):
+                raise ValueError(
+                    "the attention mask (none: no padding) is another one for the prompt than the prefill had, which "
+                    "chose its tokens by it: give that one, or run the prompt again, with spts=False if its mask is to "
+                    "change"
+                )
+            run = replace(run, mask=None) if whole else run
         kinds, rotary = layer_kinds(self.config), self._rotary(run)
         masks: dict[Any, Any] = {}
         for index in range(run.first_layer, len(self.layers)):
