@@ -1,5 +1,6 @@
 """Recipes: the YAML file that says what to build. Reading is strict, and all faults are reported at once."""
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Hashable, Sequence
@@ -536,7 +537,7 @@ def _apply(data: dict, edit: str) -> None:
         if final:
             place[step] = value
         else:
-            place = place[step]
+            place[step] = place = copy.copy(place[step])  # of an anchor, whose other places stay as they are
 
 
 def _explain(fault: Any) -> str:

@@ -112,6 +112,18 @@ def test_edits_change_the_recipe_and_are_checked_like_it(tmp_path):
         assert edit in faults(tmp_path, GOOD, (edit,))[0]
 
 
+def test_an_edit_of_an_alias_leaves_what_else_has_its_anchor(tmp_path):
+    stages = "[{end: 2, budget: &half {fraction: 0.5}}, {end: 3, budget: *half}, {end: 4, budget: *half}]"
+    text = f"model: {{path: a}}\nschedule: {{start: 1, stages: {stages}}}\nexport: {{path: out}}\n"
+    for changed in range(3):
+        recipe = load(write(tmp_path, text), (f"schedule.stages.{changed}.budget.fraction=0.4",) * 2)
+        shares = [stage["budget"]["fraction"] for stage in recipe.schedule["stages"]]
+        assert shares == [0.4 if number == changed else 0.5 for number in range(3)]
+    text = "model: {path: a}\nsearch: {lengths: &some [1024, 2048]}\nreport: {lengths: *some}\nexport: {path: out}\n"
+    recipe = load(write(tmp_path, text), ("report.lengths.1=4096",))
+    assert (recipe.search.lengths, recipe.report.lengths) == ([1024, 2048], [1024, 4096])
+
+
 def test_heads_that_score_are_lists_by_layer(tmp_path):
     recipe = load(
         write(tmp_path, GOOD), ("schedule.probe.heads={1: [0, 3], 3: [1]}", "schedule.stages.0={end: 2, budget: 12}")
