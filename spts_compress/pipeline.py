@@ -165,7 +165,11 @@ def run(
         tables = columns.speed_table(report), columns.score_tables(report), fitted
         found = None if searched is None else search_tables.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
-        for name, text in ((CARD, shown), (RECIPE, verbatim), (RESOLVED_RECIPE, _resolved(ready))):
+        for name, text in (
+            (CARD, shown),
+            (RECIPE, verbatim),
+            (RESOLVED_RECIPE, _resolved(ready, distilled is not None)),
+        ):
             (staging / name).write_text(text, encoding="utf-8")
         if searched is not None and (plot := search_folder / SEARCH_PLOT).exists():
             shutil.copyfile(plot, staging / SEARCH_PLOT)
@@ -543,9 +547,9 @@ def _try_forward(model: Any, sequences: Blocks, name: str) -> None:
         raise UserError(f"{name}: the base model gives values that are not finite; check its weights and model.dtype")
 
 
-def _resolved(ready: Prepared) -> str:
-    """The recipe with every value (the schedule in place of its search), the base's exact weights and the versions
-    used, as YAML that loads as a recipe."""
+def _resolved(ready: Prepared, distilled: bool) -> str:
+    """The recipe with every value (the schedule in place of its search, and steps only where updates were `distilled`),
+    the base's exact weights and the versions used, as YAML that loads as a recipe."""
     lines = [f"# made with spts-compress {__version__}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)]
     lines += [f"# base {name}: sha256 {digest}" for name, digest in ready.base.weights.items()]
     if ready.recipe.search and ready.schedule.proxy:
@@ -555,6 +559,7 @@ def _resolved(ready: Prepared) -> str:
     data = ready.recipe.model_dump()
     data["model"]["revision"] = ready.base.revision or ready.recipe.model.revision
     data["schedule"] = {k: v for k, v in ready.schedule.to_dict().items() if k not in ("proxy", "enabled")}
+    data["distill"]["steps"] *= distilled  # a schedule that is given must have use for them
     data["export"]["break_even"] = False  # its result is the schedule's min_length
     del data["search"]
     return "\n".join(lines) + "\n" + yaml.safe_dump(data, sort_keys=False)

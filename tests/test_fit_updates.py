@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 from spts_compress.fit.updates import BLOCK, PENALTY, LayerFit, blank, fit_updates, prompt_length, solve
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.modeling.update import LowRankUpdate
+from spts_compress.pipeline import prepare
+from spts_compress.recipe import load
 from spts_compress.utils.errors import UserError
+from spts_compress.utils.store import Store
 
 SCHEDULE = {
     "start": 1,
@@ -135,12 +138,17 @@ def test_a_search_may_give_its_candidates_updates(corpus, tmp_path):
     data = {name: part for name, part in yaml.safe_load(recipe.read_text()).items() if name != "schedule"}
     search = {
         "speedup": 1.15, "lengths": [600], "kinds": ["free"], "prompts": 1, "answer_tokens": 8, "candidates": 4,
-        "rounds": 1, "starts": [2, 3], "choices": {"kv": [0.75], "ffn_selection": ["attention"]},
+        "rounds": 1, "starts": [2, 3],
+        "choices": {"kv": [0.75], "ffn_selection": ["attention"], "floor": [128]},
     }  # fmt: skip
+    data["distill"] = {"steps": 4, "length": 64, "following": 16}
     recipe.write_text(yaml.safe_dump({**data, "search": search}))
     assert "search has choices.kv, but no update" in run("recipe", recipe, code=2)
     recipe.write_text(yaml.safe_dump({**data, "search": {**search, "update": {"attention_rank": 0, "ffn_rank": 4}}}))
-    run("recipe", recipe)
+    assert "uses no update in 64 tokens, so there is none" in run("recipe", recipe)
+    resolved = load(tmp_path / "out/recipe.resolved.yaml")
+    assert resolved.distill.steps == 0  # or the schedule that was found would be refused
+    prepare(resolved, Store(tmp_path / "out.work"), "cpu")
     schedule = json.loads((tmp_path / "out/config.json").read_text())["spts"]
     assert schedule["update"] == {"attention_rank": 0, "ffn_rank": 4} and schedule["kv"] == 0.75
     assert "proxy" not in schedule and "No proxies" in (tmp_path / "out/README.md").read_text()
