@@ -159,7 +159,10 @@ def run(
             "stages": stage.costs if begins_anew else {},
             **measured,
         }
-        report["fitted_on"] = sorted(ready.searched_on.union(ready.sequences.fitted if ready.parameters else ()))
+        fitted_on = ready.searched_on.union(ready.sequences.fitted if ready.parameters else ())
+        if ready.schedule.proxy or asking or distilled:  # whose sizes and best steps are chosen on what is held out
+            fitted_on |= ready.sequences.checked
+        report["fitted_on"] = sorted(fitted_on)
         told = columns.fit_table(fits), columns.queries(report), columns.distillation(report)
         fitted = "\n\n".join(filter(None, told))
         tables = columns.speed_table(report), columns.score_tables(report), fitted

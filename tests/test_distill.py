@@ -8,9 +8,11 @@ import yaml
 from helpers import recipe_for, run
 from scipy.special import rel_entr
 from tiny import tiny_base, with_updates
+from transformers import AutoTokenizer
 
+from spts_compress.calibrate.data import blocks, documents
 from spts_compress.fit.distill import distill, loss, trained_updates
-from spts_compress.recipe import DistillSection
+from spts_compress.recipe import DistillSection, load
 from spts_compress.utils.errors import UserError
 
 SCHEDULE = {
@@ -126,6 +128,9 @@ def test_a_recipe_distils_says_what_it_brought_and_keeps_it(corpus, tmp_path):
     run("recipe", recipe)
     report = json.loads((tmp_path / "out/spts_report.json").read_text())
     assert report["distilled"]["after"] <= report["distilled"]["before"]
+    section = load(recipe).calibration
+    text = blocks(section, documents(section), AutoTokenizer.from_pretrained(tmp_path / "base"))
+    assert text.checked and {*report["fitted_on"]} == text.fitted | text.checked  # which decides what is kept
     [brought] = [part for part in run("inspect", tmp_path / "out").split("\n\n") if part.startswith("Gradient steps")]
     assert f"(KL {report['distilled']['before']:.3f} -> " in brought or "brought the updates nothing" in brought
     assert brought in (tmp_path / "out/README.md").read_text()

@@ -595,7 +595,7 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
         (tmp_path / f"texts/{name}.txt").write_text(part)
     options = ["--suite", "fidelity", "--lengths", 400, "--items", 1, "--haystack"]
     shown = run("evaluate", folder, *options, tmp_path / "texts", "--output", tmp_path / "out", "--certify")
-    note = "The checkpoint was fitted, or its schedule chosen, on 1 of 2 documents that prompts are made of."
+    note = "The checkpoint was fitted or chosen on 1 of 2 documents that prompts are made of."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
 
@@ -643,7 +643,7 @@ def test_an_ablation_adds_the_parts_one_by_one(checkpoint, tmp_path):
     folder, prose = shutil.copytree(checkpoint, tmp_path / "model"), checkpoint.parent / "prose.txt"
     (folder / "spts_report.json").write_text(json.dumps({"fitted_on": [document_key(prose.read_text())]}))
     shown = run("ablate", folder, "--output", tmp_path, *options, "--haystack", prose)
-    assert "The checkpoint was fitted, or its schedule chosen, on 1 of 1 documents that prompts are made of." in shown
+    assert "The checkpoint was fitted or chosen on 1 of 1 documents that prompts are made of." in shown
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     names = ["dense", "+PAP", "+PAP+LTP", "+PAP+LTP+MSDP", "attention chooses FFN tokens", "uniform budgets"]
     assert list(rows) == names and all(name in shown for name in names)

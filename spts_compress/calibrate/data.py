@@ -84,14 +84,15 @@ def _enough(texts: Iterator[str], section: CalibrationSection, name: str, log: C
 class Blocks:
     """Token sequences, each 1-dimensional, to fit on and to check on; the documents of the two don't overlap.
 
-    `unseen`: the text of all documents of the first source that nothing was fitted on. `fitted`: the keys of those that
-    something was fitted on, see `document_key`.
+    `unseen`: the text of all documents of the first source that nothing was fitted on. `fitted` and `checked`: the keys
+    of those that something was fitted on and of those to check on, see `document_key`.
     """
 
     fit: list[torch.Tensor]
     held_out: list[torch.Tensor]
     unseen: str
     fitted: frozenset[str]
+    checked: frozenset[str]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -132,6 +133,7 @@ def blocks(
         _mixed([part.held_out for part in parts]),
         parts[0].unseen,
         frozenset().union(*(part.fitted for part in parts)),
+        frozenset().union(*(part.checked for part in parts)),
     )
     to_fit, to_check = joined.sizes
     if to_fit < 256 or to_check < 64:
@@ -198,7 +200,8 @@ def _shared_out(
     checked = shuffled[: len(shuffled) - len(waiting)]
     fit = list(_filled(section, waiting, tokenizer, tokens - for_check))
     fitted = frozenset(map(document_key, shuffled[len(checked) : len(shuffled) - len(waiting)]))
-    made = Blocks(fit, held_out, "\n\n".join([*checked, *waiting]), fitted)
+    keys = frozenset(map(document_key, checked))
+    made = Blocks(fit, held_out, "\n\n".join([*checked, *waiting]), fitted, keys)
     if waiting or not again:
         return made
     return max(made, _shared_out(section, texts, tokenizer, sum(made.sizes), False), key=lambda blocks: blocks.sizes[0])

@@ -319,9 +319,7 @@ def summarise(output: Path) -> dict[str, Any]:
 def fitted_note(setting: dict[str, Any]) -> list[str]:
     """What a table says of a setting's `fitted_on`, if anything."""
     seen = setting.get("fitted_on")
-    note = (
-        "The checkpoint was fitted, or its schedule chosen, on {documents} of {of} documents that prompts are made of."
-    )
+    note = "The checkpoint was fitted or chosen on {documents} of {of} documents that prompts are made of."
     return [note.format(**seen)] if seen and seen["documents"] else []
 
 
