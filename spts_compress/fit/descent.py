@@ -26,10 +26,12 @@ class Pace:
 @contextmanager
 def trained(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """These parameters are the only ones of a model that get gradients in the block."""
-    needed = [(each, each.requires_grad) for each in model.parameters()]
+    needed, own = [(each, each.requires_grad) for each in model.parameters()], list(parameters)
     model.requires_grad_(False)
+    for each in own:
+        each.requires_grad_(True)
     try:
-        yield [each.requires_grad_(True) for each in parameters]
+        yield own
     finally:
         for each, before in needed:
             each.requires_grad_(before)
