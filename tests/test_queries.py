@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers import recipe_for, run
+from safetensors import safe_open
 from scipy.special import rel_entr
 from tiny import BARE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
 
@@ -141,3 +142,12 @@ def test_a_recipe_fits_them_says_what_they_bring_and_keeps_them(tmp_path):
     assert [unit.stat().st_mtime_ns for unit in (tmp_path / "out.work").glob("queries-*")] == made
     output = run("recipe", recipe, "--force", "--set", "calibration.tokens=3000", code=2)
     assert "queries: a prompt and what follows it are 1024 tokens" in output
+    search = {
+        "speedup": 1.15, "lengths": [600], "kinds": ["free"], "prompts": 1, "answer_tokens": 8, "candidates": 4,
+        "rounds": 1, "starts": [2, 3], "choices": {"ffn_selection": ["attention"]}, "probe_rank": 2,
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump({**{k: v for k, v in data.items() if k != "schedule"}, "search": search}))
+    run("recipe", recipe, "--force")
+    assert json.loads((tmp_path / "out/config.json").read_text())["spts"]["probe"]["rank"] == 2
+    with safe_open(tmp_path / "out/spts-proxies.safetensors", "pt") as tensors:
+        assert {name.split(".")[3] for name in tensors.keys()} == {"probe_update"}  # noqa: SIM118
