@@ -24,6 +24,7 @@ from spts_compress.calibrate import data
 from spts_compress.calibrate.base_model import resolve
 from spts_compress.export import write
 from spts_compress.modeling.configuration_spts import Schedule
+from spts_compress.modeling.update import UPDATES
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store
 
@@ -47,11 +48,15 @@ BLOCK = {
     "min_length": 40,
 }
 PROXY = {**BLOCK, "ffn_selection": "relative", "proxy": {"channels": 1, "rank": 0}, "start": 1, "min_length": 0}
+PROXY["probe"] = {**PROXY["probe"], "rank": 3}
 SHAPES = {
     "attention_update.bias": (64,),
     "attention_update.down": (2, 64),
     "attention_update.up": (64, 2),
     "ffn_update.bias": (64,),
+    "probe_update.bias": (64,),
+    "probe_update.down": (3, 64),
+    "probe_update.up": (64, 3),
     "proxy.down": (1, 64),
     "proxy.square": (64,),
     "proxy.constants": (2,),
@@ -63,12 +68,13 @@ def build(folder, family="llama", block=BLOCK):
     tiny_base(folder / "base", family, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
     base = resolve(ModelSection(path=str(folder / "base")), Store(folder / "work"))
     generator = torch.Generator().manual_seed(0)
-    wanted = [part for part in ("update", "proxy") if block.get(part)]
+    asked = {"proxy": block.get("proxy"), "probe_update": block["probe"].get("rank"), **dict.fromkeys(UPDATES, UPDATE)}
+    wanted = tuple(part for part, given in asked.items() if given)
     parameters = {
         f"model.layers.{layer}.{name}": torch.randn(shape, generator=generator).bfloat16() / 4
         for layer in range(block["start"], 5)
         for name, shape in SHAPES.items()
-        if any(part in name for part in wanted)
+        if name.startswith(wanted)
     }
     (folder / "out").mkdir()
     write.write(base, write.carry(base), Schedule.from_dict(block, 5), parameters, folder / "out")
