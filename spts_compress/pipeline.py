@@ -30,10 +30,9 @@ from .export import card, write
 from .export.verify import write_manifest
 from .fit.distill import distill
 from .fit.proxies import fit_proxies, judged
-from .fit.queries import CHECKED, fit_queries, texts_of
-from .fit.queries import blank as blank_queries
+from .fit.queries import Text, fit_queries, pair_of_texts, scoring
 from .fit.updates import blank, fit_updates, skipping_parts
-from .modeling.configuration_spts import Schedule
+from .modeling.configuration_spts import Amount, Schedule, Stage
 from .recipe import DistillSection, ModelSection, Recipe, SearchSection
 from .search import run as searching
 from .search import space
@@ -47,6 +46,7 @@ from .utils.errors import UserError, reason
 from .utils.store import Store, as_tensor, claimed, fingerprint, from_tensor
 from .utils.tables import size
 
+CORRECTED = "All that was searched is without the corrections of probing queries that the exported schedule has."
 Log = Callable[[str], None]
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy")
 
@@ -131,7 +131,7 @@ def run(
             return None
         if ready.schedule.probe.rank:
             with stage("queries"):
-                ready, asking = _with_queries(ready, store)
+                ready, asking = _with_queries(ready, store, log)
         if ready.schedule.update:
             with stage("updates"):
                 ready = _with_updates(ready, store)
@@ -201,7 +201,7 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
         ("calibration.length", recipe.calibration.length),
         ("report.lengths", longest),
         ("report.quality_length", recipe.report.longest),
-        ("queries.length", recipe.queries.length),
+        ("queries.length and queries.following", recipe.queries.tokens if recipe.corrects else 0),
         ("distill.length and distill.following", recipe.distill.tokens),
     ):
         if length > context:
@@ -223,6 +223,12 @@ def suited(recipe: Recipe, config: Any, log: Log = lambda _: None) -> tuple[Reci
             "nothing, so that nothing is fitted for them, though they skip in longer prompts: give report.lengths as "
             "long as yours will be"
         )
+    if schedule.probe.rank:
+        length, always = recipe.queries.length, schedule.sink_tokens + schedule.always_last
+        if 2 * always > length:
+            raise UserError(f"queries.length: {always} of {length} tokens are always active; raise it")
+        if not scoring(schedule, config, tokens := recipe.queries.tokens):
+            raise UserError(f"queries.length: all heads that score have windows of less than {tokens} tokens; lower it")
     if not schedule.uses_proxies:
         return recipe, replace(schedule, proxy=())
     sizes = plan.proxy_sizes(config, recipe.proxy, schedule.start)
@@ -265,7 +271,8 @@ def check_first(recipe: Recipe, output: Path, root: Path, device: str) -> None:
 class Prepared:
     """What search and export start from.
 
-    `recipe`: with every value. `carried`: what of the base travels. `haystack`: text of the report's prompts.
+    `recipe`: with every value. `carried`: what of the base travels. `asked`: what probing queries are corrected on and
+    checked by, if they are. `haystack`: text of the report's prompts.
     `prompts`: those of a search; None without one. `searched_on`: keys of the documents they are made of;
     `same_text`: whether the haystack has some of these. `model`: the stock model; None once it is not needed.
     `schedule`: with the sizes of the proxies, whose `parameters` go by their name in the exported model. `fits`:
@@ -277,6 +284,7 @@ class Prepared:
     carried: write.Carried
     tokenizer: Any
     sequences: Blocks
+    asked: tuple[list[Text], ...]
     haystack: str
     prompts: PromptSet | None
     searched_on: frozenset[str]
@@ -336,8 +344,10 @@ def prepare(
             for note in prompts.notes:
                 log(f"search: {note}")
             same_text = text == haystack or not searched_on.isdisjoint(asked_about - sequences.fitted)
-        if recipe.search.probe_rank if recipe.search else schedule.probe.rank:
-            _check_text("queries", recipe.queries.length, sequences)
+        asked: tuple[list[Text], ...] = ()
+        if recipe.corrects:
+            _check_text("queries", recipe.queries.tokens, sequences)
+            asked = pair_of_texts(sequences, tokenizer, recipe.queries)
         if recipe.distill.steps:
             _check_text("distill", recipe.distill.tokens, sequences)
             if recipe.search is None and not _distils(recipe.distill, schedule, base.config):
@@ -351,7 +361,7 @@ def prepare(
             longest, places = max(recipe.report.lengths), norms_of(base.family)
             fitted = fit_proxies(model, schedule, recipe.proxy, sequences, longest, key, places, store, ranks)
     ready = Prepared(
-        recipe, base, carried, tokenizer, sequences, haystack, prompts, searched_on, same_text, model, *fitted
+        recipe, base, carried, tokenizer, sequences, asked, haystack, prompts, searched_on, same_text, model, *fitted
     )
     if prompts is not None and ready.schedule.update:
         with stage("updates for the search"), ranks.main_first():
@@ -374,6 +384,8 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
         searched["chosen"] = number = max(range(len(points)), key=lambda i: points[i]["quality"])
         searched["missed"] = f"{wanted}; by search.on_failure the nearest is exported: {points[number]['quality']:.3f}"
         log(searched["missed"])
+    if section.probe_rank:
+        searched["notes"] = [*searched["notes"], CORRECTED]
     if ranks.is_main:
         search_tables.save(searched, folder, layers)
     if (chosen := searched["chosen"]) is None:
@@ -390,21 +402,21 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
     return replace(ready, schedule=schedule, parameters=parameters)
 
 
-def _with_queries(ready: Prepared, store: Store) -> tuple[Prepared, dict[str, float]]:
-    """With the corrections of its probing queries, and what they bring; what is fitted is kept."""
-    config, rank = ready.base.config, ready.schedule.probe.rank
-    layers = range(ready.schedule.start, config.num_hidden_layers)
-    none = blank_queries(rank, layers, config.hidden_size, ready.model.dtype)
-    bare = replace(ready, parameters={**ready.parameters, **none}, schedule=replace(ready.schedule, update=()))
-    section, sequences = ready.recipe.queries, ready.sequences
-    parts = (sequences.fit, section.steps), (sequences.held_out, CHECKED)
-    texts = [texts_of(part, ready.tokenizer, section, count) for part, count in parts]
-
-    def fit(model: Any, _fit: Any, _held_out: Any, *options: Any) -> dict[str, float]:
-        return fit_queries(model, *options)
-
-    fitted, brought = _fitted(bare, store, "queries", fit, *texts, section)
-    return replace(fitted, schedule=ready.schedule), brought
+def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[str, float] | None]:
+    """With the corrections of its probing queries, and what they bring; without, and None, where no head that scores
+    sees a text to fit on whole. What is fitted is kept, for all schedules that ask alike."""
+    schedule, config, section = ready.schedule, ready.base.config, ready.recipe.queries
+    if not scoring(schedule, config, section.tokens):
+        log(f"queries: all heads that score have windows of less than {section.tokens} tokens, and stay as they are")
+        return replace(ready, schedule=replace(schedule, probe=replace(schedule.probe, rank=0))), None
+    stages = (Stage(config.num_hidden_layers - 1, Amount(1.0)),)
+    bare = Schedule(
+        schedule.start, stages, (), schedule.probe, schedule.sink_tokens, schedule.recent_tokens, "attention"
+    )
+    none = blank(bare, config, ready.model.dtype, queries=True)
+    fitted = replace(ready, schedule=bare, parameters=none)
+    fitted, brought = _fitted(fitted, store, "queries", fit_queries, *ready.asked, section)
+    return replace(ready, parameters={**ready.parameters, **fitted.parameters}), brought
 
 
 def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prepared:
@@ -417,22 +429,27 @@ def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prep
         ready, parameters={**ready.parameters, **blank(ready.schedule, ready.base.config, ready.model.dtype)}
     )
     longest = max(*ready.recipe.report.lengths, ready.recipe.report.longest)
-    ready, rows = _fitted(ready, store, "updates", fit_updates, longest, on_dense)
+    ready, rows = _fitted(ready, store, "updates", fit_updates, *ready.sequences.parts, longest, on_dense)
     r2 = {row["layer"]: row for row in rows}
     return replace(ready, fits=[{**fit, "update": r2.get(fit["layer"], {})} for fit in ready.fits])
 
 
-def _fitted(ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *options: Any) -> tuple[Prepared, Any]:
-    """With the updates of a skipping model that `fit` changed in place, by the text to fit on, the text that is held
-    out and `options`; and what it said of them. Both are kept under `name`."""
-    parts = ready.sequences.fit, ready.sequences.held_out
-    text = [[sequence.tolist() for sequence in part] for part in parts]
+def _plain(value: Any) -> Any:
+    """Tensors, in lists and tuples of any depth, as lists."""
+    if isinstance(value, list | tuple):
+        return [*map(_plain, value)]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def _fitted(ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *given: Any) -> tuple[Prepared, Any]:
+    """With the updates or corrections of a skipping model that `fit` changed in place by what is `given`, and what it
+    said of them. Both are kept under `name`."""
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, text, *options, ready.schedule.to_dict(), tensors_key(ready.parameters))
+    key = fingerprint(*what, _plain(given), ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors(name, key)
     if kept is None:
         model = ready.skipping()
-        said = as_tensor(fit(model, *parts, *options))
+        said = as_tensor(fit(model, *given))
         fitted = {part: value for part, value in model.state_dict().items() if "_update." in part}
         kept = {**fitted, "said": said}
         store.put_tensors(name, key, kept)
@@ -463,7 +480,7 @@ def _distilled(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[
     if not _distils(section, ready.schedule, ready.base.config):
         log(f"distill: the schedule that was found uses no update in {section.length} tokens, so there is none")
         return ready, None
-    return _fitted(ready, store, "distilled", distill, section)
+    return _fitted(ready, store, "distilled", distill, *ready.sequences.parts, section)
 
 
 def _from_break_even(ready: Prepared, device: str, store: Store, log: Log) -> Schedule:
@@ -563,6 +580,8 @@ def _resolved(ready: Prepared, distilled: bool) -> str:
     data["model"]["revision"] = ready.base.revision or ready.recipe.model.revision
     data["schedule"] = {k: v for k, v in ready.schedule.to_dict().items() if k not in ("proxy", "enabled")}
     data["distill"]["steps"] *= distilled  # a schedule that is given must have use for them
+    if not ready.schedule.probe.rank:
+        del data["queries"]
     data["export"]["break_even"] = False  # its result is the schedule's min_length
     del data["search"]
     return "\n".join(lines) + "\n" + yaml.safe_dump(data, sort_keys=False)

@@ -27,7 +27,9 @@ def complete(recipe: Recipe, config: Any, context: int) -> Recipe:
         shape = LayerShape.of(config, plain[0])
         size_ = suitable_proxy(shape, proxy.max_flop_fraction, proxy.channels, proxy.rank)
         proxy = proxy.model_copy(update={"channels": size_.channels, "rank": size_.rank})
-    queries = filled(recipe.queries, length=min(recipe.queries.length, context))
+    queries, windows = recipe.queries, layer_windows(config)
+    most = min(context, max(window or context for window in windows)) - queries.following
+    queries = filled(queries, length=max(512, min(queries.length, most)))
     return recipe.model_copy(update={"calibration": calibration, "proxy": proxy, "report": report, "queries": queries})
 
 
@@ -164,15 +166,18 @@ def probe_words(schedule: Schedule) -> str:
 
 
 def _sizes(schedule: Schedule) -> str:
-    ranks = sorted({(size_.channels, size_.rank) for size_ in schedule.proxy})
-    proxies = [f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in ranks]
-    updates = sorted({astuple(update) for update in schedule.update})
-    return ", ".join(proxies + [f"updates of rank {a} (attention) and {f} (FFN)" for a, f in updates]) or "none"
+    sizes = sorted({(size_.channels, size_.rank) for size_ in schedule.proxy})
+    proxies = [f"{channels} channels and rank {rank}" if rank else "regression" for channels, rank in sizes]
+    ranks = sorted({astuple(update) for update in schedule.update})
+    queries = [f"queries' corrections of rank {schedule.probe.rank}"] if schedule.probe.rank else []
+    updates = [f"updates of rank {a} (attention) and {f} (FFN)" for a, f in ranks]
+    return ", ".join(proxies + updates + queries) or "none"
 
 
 def _search(search: SearchSection) -> str:
     goals = ", ".join(f"{name} {target:g}" for name, target in search.targets())
     wanted = f", quality at least {search.quality:g}" if search.quality is not None else ""
+    wanted += f", then queries corrected at rank {search.probe_rank}" if search.probe_rank else ""
     return (
         f"search    {goals}{wanted}; {search.candidates} candidates and {search.rounds} rounds of "
         f"{search.candidates // 2} more on {search.num_prompts} prompts, confirmed on {search.num_prompts} others"

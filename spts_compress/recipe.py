@@ -295,13 +295,18 @@ class SearchSection(Section):
 
 class QueriesSection(Section):
     """How the corrections of the probing queries are fitted, of a schedule with a `probe.rank` (or of one that is
-    found, by `search.probe_rank`): by `steps`, each on a prompt of at most `length` tokens. In turn it is a stretch of
-    the calibration text with the `following` tokens, or has needles in it and their answer."""
+    found, by `search.probe_rank`): by `steps`, each on a prompt of `length` tokens of the calibration text and the
+    `following` ones, or in turn on needles that are hidden in as many, and their answer."""
 
     steps: Positive = 160
     length: Annotated[int, Field(ge=512)] = 2048
     following: Positive = 48
     seed: Natural = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt and what follows it."""
+        return self.length + self.following
 
 
 class DistillSection(Section):
@@ -373,7 +378,15 @@ class Recipe(Section):
             raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
         if self.distill.steps and not (self.search.update if self.search else (self.schedule or {}).get("update")):
             raise ValueError("has distill.steps, but no updates that they could better: give `update`, too")
+        if "queries" in self.model_fields_set and not self.corrects:
+            raise ValueError("has queries, but no corrections: give `schedule.probe.rank` or `search.probe_rank`")
         return self
+
+    @property
+    def corrects(self) -> bool:
+        """Whether probing queries get corrections."""
+        probe = (self.schedule or {}).get("probe")
+        return bool(self.search.probe_rank if self.search else isinstance(probe, dict) and probe.get("rank"))
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
         """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the

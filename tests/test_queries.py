@@ -12,8 +12,10 @@ from safetensors import safe_open
 from scipy.special import rel_entr
 from tiny import BARE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
 
-from spts_compress.fit.queries import blank, fit_queries, loss, scoring, texts_of
+from spts_compress.fit.queries import fit_queries, loss, scoring, texts_of
+from spts_compress.fit.updates import blank
 from spts_compress.recipe import QueriesSection
+from spts_compress.utils.errors import UserError
 
 PROBE = {"window_size": 4, "kernel_size": 5, "rank": 3}
 SCHEDULE = {**BARE, "probe": PROBE, "sink_tokens": 2, "recent_tokens": 6}
@@ -23,7 +25,7 @@ SECTION = QueriesSection(steps=24, length=512, following=8)
 def uncorrected(family="llama", **probe):
     """A tiny model whose corrections add nothing yet."""
     model = tiny_model(family, {**SCHEDULE, "probe": {**PROBE, **probe}}, max_position_embeddings=256)
-    none = blank(3, range(1, 5), model.config.hidden_size, torch.float32)
+    none = blank(model.config.schedule(), model.config, torch.float32, queries=True)
     model.load_state_dict({**model.state_dict(), **none})
     return model
 
@@ -49,7 +51,7 @@ def test_the_loss_is_the_divergence_from_what_later_tokens_attend_to(heads):
         attentions = stock(torch.tensor([text[0]]), output_attentions=True).attentions
         early = stock(torch.tensor([text[0][:56]]), output_attentions=True).attentions
     layers = [1, 2, 3, 4] if heads == "mean" else [1, 3]
-    assert scoring(model.config, 64) == layers
+    assert scoring(model.config.schedule(), model.config, 64) == layers
     expected = []
     for layer in layers:
         wanted = attentions[layer][0, :, 56:, :56].mean((0, 1))
@@ -68,7 +70,7 @@ def test_steps_bring_scores_nearer_and_change_corrections_alone(family):
     brought = fit_queries(model, texts, checked, SECTION)
     assert brought["after"] < brought["before"]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    layers = scoring(model.config, SECTION.length)
+    layers = scoring(model.config.schedule(), model.config, SECTION.tokens)
     assert {int(name.split(".")[2]) for name in changed} == set(layers)
     assert all(".probe_update." in name for name in changed)
     assert layers == ([1, 4] if family == "gemma3_text" else [1, 2, 3, 4])  # others have windows
@@ -95,15 +97,28 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_texts_are_stretches_and_needles_with_their_answers():
     tokenizer = tiny_tokenizer()
     stream = torch.tensor(tokenizer(TEXT * 60)["input_ids"])
-    section = QueriesSection(length=2048, following=16, seed=3)
-    made = texts_of([stream[:900], stream[900:]], tokenizer, section, 18)
-    assert made == texts_of([stream], tokenizer, section, 18)
+    section = QueriesSection(length=2048, following=200, seed=3)
+    made = texts_of([stream[:900], stream[900:]], tokenizer, section, 18, 0)
+    assert made == texts_of([stream], tokenizer, section, 18, 0)
+    answers = []
     for (stretch, following), (needle, answer) in zip(made[::2], made[1::2], strict=True):
-        assert len(stretch) == 2048 and following == 16 and len(needle) <= 2048 + answer
+        assert len(stretch) == 2248 and following == 200 and len(needle) <= 2248
         assert str(stretch)[1:-1] in str(stream.tolist())
         prompt, said = tokenizer.decode(needle[:-answer]), tokenizer.decode(needle[-answer:])
+        answers += said.strip().split(", ")
         assert all(part in prompt for part in said.strip().split(", "))
     assert all(first[0] != second[0] for first, second in pairwise(made[::2]))
+    others = [tokenizer.decode(text) for text, _ in texts_of([stream], tokenizer, section, 18, 1)[1::2]]
+    assert not any(answer in other for other in others for answer in answers if answer.isdigit())
+    short = QueriesSection(length=2048, following=4)
+    assert all(len(text) <= 2052 for text, _ in texts_of([stream], tokenizer, short, 18, 0))
+
+
+def test_attention_that_is_not_finite_is_said():
+    model = uncorrected()
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"wider model\.dtype"):
+        fit_queries(model, random_texts(4, 1), random_texts(2, 2), SECTION)
 
 
 def test_one_call_can_do_without_corrections_but_not_with_others():
@@ -140,14 +155,37 @@ def test_a_recipe_fits_them_says_what_they_bring_and_keeps_them(tmp_path):
     (again := tmp_path / "again.yaml").write_text((tmp_path / "out/recipe.resolved.yaml").read_text())
     run("recipe", again, "--force", "--set", "report.seed=5")
     assert [unit.stat().st_mtime_ns for unit in (tmp_path / "out.work").glob("queries-*")] == made
-    output = run("recipe", recipe, "--force", "--set", "calibration.tokens=3000", code=2)
-    assert "queries: a prompt and what follows it are 1024 tokens" in output
+    for edit, line in (
+        ("calibration.tokens=3000", "queries: a prompt and what follows it are 1040 tokens"),
+        ("schedule.recent_tokens=600", "queries.length: 602 of 1024 tokens are always active; raise it"),
+        ("schedule.probe.rank=0", "has queries, but no corrections"),
+        ("queries.length=2040", "queries.length and queries.following: 2056 is more than the model's context of 2048"),
+    ):
+        assert line in run("recipe", recipe, "--force", "--set", edit, code=2)
+    run("recipe", recipe, "--force", "--set", "schedule.kv=0.5")  # asks alike
+    assert [unit.stat().st_mtime_ns for unit in (tmp_path / "out.work").glob("queries-*")] == made
     search = {
         "speedup": 1.15, "lengths": [600], "kinds": ["free"], "prompts": 1, "answer_tokens": 8, "candidates": 4,
-        "rounds": 1, "starts": [2, 3], "choices": {"ffn_selection": ["attention"]}, "probe_rank": 2,
+        "rounds": 1, "starts": [2, 3], "choices": {"ffn_selection": ["relative"]}, "probe_rank": 2,
+        "update": {"attention_rank": 0, "ffn_rank": 4},
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump({**{k: v for k, v in data.items() if k != "schedule"}, "search": search}))
     run("recipe", recipe, "--force")
     assert json.loads((tmp_path / "out/config.json").read_text())["spts"]["probe"]["rank"] == 2
+    assert "searched is without the corrections" in (tmp_path / "out/README.md").read_text()
     with safe_open(tmp_path / "out/spts-proxies.safetensors", "pt") as tensors:
-        assert {name.split(".")[3] for name in tensors.keys()} == {"probe_update"}  # noqa: SIM118
+        named = {name.split(".")[3] for name in tensors.keys()}  # noqa: SIM118
+    assert named == {"probe_update", "attention_update", "ffn_update", "proxy"}
+
+
+def test_windows_shorter_than_the_texts_are_told_before_the_run(tmp_path):
+    base = tiny_base(tmp_path / "base", "mistral", sliding_window=1000, max_position_embeddings=2048)
+    data = {
+        "model": {"path": str(base)},
+        "schedule": {"start": 2, "stages": [{"end": 4, "budget": 40}], "probe": PROBE, "ffn_selection": "attention"},
+        "export": {"path": str(tmp_path / "out")},
+    }
+    (recipe := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    assert "corrected at rank 3" in run("recipe", recipe, "--dry-run")  # its length is cut to the windows
+    output = run("recipe", recipe, "--dry-run", "--set", "queries.length=1000", code=2)
+    assert "all heads that score have windows of less than 1048 tokens; lower it" in output

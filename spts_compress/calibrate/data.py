@@ -95,6 +95,11 @@ class Blocks:
     checked: frozenset[str]
 
     @property
+    def parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The sequences to fit on and to check on."""
+        return self.fit, self.held_out
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Tokens to fit on and to check on."""
         return sum(map(len, self.fit)), sum(map(len, self.held_out))

@@ -158,6 +158,8 @@ def queries(report: dict[str, Any]) -> str:
     """What the corrections of the probing queries brought, in words; empty without any."""
     if not (brought := report.get("queries")):
         return ""
+    if brought["before"] == brought["after"]:
+        return "Corrections of the probing queries brought nothing, and were taken back."
     return (
         "Corrections of the probing queries take what tokens are ranked by nearer to what an answer attends to: KL "
         "{before:.3f} -> {after:.3f} nats on held-out text, by which the best steps were chosen.".format(**brought)

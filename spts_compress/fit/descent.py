@@ -13,14 +13,14 @@ import torch
 class Pace:
     """How steps are taken. `rate`: Adam's step, in units of each parameter's own root mean square, after `warm_up`
     steps. `decay`: of its second moments. `checks`: times the error is looked at. `clip`: the most that the gradient's
-    norm may be. `least`: what the root mean square is taken for if it is less."""
+    norm may be. `floor`: what the root mean square is taken for if it is less."""
 
     rate: float
     warm_up: int
     decay: float
     checks: int
     clip: float = math.inf
-    least: float = 1e-4
+    floor: float = 1e-4
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def descend(
     # In float32, whatever the parameters' type: a step is small against them.
     exact = [parameter.detach().float() for parameter in parameters]
     best = [parameter.detach().clone() for parameter in parameters]
-    scales = [max(float(each.square().mean().sqrt()), pace.least) for each in exact]
+    scales = [max(float(each.square().mean().sqrt()), pace.floor) for each in exact]
     adam = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, pace.decay))
     for step in range(steps):
         rate = pace.rate * min(1.0, (step + 1) / pace.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -18,54 +18,62 @@ import torch
 from torch.nn.functional import avg_pool1d, kl_div
 from tqdm import tqdm
 
+from ..calibrate.data import Blocks
+from ..modeling.configuration_spts import Schedule
 from ..modeling.selection import probe_scores, reduce_heads
 from ..modeling.stock_layer import cos_sin_of, layer_windows
-from ..modeling.update import QUERIES, LowRankUpdate
+from ..modeling.update import QUERIES
 from ..recipe import QueriesSection
 from ..tasks import ruler
 from ..tasks.example import token_ids
+from ..utils.errors import UserError
 from .descent import Pace, descend, trained
 
 Text = tuple[list[int], int]  # token ids, and how many of them, the last ones, follow a prompt
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
 WARM_UP = 10  # steps
 CHECKS = 3  # times the held-out texts are looked at
-CHECKED = 12  # of them
+CHECKED = 18  # of them: a needle of every task
 
 
-def blank(rank: int, layers: Sequence[int], hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Corrections that add nothing, by their parameters' names in the exported model."""
-    shapes = LowRankUpdate(hidden, rank).named_parameters()
-    zeros = {part: torch.zeros_like(value.data, dtype=dtype) for part, value in shapes}
-    return {f"model.layers.{n}.{QUERIES}.{part}": zero.clone() for n in layers for part, zero in zeros.items()}
-
-
-def texts_of(sequences: list[torch.Tensor], tokenizer: Any, section: QueriesSection, count: int) -> list[Text]:
-    """`count` texts to fit on or to check by: stretches of a text, and needles that are hidden in it, in turn.
+def texts_of(
+    sequences: list[torch.Tensor], tokenizer: Any, section: QueriesSection, count: int, half: int
+) -> list[Text]:
+    """`count` texts to fit on (`half` 0) or to check by (1), which have no needle in common, with each other or with an
+    evaluation: stretches of a text, and needles that are hidden in it, in turn.
 
     Raises:
-        UserError: if a needle's prompt does not fit into `section.length`.
+        UserError: if a needle's prompt does not fit into `section.length`, or the text has no prose to hide it in.
     """
-    stream, rng, made = torch.cat(sequences), random.Random(section.seed), list[Text]()
-    size = section.length
+    seed, size = 10**9 * (1 + section.seed) + 10**6 * half, section.tokens
+    stream, rng, made = torch.cat(sequences), random.Random(seed), list[Text]()
     prose, tasks = tokenizer.decode(stream.tolist(), skip_special_tokens=True), cycle([*ruler.NEEDLES, "vt"])
     for number in range(count):
         if number % 2 == 0:
             begin = rng.randrange(len(stream) - size + 1)
             made.append((stream[begin : begin + size].tolist(), section.following))
             continue
-        given = tokenizer, prose, size, 1, section.seed + number, section.following
-        example = ruler.examples(next(tasks), *given)[0]
-        answer = tokenizer(" " + ", ".join(example.outputs), add_special_tokens=False)["input_ids"]
+        given = tokenizer, prose, size, 1, seed + number, section.following
+        try:
+            example = ruler.examples(next(tasks), *given)[0]
+        except UserError as error:
+            raise UserError(f"queries: {error}") from None
+        answer = tokenizer(" " + ", ".join(example.outputs), add_special_tokens=False)["input_ids"][: section.following]
         made.append((token_ids(tokenizer, example.text) + answer, len(answer)))
     return made
 
 
-def scoring(config: Any, length: int) -> list[int]:
-    """The layers that get a correction: those with heads that score, and no window shorter than `length` tokens."""
-    schedule, windows = config.schedule(), layer_windows(config)
-    layers = range(schedule.start, config.num_hidden_layers)
-    return [n for n in layers if schedule.probe.heads_of(n) and (windows[n] or length) >= length]
+def pair_of_texts(blocks: Blocks, tokenizer: Any, section: QueriesSection) -> tuple[list[Text], list[Text]]:
+    """Texts to fit on, one for each step, and to check by; see `texts_of`."""
+    parts = (blocks.fit, section.steps), (blocks.held_out, CHECKED)
+    fit, check = (texts_of(part, tokenizer, section, count, half) for half, (part, count) in enumerate(parts))
+    return fit, check
+
+
+def scoring(schedule: Schedule, config: Any, tokens: int) -> list[int]:
+    """The layers that get a correction: those with heads that score, and no window shorter than so many tokens."""
+    layers, windows = range(schedule.start, config.num_hidden_layers), layer_windows(config)
+    return [n for n in layers if schedule.probe.heads_of(n) and (windows[n] or tokens) >= tokens]
 
 
 def spread(scores: torch.Tensor, schedule: Any) -> torch.Tensor:
@@ -108,7 +116,7 @@ def loss(model: Any, layers: list[int], text: Text) -> torch.Tensor:
     def note(number: int, layer: Any, args: tuple, kwargs: dict) -> None:
         with torch.enable_grad():
             tables = kwargs["position_embeddings"]
-            losses.append(layer_loss(layer, number, model.config, args[0].detach(), tables, following).cpu())
+            losses.append(layer_loss(layer, number, model.config, args[0].detach(), tables, following).to(model.device))
 
     with ExitStack() as stack, torch.no_grad():
         for n in layers:
@@ -128,21 +136,25 @@ def fit_queries(
 
     Returns:
         Mean KL in nats, see `layer_loss`, on `checked`: `before` and `after`.
+
+    Raises:
+        UserError: if it is not finite before.
     """
-    layers, generator = scoring(model.config, section.length), torch.Generator().manual_seed(section.seed)
+    layers = scoring(model.config.schedule(), model.config, section.tokens)
+    generator = torch.Generator().manual_seed(section.seed)
     fitted = [getattr(model.model.layers[n], QUERIES) for n in layers]
     for each in fitted:
         each.down.data.copy_(torch.randn(each.down.shape, generator=generator) / math.sqrt(each.down.shape[1]))
 
-    @torch.no_grad()
     def error() -> float:
-        return sum(float(loss(model, layers, text)) for text in checked) / len(checked)
+        return sum(float(loss(model, layers, text).detach()) for text in checked) / len(checked)
 
-    each_once, least = iter(texts), 1 / math.sqrt(model.config.hidden_size)
-    pace = Pace(RATE, WARM_UP, decay=0.99, checks=CHECKS, clip=1.0, least=least)
+    each_once, floor = iter(texts), 1 / math.sqrt(model.config.hidden_size)
+    pace = Pace(RATE, WARM_UP, decay=0.99, checks=CHECKS, clip=1.0, floor=floor)
     own = [parameter for each in fitted for parameter in each.parameters()]
     with trained(model, own) as parameters, tqdm(total=section.steps, desc="fitting queries", unit="step") as bar:
-        before = error()
+        if not math.isfinite(before := error()):
+            raise UserError("queries: attention is not finite on held-out text; take a wider model.dtype")
         steps = section.steps, pace, lambda: loss(model, layers, next(each_once)), error
         after = descend(parameters, *steps, before, bar.update)
     return {"before": before, "after": after}

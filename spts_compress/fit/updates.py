@@ -6,7 +6,7 @@ are not skipped count a little, too: where nearly all are active, the few skippe
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..calibrate.capture import layer_arguments
 from ..modeling.configuration_spts import Schedule
 from ..modeling.layer_plan import Count, LayerPlan
 from ..modeling.selection import gather_tokens
-from ..modeling.update import UPDATES, LowRankUpdate
+from ..modeling.update import QUERIES, UPDATES, LowRankUpdate
 from ..utils.errors import UserError
 
 BLOCK = 4096  # tokens of a prompt that maps are fitted on
@@ -147,12 +147,15 @@ def _note_input(pieces: list[torch.Tensor], module: nn.Module, inputs: tuple) ->
     pieces.append(inputs[0])
 
 
-def blank(schedule: Schedule, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Updates that add nothing, by their parameters' names in the exported model."""
+def blank(schedule: Schedule, config: Any, dtype: torch.dtype, queries: bool = False) -> dict[str, torch.Tensor]:
+    """Updates, or in their place corrections of `queries`, that add nothing, by their parameters' names in the exported
+    model."""
     parameters = {}
     for layer in range(schedule.start, config.num_hidden_layers):
-        ranks = schedule.update_of(layer)
-        for name, rank in zip(UPDATES, (ranks.attention_rank, ranks.ffn_rank), strict=True):
+        ranks = [(QUERIES, schedule.probe.rank)]
+        if not queries:
+            ranks = list(zip(UPDATES, astuple(schedule.update_of(layer)), strict=True))
+        for name, rank in ranks:
             for part, value in LowRankUpdate(config.hidden_size, rank).named_parameters():
                 parameters[f"model.layers.{layer}.{name}.{part}"] = torch.zeros_like(value.data, dtype=dtype)
     return parameters

@@ -48,7 +48,7 @@ class SkipRequest:
         if fixed:
             raise ValueError(f"{', '.join(fixed)} can't be changed for one call: what was fitted is fixed")
         schedule = config.schedule(**changes)
-        if schedule.probe.rank not in (0, config.schedule().probe.rank):
+        if "probe" in changes and schedule.probe.rank not in (0, config.schedule().probe.rank):
             raise ValueError("probe.rank can't be changed for one call, but to 0: what was fitted is fixed")
         return cls(schedule, last, positions)
 

@@ -182,13 +182,14 @@ class SptsBlock:
         """Raises ValueError if a value is out of range: what would otherwise be a wrong answer or an odd error."""
         numbers = [self.start, self.sink_tokens, self.recent_tokens, self.min_length]
         probe = self.probe
-        numbers += [probe.window_size, probe.kernel_size, probe.rank, *(stage.end for stage in self.stages)]
+        numbers += [probe.window_size, probe.kernel_size, *(stage.end for stage in self.stages)]
         numbers += [amount.floor for stage in self.stages for amount in stage.amounts().values()]
         heads = () if isinstance(probe.heads, str) else probe.heads
         for values, kind, what in (
             (numbers, int, "a number of tokens"),
             ([self.enabled], bool, f"enabled, {self.enabled!r},"),
             ([head for _, head in heads], int, f"probe.heads, {heads!r},"),
+            ([probe.rank], int, f"probe.rank, {probe.rank!r},"),
             ([size for proxy in self.proxy for size in vars(proxy).values()], int, "proxy"),
             ([rank for update in self.update for rank in vars(update).values()], int, "update"),
         ):
