@@ -378,7 +378,7 @@ class Recipe(Section):
             raise ValueError("has both schedule and search; give one of them, or none for a default schedule")
         if self.distill.steps and not (self.search.update if self.search else (self.schedule or {}).get("update")):
             raise ValueError("has distill.steps, but no updates that they could better: give `update`, too")
-        if "queries" in self.model_fields_set and not self.corrects:
+        if self.queries != QueriesSection() and not self.corrects:
             raise ValueError("has queries, but no corrections: give `schedule.probe.rank` or `search.probe_rank`")
         return self
 
