@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
+from ..utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,24 @@ def descend(
         update()
     _set(parameters, best)
     return least
+
+
+def brought(
+    parameters: Sequence[torch.Tensor],
+    steps: int,
+    pace: Pace,
+    loss: Callable[[], torch.Tensor],
+    error: Callable[[], float],
+    doing: str,
+    judged: str,
+) -> dict[str, float]:
+    """The error `before` and `after` the steps of `descend`, with a progress bar that says what is being done.
+
+    Raises:
+        UserError: if it is not finite before, naming what is `judged`.
+    """
+    with tqdm(total=steps, desc=doing, unit="step") as bar:
+        if not math.isfinite(before := error()):
+            raise UserError(f"{judged} not finite on held-out text; take a wider model.dtype")
+        after = descend(parameters, steps, pace, loss, error, before, bar.update)
+    return {"before": before, "after": after}

@@ -6,19 +6,16 @@ the gradient of their KL(dense || SPTS) goes back through it to every map. The b
 tokens, stay as they are.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
-from tqdm import tqdm
 
 from ..modeling.update import UPDATES
 from ..recipe import DistillSection
-from ..utils.errors import UserError
-from .descent import Pace, descend, trained
+from .descent import Pace, brought, trained
 from .updates import prompts_of
 
 RATE = 0.02  # Adam's step, in units of each parameter's own root mean square
@@ -86,8 +83,6 @@ def distill(
         return loss(model, stream[None, begin : begin + size].to(model.device), section.following)
 
     pace = Pace(RATE, WARM_UP, decay=0.95, checks=CHECKS, clip=1.0)
-    with trained_updates(model) as parameters, tqdm(total=section.steps, desc="distilling", unit="step") as bar:
-        if not math.isfinite(before := error()):
-            raise UserError("distill: the model's logits are not finite on held-out text; take a wider model.dtype")
-        after = descend(parameters, section.steps, pace, next_loss, error, before, bar.update)
-    return {"before": before, "after": after}
+    told = "distilling", "distill: the model's logits are"
+    with trained_updates(model) as parameters:
+        return brought(parameters, section.steps, pace, next_loss, error, *told)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import avg_pool1d, kl_div
-from tqdm import tqdm
 
 from ..calibrate.data import Blocks
 from ..modeling.configuration_spts import Schedule
@@ -27,7 +26,7 @@ from ..recipe import QueriesSection
 from ..tasks import ruler
 from ..tasks.example import token_ids
 from ..utils.errors import UserError
-from .descent import Pace, descend, trained
+from .descent import Pace, brought, trained
 
 Text = tuple[list[int], int]  # token ids, and how many of them, the last ones, follow a prompt
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
@@ -152,9 +151,6 @@ def fit_queries(
     each_once, floor = iter(texts), 1 / math.sqrt(model.config.hidden_size)
     pace = Pace(RATE, WARM_UP, decay=0.99, checks=CHECKS, clip=1.0, floor=floor)
     own = [parameter for each in fitted for parameter in each.parameters()]
-    with trained(model, own) as parameters, tqdm(total=section.steps, desc="fitting queries", unit="step") as bar:
-        if not math.isfinite(before := error()):
-            raise UserError("queries: attention is not finite on held-out text; take a wider model.dtype")
-        steps = section.steps, pace, lambda: loss(model, layers, next(each_once)), error
-        after = descend(parameters, *steps, before, bar.update)
-    return {"before": before, "after": after}
+    told = "fitting queries", "queries: attention is"
+    with trained(model, own) as parameters:
+        return brought(parameters, section.steps, pace, lambda: loss(model, layers, next(each_once)), error, *told)
