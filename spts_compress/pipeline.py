@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -347,7 +348,16 @@ def prepare(
         asked: tuple[list[Text], ...] = ()
         if recipe.corrects:
             _check_text("queries", recipe.queries.tokens, sequences)
-            asked = pair_of_texts(sequences, tokenizer, recipe.queries)
+        if recipe.corrects and ranks.is_main:  # who alone fits them
+            what = (
+                base.key,
+                environment(),
+                tokenizer.chat_template,
+                recipe.queries.model_dump(),
+                _plain(sequences.parts),
+            )
+            make = partial(pair_of_texts, sequences, tokenizer, recipe.queries)
+            asked = store.json("query-texts", fingerprint(*what), make)
         if recipe.distill.steps:
             _check_text("distill", recipe.distill.tokens, sequences)
             if recipe.search is None and not _distils(recipe.distill, schedule, base.config):

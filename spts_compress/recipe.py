@@ -295,9 +295,11 @@ class SearchSection(Section):
 
 class QueriesSection(Section):
     """How the corrections of the probing queries are fitted, of a schedule with a `probe.rank` (or of one that is
-    found, by `search.probe_rank`): by `steps`, each on a prompt of `length` tokens of the calibration text and the
-    `following` ones, or in turn on needles that are hidden in as many, and their answer."""
+    found, by `search.probe_rank`): by `steps`, each on a prompt of `length` tokens and up to `following` ones of what
+    comes after it, of one of `kinds` in turn: the calibration text and how it goes on, needles that are hidden in it
+    and the right answer, questions about it and the dense model's answer."""
 
+    kinds: Some[Literal["text", "needles", "questions"]] = ["text", "needles"]
     steps: Positive = 160
     length: Annotated[int, Field(ge=512)] = 2048
     following: Positive = 48

@@ -1,6 +1,8 @@
 """Corrections of the probing queries, fitted to what the answer attends to."""
 
 import json
+import random
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -12,9 +14,10 @@ from safetensors import safe_open
 from scipy.special import rel_entr
 from tiny import BARE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
 
-from spts_compress.fit.queries import fit_queries, loss, scoring, texts_of
+from spts_compress.fit.queries import answered, fit_queries, loss, scoring, texts_of
 from spts_compress.fit.updates import blank
 from spts_compress.recipe import QueriesSection
+from spts_compress.tasks.agreement import QUESTIONS
 from spts_compress.utils.errors import UserError
 
 PROBE = {"window_size": 4, "kernel_size": 5, "rank": 3}
@@ -22,9 +25,10 @@ SCHEDULE = {**BARE, "probe": PROBE, "sink_tokens": 2, "recent_tokens": 6}
 SECTION = QueriesSection(steps=24, length=512, following=8)
 
 
-def uncorrected(family="llama", **probe):
+def uncorrected(family="llama", context=256, vocabulary=97, **probe):
     """A tiny model whose corrections add nothing yet."""
-    model = tiny_model(family, {**SCHEDULE, "probe": {**PROBE, **probe}}, max_position_embeddings=256)
+    sizes = {"max_position_embeddings": context, "vocab_size": vocabulary}
+    model = tiny_model(family, {**SCHEDULE, "probe": {**PROBE, **probe}}, **sizes)
     none = blank(model.config.schedule(), model.config, torch.float32, queries=True)
     model.load_state_dict({**model.state_dict(), **none})
     return model
@@ -112,6 +116,27 @@ def test_texts_are_stretches_and_needles_with_their_answers():
     assert not any(answer in other for other in others for answer in answers if answer.isdigit())
     short = QueriesSection(length=2048, following=4)
     assert all(len(text) <= 2052 for text, _ in texts_of([stream], tokenizer, short, 18, 0))
+
+
+def test_questions_get_the_dense_models_own_answers():
+    tokenizer, rng, words = tiny_tokenizer(), random.Random(1), TEXT.replace(".", "").split()
+    stream = torch.tensor(tokenizer(" ".join(" ".join(rng.sample(words, 8)) + "." for _ in range(200)))["input_ids"])
+    made = texts_of([stream], tokenizer, QueriesSection(kinds=["questions", "text"], length=600, following=6), 22, 0)
+    questions = [ids for ids, following in made if not following]
+    prompts = [tokenizer.decode(ids) for ids in questions]
+    assert len({*prompts}) == 11 and all(following == 6 for _, following in made[1::2])
+    for prompt, asked in zip(prompts, QUESTIONS * 3, strict=False):
+        assert all(part in prompt for part in re.split(r"\{\w+\}", asked))
+    model = uncorrected(context=1024, vocabulary=len(tokenizer))
+    stock = stock_twin(model)
+    alone = [stock.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6)[0].tolist() for ids in questions]
+    wanted = [(ids, len(ids) - len(question)) for ids, question in zip(alone, questions, strict=True)]
+    found = answered(model, made, 6)
+    assert found[::2] == wanted and found[1::2] == made[1::2]
+    first = alone[0][len(questions[0]) :]
+    model.generation_config.eos_token_id = first[2]  # an answer ends there, whatever its batch goes on with
+    ids, following = answered(model, made, 6)[0]
+    assert ids[-following:] == first[: first.index(first[2]) + 1]
 
 
 def test_attention_that_is_not_finite_is_said():

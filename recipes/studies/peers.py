@@ -140,11 +140,13 @@ stops = set(stop if isinstance(stop, list) else [stop])
 
 
 def examples(prose: str) -> list[list[dict[str, Any]]]:
-    """Those to choose on, needles and LongBench's in turn, and those to measure on, as plain data."""
+    """Those to choose on, needles and LongBench's in turn, and those to measure on, as plain data. All processes make
+    them together."""
     tasks, half = args.tasks.split(","), args.choose_on // 2 if args.longbench else args.choose_on
 
     def needles(each: int, seed: int) -> list[Example]:
-        by_task = [ruler.examples(t, tokenizer, prose, length, each, seed, args.needle_tokens) for t in tasks]
+        make = partial(ruler.examples, tokenizer=tokenizer, haystack=prose, length=length, count=each, seed=seed)
+        by_task = group.all_gather([make(task, answer_tokens=args.needle_tokens) for task in group.shard(tasks)])
         return [example for several in zip(*by_task, strict=True) for example in several]
 
     chosen, measured = needles(-(-half // len(tasks)), 6)[:half], needles(args.needles, 7)
@@ -165,8 +167,8 @@ def prompts() -> list[list[Prompt]]:
     prose = "\n\n".join(data.from_files(Path(args.haystack)) if args.haystack else data.python_docs())
     given = prose, args.tasks, args.needles, args.items, args.answer_tokens, args.needle_tokens
     key = fingerprint(made, given, contents(args.longbench), length, args.choose_on)
-    with group.main_first():
-        found = work.json("prompts", key, partial(examples, prose))
+    new = None if group.broadcast(work.path("prompts", key, ".json").exists()) else examples(prose)
+    found = work.json("prompts", key, lambda: new)
     ids = partial(encode, tokenizer, device=dense.device)
     return [[Prompt(e := Example(**row), ids([e.text])["input_ids"]) for row in rows] for rows in found]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import avg_pool1d, kl_div
+from tqdm import tqdm
 
 from ..calibrate.data import Blocks
 from ..modeling.configuration_spts import Schedule
@@ -23,50 +24,78 @@ from ..modeling.selection import probe_scores, reduce_heads
 from ..modeling.stock_layer import cos_sin_of, layer_windows
 from ..modeling.update import QUERIES
 from ..recipe import QueriesSection
-from ..tasks import ruler
+from ..tasks import agreement, ruler
 from ..tasks.example import token_ids
+from ..tasks.runner import padded, stops, until_end, until_switch
+from ..timing.pairs import GREEDY
 from ..utils.errors import UserError
 from .descent import Pace, brought, trained
 
-Text = tuple[list[int], int]  # token ids, and how many of them, the last ones, follow a prompt
+Text = tuple[
+    list[int], int
+]  # token ids, and how many of them, the last ones, follow a prompt; 0: its answer is to come
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
 WARM_UP = 10  # steps
 CHECKS = 3  # times the held-out texts are looked at
-CHECKED = 18  # of them: a needle of every task
+TOGETHER = 8  # questions that are answered at once
+CHECKED = 9  # of each kind: a needle of every task
 
 
 def texts_of(
     sequences: list[torch.Tensor], tokenizer: Any, section: QueriesSection, count: int, half: int
 ) -> list[Text]:
     """`count` texts to fit on (`half` 0) or to check by (1), which have no needle in common, with each other or with an
-    evaluation: stretches of a text, and needles that are hidden in it, in turn.
+    evaluation: of the section's kinds, made of a text, in turn.
 
     Raises:
-        UserError: if a needle's prompt does not fit into `section.length`, or the text has no prose to hide it in.
+        UserError: if a prompt does not fit into `section.length`, or the text has no prose to make one of.
     """
-    seed, size = 10**9 * (1 + section.seed) + 10**6 * half, section.tokens
+    seed, size, kinds = 10**9 * (1 + section.seed) + 10**6 * half, section.tokens, section.kinds
     stream, rng, made = torch.cat(sequences), random.Random(seed), list[Text]()
     prose, tasks = tokenizer.decode(stream.tolist(), skip_special_tokens=True), cycle([*ruler.NEEDLES, "vt"])
     for number in range(count):
-        if number % 2 == 0:
+        kind, given = kinds[number % len(kinds)], (tokenizer, prose, size)
+        if kind == "text":
             begin = rng.randrange(len(stream) - size + 1)
             made.append((stream[begin : begin + size].tolist(), section.following))
             continue
-        given = tokenizer, prose, size, 1, seed + number, section.following
         try:
-            example = ruler.examples(next(tasks), *given)[0]
+            if kind == "questions":
+                nth, of = number // len(kinds), -(-count // len(kinds))
+                example = agreement.question(*given, nth, of, section.following, seed)
+            else:
+                example = ruler.examples(next(tasks), *given, 1, seed + number, section.following)[0]
         except UserError as error:
             raise UserError(f"queries: {error}") from None
         answer = tokenizer(" " + ", ".join(example.outputs), add_special_tokens=False)["input_ids"][: section.following]
+        answer *= kind == "needles"
         made.append((token_ids(tokenizer, example.text) + answer, len(answer)))
     return made
 
 
 def pair_of_texts(blocks: Blocks, tokenizer: Any, section: QueriesSection) -> tuple[list[Text], list[Text]]:
     """Texts to fit on, one for each step, and to check by; see `texts_of`."""
-    parts = (blocks.fit, section.steps), (blocks.held_out, CHECKED)
+    parts = (blocks.fit, section.steps), (blocks.held_out, CHECKED * len(section.kinds))
     fit, check = (texts_of(part, tokenizer, section, count, half) for half, (part, count) in enumerate(parts))
     return fit, check
+
+
+@torch.no_grad()
+def answered(model: Any, texts: Sequence[Text], most: int) -> list[Text]:
+    """The texts, each prompt without an answer with the model's own, dense and greedy, of at most so many tokens."""
+    made, waiting = list(texts), [number for number, (_, following) in enumerate(texts) if not following]
+    with tqdm(total=len(waiting), desc="dense answers", unit="text", disable=not waiting) as bar:
+        for begin in range(0, len(waiting), TOGETHER):
+            numbers = waiting[begin : begin + TOGETHER]
+            inputs = padded([texts[number][0] for number in numbers], 0, model.device)
+            end = inputs["input_ids"].shape[1]
+            limit = until_switch(model.config, end, most)
+            out = model.generate(**inputs, **GREEDY, max_new_tokens=limit, spts=False).sequences[:, end:].tolist()
+            for number, row in zip(numbers, out, strict=True):
+                answer = until_end(row, stops(model))
+                made[number] = texts[number][0] + answer, len(answer)
+            bar.update(len(numbers))
+    return made
 
 
 def scoring(schedule: Schedule, config: Any, tokens: int) -> list[int]:
@@ -141,6 +170,7 @@ def fit_queries(
     """
     layers = scoring(model.config.schedule(), model.config, section.tokens)
     generator = torch.Generator().manual_seed(section.seed)
+    texts, checked = (answered(model, some, section.following) for some in (texts, checked))
     fitted = [getattr(model.model.layers[n], QUERIES) for n in layers]
     for each in fitted:
         each.down.data.copy_(torch.randn(each.down.shape, generator=generator) / math.sqrt(each.down.shape[1]))

@@ -1,6 +1,5 @@
 """Prompts that look like use: retrieval, facts to be put together, and free answers about a document."""
 
-import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from ..recipe import SearchSection
 from ..tasks import agreement, ruler, synthetic
-from ..tasks.example import Example, ask_about, different, is_shorter, places, sentences, text_notes
+from ..tasks.example import Example, different, is_shorter, sentences, text_notes
 from ..utils.distributed import Ranks
 from ..utils.errors import UserError
 
@@ -23,12 +22,6 @@ RETRIEVAL = (
 )  # fmt: skip
 MULTI_HOP = ("vt", "multi_hop", "repository", "arithmetic")
 GROUPS = {"retrieval": RETRIEVAL, "multi-hop": MULTI_HOP}
-FREE = (
-    agreement.QUESTION,
-    "{context}\n\nWhich names and terms matter most in the text above, and what is said of them?",
-    "Read the text and answer the question below.\n\n{context}\n\nQuestion: what does the text say about {term}?",
-    "{context}\n\nSummarize the text above.",
-)
 
 
 def tasks_of(kind: str, kinds: Sequence[str]) -> list[str]:
@@ -41,17 +34,6 @@ def kind_of(item: Example, kinds: Sequence[str]) -> str:
     if item.task == agreement.TASK:
         return "free"
     return next((kind for kind in kinds if item.task in tasks_of(kind, kinds)), item.task)
-
-
-def _free(tokenizer: Any, prose: str, length: int, number: int, count: int, tokens: int, seed: int) -> Example:
-    """The question `number` about a stretch of `prose`, `count` of them each from another place, as far as there are
-    any."""
-    rng, parts = random.Random(f"{seed} {number} {length}"), sentences(prose)
-    start = places(parts, count, random.Random(f"{seed} {length}").random())[number % count]
-    words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
-    term = rng.choice([word for word in words if len(word) > 6] or words)
-    question = FREE[number % len(FREE)].replace("{term}", term)
-    return ask_about(agreement.TASK, number, tokenizer, parts, start, question, length, tokens)
 
 
 @dataclass(frozen=True)
@@ -95,7 +77,7 @@ class PromptSet:
         text = self.tokenizer, self.halves[half]
         if kind == "free":
             index, count = half * section.prompts + index, section.prompts
-            return _free(*text, length, index, count, section.answer_tokens, section.seed)
+            return agreement.question(*text, length, index, count, section.answer_tokens, section.seed)
         if not (tasks := tasks_of(kind, section.kinds)):
             raise UserError(f"search.kinds: {kind} is nothing but tasks that are kinds of their own; leave it out")
         seed = section.seed + half

@@ -5,6 +5,7 @@
 - perplexity of the text that follows a long prompt.
 """
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,12 @@ from .example import Example, ask_about, different, places, sentences
 from .runner import encode, until_switch
 
 QUESTION = "Explain in a few sentences what the following text says.\n\n{context}"
+QUESTIONS = (
+    QUESTION,
+    "{context}\n\nWhich names and terms matter most in the text above, and what is said of them?",
+    "Read the text and answer the question below.\n\n{context}\n\nQuestion: what does the text say about {term}?",
+    "{context}\n\nSummarize the text above.",
+)
 TASK = "free_answer"
 REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-token sequences are different
 FOLLOWING = 128  # tokens of following text that are predicted
@@ -35,6 +42,17 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
         for index, start in enumerate(places(parts, count))
     ]
     return different(TASK, made)
+
+
+def question(tokenizer: Any, prose: str, length: int, number: int, count: int, tokens: int, seed: int) -> Example:
+    """As `examples`, the one with this `number` of `count`, each from another place as far as there are any; what is
+    asked, they take in turn. `tokens`: of the answer."""
+    rng, parts = random.Random(f"{seed} {number} {length}"), sentences(prose)
+    start = places(parts, count, random.Random(f"{seed} {length}").random())[number % count]
+    words = [word.strip(".,;:()'\"") for word in " ".join(parts[start : start + 40]).split()]
+    term = rng.choice([word for word in words if len(word) > 6] or words)
+    asked = QUESTIONS[number % len(QUESTIONS)].replace("{term}", term)
+    return ask_about(TASK, number, tokenizer, parts, start, asked, length, tokens)
 
 
 @torch.no_grad()

@@ -88,6 +88,11 @@ def encode(tokenizer: Any, texts: list[str], device: torch.device) -> dict[str, 
     tokenizer may have no token for it."""
     rows = [token_ids(tokenizer, text) for text in texts]
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    return padded(rows, pad, device)
+
+
+def padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Token ids of prompts, padded on the left, and mask, as tensors (B, n)."""
     spare = [max(map(len, rows)) - len(row) for row in rows]
     ids = [[pad] * count + row for count, row in zip(spare, rows, strict=True)]
     mask = [[0] * count + [1] * len(row) for count, row in zip(spare, rows, strict=True)]
@@ -109,8 +114,7 @@ def answers(model: Any, tokenizer: Any, batch: list[Example], **options: Any) ->
         options: of `generate`, such as `spts`.
     """
     inputs = encode(tokenizer, [example.text for example in batch], model.device)
-    stop = model.generation_config.eos_token_id
-    ends = stop if isinstance(stop, list) else [stop]
+    ends = stops(model)
     settings = {**GREEDY, "max_new_tokens": max(example.answer_tokens for example in batch), **options}
     out = model.generate(**inputs, **settings)
     if (follow := batch[0].follow_up) is not None:
@@ -125,12 +129,18 @@ def answers(model: Any, tokenizer: Any, batch: list[Example], **options: Any) ->
         out = model.generate(**inputs, past_key_values=out.past_key_values, **settings)
     made = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     return [
-        tokenizer.decode(_until_end(row[: example.answer_tokens], ends), skip_special_tokens=True)
+        tokenizer.decode(until_end(row[: example.answer_tokens], ends), skip_special_tokens=True)
         for example, row in zip(batch, made, strict=True)
     ]
 
 
-def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
+def stops(model: Any) -> list[int]:
+    """The tokens that end an answer."""
+    stop = model.generation_config.eos_token_id
+    return stop if isinstance(stop, list) else [stop]
+
+
+def until_end(tokens: list[int], ends: list[int]) -> list[int]:
     """An answer without what pads it to the length of others of its batch."""
     return tokens[: next((n for n, token in enumerate(tokens, 1) if token in ends), None)]
 
