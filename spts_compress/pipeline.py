@@ -111,7 +111,7 @@ def run(
     inputs = [*texts, *([base] if base else [])]
     refuse(output, force, inputs)
     root, search_folder = work or output.with_name(output.name + ".work"), output.with_name(output.name + ".search")
-    refuse_among_inputs(output, root, base, texts)
+    refuse_among_inputs(output, root, base, texts, search_folder if search else None)
     check_first(recipe, output, root, device)
     store, measures, stage, searched, asking, distilled = Store(root), Store(root), StageTimer(device), None, None, None
     begins_anew = not any(root.glob("[!.]*-*"))  # with no finished work, which would cost next to nothing now
@@ -164,8 +164,7 @@ def run(
         if ready.schedule.proxy or asking or distilled:  # whose sizes and best steps are chosen on what is held out
             fitted_on |= ready.sequences.checked
         report["fitted_on"] = sorted(fitted_on)
-        told = columns.fit_table(fits), columns.queries(report), columns.distillation(report)
-        fitted = "\n\n".join(filter(None, told))
+        fitted = "\n\n".join(columns.fitted(report))
         tables = columns.speed_table(report), columns.score_tables(report), fitted
         found = None if searched is None else search_tables.as_text(searched)
         shown = card.render(ready.base, ready.schedule, report, *tables, found)
@@ -412,7 +411,7 @@ def _take_found(ready: Prepared, searched: dict[str, Any], folder: Path, log: Lo
     return replace(ready, schedule=schedule, parameters=parameters)
 
 
-def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[str, float] | None]:
+def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[str, Any] | None]:
     """With the corrections of its probing queries, and what they bring; without, and None, where no head that scores
     sees a text to fit on whole. What is fitted is kept, for all schedules that ask alike."""
     schedule, config, section = ready.schedule, ready.base.config, ready.recipe.queries
@@ -426,7 +425,7 @@ def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, di
     none = blank(bare, config, ready.model.dtype, queries=True)
     fitted = replace(ready, schedule=bare, parameters=none)
     fitted, brought = _fitted(fitted, store, "queries", fit_queries, *ready.asked, section)
-    return replace(ready, parameters={**ready.parameters, **fitted.parameters}), brought
+    return replace(ready, parameters={**ready.parameters, **fitted.parameters}), {**brought, "kinds": section.kinds}
 
 
 def _with_updates(ready: Prepared, store: Store, on_dense: bool = False) -> Prepared:

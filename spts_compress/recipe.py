@@ -23,10 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from . import schedule as schedules
-from .modeling.configuration_spts import Proxy, Schedule
-from .modeling.spts_block import HEAD_REDUCTIONS
-from .utils.errors import UserError, reason, unknown_key
+from .modeling.configuration_spts import Schedule
+from .modeling.spts_block import HEAD_REDUCTIONS, unknown_key
+from .utils.errors import UserError, reason
 from .utils.paths import expand
 
 Place = Annotated[str, AfterValidator(expand)]
@@ -360,14 +359,33 @@ class ExportSection(Section):
     private: bool = False
 
 
+def _read_schedule(block: dict[Any, Any], num_layers: int | None = None, num_heads: int | None = None) -> Schedule:
+    """A recipe's schedule, which says nothing of the proxies' size: the least stands for it.
+
+    Raises:
+        ValueError: with a line for each fault.
+    """
+    own = {"proxy", "enabled"}
+    known = [name for name in Schedule.__dataclass_fields__ if name not in own]
+    found = [unknown_key(f"schedule.{key}", known) for key in block if key in own]
+    block = {**{key: value for key, value in block.items() if key not in own}, "proxy": {"channels": 1, "rank": 0}}
+    try:
+        schedule: Schedule = Schedule.from_dict(block, num_layers, num_heads, "schedule")
+    except ValueError as error:
+        found.append(str(error))
+    if found:
+        raise ValueError("\n".join(found))
+    return schedule
+
+
 class Recipe(Section):
-    """What is built. `schedule` is plain data that `schedule.read` checks; without it and a search there is a default
-    schedule, and lengths that are not given are cut to the model's context, see `plan.complete`."""
+    """What is built. Without `schedule`, see `Schedule`, and a search there is a default schedule, and lengths that are
+    not given are cut to the model's context, see `plan.complete`."""
 
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
     proxy: ProxySection = ProxySection()
-    schedule: dict[Any, Any] | None = None
+    schedule: Annotated[dict[Any, Any], AfterValidator(lambda block: _read_schedule(block) and block)] | None = None
     search: SearchSection | None = None
     queries: QueriesSection = QueriesSection()
     distill: DistillSection = DistillSection()
@@ -387,8 +405,8 @@ class Recipe(Section):
     @property
     def corrects(self) -> bool:
         """Whether probing queries get corrections."""
-        probe = (self.schedule or {}).get("probe")
-        return bool(self.search.probe_rank if self.search else isinstance(probe, dict) and probe.get("rank"))
+        probe = (self.schedule or {}).get("probe") or {}
+        return bool(self.search.probe_rank if self.search else probe.get("rank"))
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
         """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the
@@ -400,9 +418,9 @@ class Recipe(Section):
         if self.schedule is None:
             return None
         try:
-            return schedules.read(self.schedule, num_layers, num_heads, "schedule", Proxy(1, 0))
+            return _read_schedule(self.schedule, num_layers, num_heads)
         except ValueError as error:
-            raise UserError("\n".join(error.args)) from None
+            raise UserError(str(error)) from None
 
 
 def find(name: str) -> Path:
@@ -513,19 +531,11 @@ def validated(data: dict, name: str) -> Recipe:
     Raises:
         UserError: with every fault.
     """
-    faults: list[str] = []
     try:
-        if isinstance(data.get("schedule"), dict):
-            schedules.read(data["schedule"], path="schedule", proxy=Proxy(1, 0))
-    except ValueError as error:
-        faults = list(error.args)
-    try:
-        recipe = Recipe.model_validate(data)
+        return Recipe.model_validate(data)
     except ValidationError as error:
-        faults += map(_explain, error.errors())
-    if faults:
-        raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
-    return recipe
+        faults = [f"{name}: {line}" for fault in error.errors() for line in _explain(fault)]
+        raise UserError("\n".join(faults)) from None
 
 
 def _apply(data: dict, edit: str) -> None:
@@ -555,17 +565,19 @@ def _apply(data: dict, edit: str) -> None:
             place[step] = place = copy.copy(place[step])  # of an anchor, whose other places stay as they are
 
 
-def _explain(fault: Any) -> str:
-    """One line for one pydantic fault."""
+def _explain(fault: Any) -> list[str]:
+    """One pydantic fault in lines; a schedule's faults have their own paths."""
     where = fault["loc"]
     path = ".".join(map(str, where))
     if fault["type"] == "extra_forbidden":
-        return unknown_key(path, list(_section(where[:-1]).model_fields))
+        return [unknown_key(path, list(_section(where[:-1]).model_fields))]
     if fault["type"] == "missing":
-        return f"{path} is missing"
+        return [f"{path} is missing"]
     if fault["type"] == "value_error":
-        return f"{path or 'the recipe'} {fault['ctx']['error']}"
-    return f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"
+        given = path or "the recipe"
+        lines = str(fault["ctx"]["error"]).splitlines()
+        return [line if line.startswith(f"{path}.") else f"{given} {line}" for line in lines]
+    return [f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"]
 
 
 def _section(where: tuple) -> type[BaseModel]:

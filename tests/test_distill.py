@@ -11,7 +11,8 @@ from tiny import tiny_base, with_updates
 from transformers import AutoTokenizer
 
 from spts_compress.calibrate.data import blocks, documents
-from spts_compress.fit.distill import distill, loss, trained_updates
+from spts_compress.fit.descent import trained
+from spts_compress.fit.distill import distill, loss
 from spts_compress.recipe import DistillSection, load
 from spts_compress.utils.errors import UserError
 
@@ -71,7 +72,7 @@ def test_the_same_steps_bring_the_same():
 def test_the_gradient_is_that_of_finite_differences():
     model, _, held_out = fitted()
     model, ids = model.double(), torch.cat(held_out)[None, :80]
-    with trained_updates(model) as parameters:
+    with trained(model, [each for name, each in model.named_parameters() if "_update." in name]) as parameters:
         loss(model, ids, 16).backward()
         for parameter in parameters[:4]:  # of the first skipping layer, through all later ones
             gradient, step = parameter.grad.flatten(), 1e-4

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from spts_compress.calibrate.data import blocks, document_key
 from spts_compress.checkpoint.keys import stale
-from spts_compress.evaluate import ablate, suites
+from spts_compress.evaluate import ablate, columns, suites
 from spts_compress.evaluate.columns import score_tables
+from spts_compress.evaluate.suites import EvalConfig, free_examples
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import CalibrationSection
 from spts_compress.search import dense_reference
@@ -506,7 +508,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     first = run(*common, *options, *suites)
     tables = (tmp_path / "out/evaluation.md").read_text()
     assert tables in first
-    lines = (tmp_path / "out/answers.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out/answers.jsonl").read_text().strip().split("\n")  # an answer may have other separators
     assert len(lines) == 2 * 2 * 2 + 2 and "niah_single_2" in first and "KL, nats" in first
     result = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert {row["task"] for row in result["tasks"]} == {"niah_single_2", "counting"}
@@ -520,7 +522,7 @@ def test_an_evaluation_goes_on_scores_again_and_certifies(checkpoint, tmp_path, 
     assert "2 answers are missing; run evaluate" in run(*common, "--rescore", "--certify", code=2)
     monkeypatch.setattr(runner, "answers", whole)
     assert tables in run(*common, *options, *suites)
-    assert sorted((tmp_path / "out/answers.jsonl").read_text().splitlines()) == sorted(lines)
+    assert sorted((tmp_path / "out/answers.jsonl").read_text().strip().split("\n")) == sorted(lines)
 
     rows = [json.loads(line) for line in lines]  # scoring anew reads the answers, whoever wrote them
     for row in rows:
@@ -598,6 +600,37 @@ def test_a_haystack_that_was_fitted_on_is_told(checkpoint, tmp_path):
     note = "The checkpoint was fitted or chosen on 1 of 2 documents that prompts are made of."
     assert note in shown and note in (folder / "README.md").read_text()
     assert note not in run("evaluate", folder, *options, tmp_path / "texts/other.txt", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kinds", "after", "told"), [(["needles"], 0.1, 1), (["needles"], 0.2, 0), (["text"], 0.1, 0)])
+def test_queries_that_were_corrected_on_needles_are_told(checkpoint, tmp_path, kinds, after, told):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    report = {"queries": {"before": 0.2, "after": after, "kinds": kinds}}
+    (folder / "spts_report.json").write_text(json.dumps(report))
+    common = ["evaluate", folder, "--suite", "ruler", "--task", "niah_single_1", "--lengths", 512, "--output", tmp_path]
+    assert run(*common, "--items", 1).count(columns.ON_NEEDLES) == told
+
+
+@pytest.mark.parametrize(("items", "interval", "told"), [(29, (0.9, 1.0), 1), (30, (0.9, 1.0), 0), (1, None, 0)])
+def test_intervals_of_few_prompts_are_not_trusted(items, interval, told):
+    row = {"task": "vt", "length": 512, "items": items, "dense": 1, "spts": 1, "recovery": 1, "interval": interval}
+    assert score_tables({"tasks": [row], "fidelity": []}).count(columns.FEW) == told
+
+
+def test_other_seeds_ask_about_other_places(checkpoint):
+    config = EvalConfig(lengths=(600,), items=2, haystack=str(checkpoint.parent / "prose.txt"))
+    asked = [free_examples(replace(config, seed=seed), TOKENIZER, config.text) for seed in (1, 1, 2)]
+    first, again, other = ({example.text for example in some} for some in asked)
+    assert first == again and not first & other
+
+
+@pytest.mark.parametrize("part", [{"answers": 3}, {"answers": {"dense": 1}}, {"examples": {"known": [1]}}])
+def test_a_setting_that_was_changed_is_told(checkpoint, tmp_path, part):
+    common = ["evaluate", checkpoint, "--output", tmp_path, "--suite", "ruler", "--task", "niah_single_1"]
+    run(*common, "--items", 1, "--lengths", 512)
+    setting = tmp_path / "setting.json"
+    setting.write_text(json.dumps(json.loads(setting.read_text()) | part))
+    assert "its setting.json was changed" in run(*common, "--items", 1, "--lengths", 512, "--rescore", code=2)
 
 
 def test_benchmark_documents_that_were_fitted_on_are_told(checkpoint, tmp_path):

@@ -472,6 +472,17 @@ def test_a_recipe_says_at_its_start_what_is_in_the_way(output, options, message,
     assert sorted(p.name for p in folder.iterdir()) == names
 
 
+@pytest.mark.parametrize(("name", "message"), [("out", "is in the checkpoint"), ("base", "is in the base")])
+def test_a_search_writes_into_no_other_folder(folder, tmp_path, name, message):
+    recipe, taken = recipe_for(folder, tmp_path / "new", tmp_path / "recipe.yaml"), tmp_path / "new.search"
+    shutil.copytree(folder / name, taken)
+    edits = [f"model.path={taken if name == 'base' else folder / 'base'}", "schedule=null", "search={speedup: 1.5}"]
+    files = sorted(taken.iterdir())
+    said = invoke("recipe", recipe, *(word for edit in edits for word in ("--set", edit)), code=2)
+    assert f"new, whose search's folder {taken} {message}" in said
+    assert sorted(taken.iterdir()) == files
+
+
 def test_the_working_folder_is_no_recipes_output(folder, tmp_path, monkeypatch):
     recipe = recipe_for(folder, folder / "new", tmp_path / "recipe.yaml")
     (tmp_path / "here").mkdir()

@@ -12,7 +12,6 @@ from spts_compress.cost import predicted
 from spts_compress.modeling.configuration_spts import Amount, Proxy, Schedule
 from spts_compress.modeling.spts_block import covers
 from spts_compress.recipe import find, load
-from spts_compress.schedule import read
 
 LLAMA_8B = SimpleNamespace(
     num_hidden_layers=32,
@@ -86,7 +85,7 @@ def test_blocks_survive_a_round_trip_and_faults_are_all_named():
     heads = Schedule.from_dict({**block, "probe": {"heads": {2: [1], 4: [0, 3]}}}, 6)
     assert Schedule.from_dict(json.loads(json.dumps(heads.to_dict())), 6) == heads and hash(heads)
     with pytest.raises(ValueError) as caught:
-        read({"start": True, "stages": [{"ned": 1}], "probe": {"heads": 3}, "proxy": 5}, 6)
+        Schedule.from_dict({"start": True, "stages": [{"ned": 1}], "probe": {"heads": 3}, "proxy": 5}, 6)
     for fault in ("spts.start is True", "stages.0.ned is unknown", "stages.0.end is missing", "probe.heads is 3"):
         assert fault in str(caught.value)
 
@@ -110,19 +109,19 @@ def test_blocks_survive_a_round_trip_and_faults_are_all_named():
 def test_heads_that_can_not_score_are_named(heads, fault):
     block = {"start": 2, "stages": [{"end": 3, "budget": 5}], "proxy": {"channels": 4, "rank": 2}}
     with pytest.raises(ValueError, match=fault):
-        read({**block, "probe": {"heads": heads}}, 6, 4)
+        Schedule.from_dict({**block, "probe": {"heads": heads}}, 6, 4)
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"enabled": "false"}, "enabled, 'false',"),
-        ({"min_length": "1000"}, "a number of tokens"),
+        ({"enabled": "false"}, "enabled is 'false'"),
+        ({"min_length": "1000"}, "min_length is '1000'"),
         ({"probe": {"heads": {"2": [1, 1]}}}, "probe.heads"),
-        ({"stages": [{"end": 3, "budget": 24, "prune_to": 10}, {"end": 5, "budget": 20}]}, "prune_to, less than"),
+        ({"stages": [{"end": 3, "budget": 24, "prune_to": 10}, {"end": 5, "budget": 20}]}, "prune_to is less than"),
     ],
 )
 def test_an_edited_block_that_says_something_else_than_it_seems_is_refused(change, fault):
     block = {"start": 2, "stages": [{"end": 3, "budget": 5}], "ffn_selection": "attention", **change}
-    with pytest.raises(ValueError, match=f"{fault}.*out of range"):
+    with pytest.raises(ValueError, match=fault):
         Schedule.from_dict(block, 6)

@@ -6,6 +6,8 @@ from typing import Any
 
 from .. import modeling
 from ..modeling.stock_layer import Norms
+from ..utils.errors import UserError, reason
+from .layout import CONFIG, read_json
 
 # Model family -> the file in modeling/ that adds skipping to it, and the prefix of its class names. The README there
 # says what a new family needs.
@@ -96,3 +98,30 @@ def switch_of(config: Any) -> int | None:
 def _ropes(config: Any) -> list[dict[str, Any]]:
     ropes = getattr(config, "rope_parameters", None) or {}
     return [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+
+
+def read_config(folder: Path) -> Any:
+    """The checkpoint's configuration.
+
+    Raises:
+        UserError: if the folder holds no checkpoint of this toolkit, or one of a family that this release doesn't know,
+            or with a schedule that can't be.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no readable {CONFIG}; give the folder of an exported checkpoint")
+    data = read_json(path)
+    if not isinstance(data.get("spts"), dict):
+        raise UserError(f"{path}: no spts block, so this is not a checkpoint made by spts-compress")
+    family = str(data.get("model_type", "")).removeprefix("spts_")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: family {family} is unknown to this release; it knows {', '.join(FAMILIES)}")
+    try:
+        config = model_class(family).config_class.from_dict(data)
+    except Exception as error:  # each family has checks of its own
+        raise UserError(f"{path}: not a usable configuration: {reason(error)}") from None
+    try:
+        config.schedule()
+    except ValueError as error:
+        raise UserError("\n".join(f"{path}: {fault}" for fault in str(error).splitlines())) from None
+    return config

@@ -57,11 +57,16 @@ def _is_in_text(place: Path, text: Path) -> bool:
     return text.is_dir() and place.is_relative_to(text.resolve())
 
 
-def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iterable[Path]) -> None:
-    """Raises UserError if the checkpoint `output` or the folder for finished work would lie in a folder of text, which
-    the next run would read it as; in another checkpoint, which would no longer be whole; or `work` in the base."""
-    own, root = _place(output), _place(work)
-    made = (("--output", output, own), ("--work", work, root))
+def refuse_among_inputs(
+    output: Path, work: Path, base: Path | None, texts: Iterable[Path], search: Path | None = None
+) -> None:
+    """Raises UserError if the checkpoint `output`, the folder for finished work or that of a `search` would lie in a
+    folder of text, which the next run would read it as; in another checkpoint, which would no longer be whole; or one
+    of the last two in the base."""
+    own = _place(output)
+    made = [("--output", output, own), ("--work", work, _place(work))]
+    if search is not None:
+        made.append((f"--output {output}, whose search's folder", search, _place(search)))
     for text in texts:
         for option, path, place in made:
             if _is_in_text(place, text):
@@ -70,8 +75,9 @@ def refuse_among_inputs(output: Path, work: Path, base: Path | None, texts: Iter
                     "this one's as well; give one outside"
                 )
     read_only = base.resolve() if base and base.is_dir() else None
-    if read_only and root.is_relative_to(read_only) and (root == read_only or not own.is_relative_to(read_only)):
-        raise UserError(f"--work {work} is in the base {base}, which is only read; give another --work")
+    for option, path, root in made[1:]:
+        if read_only and root.is_relative_to(read_only) and (root == read_only or not own.is_relative_to(read_only)):
+            raise UserError(f"{option} {path} is in the base {base}, which is only read; give another")
     for option, path, _ in made:
         refuse_in_checkpoint(path, option, replaced=own)
 

@@ -18,6 +18,7 @@ SPEED: dict[str, Show] = {
 }
 
 
+MANY = 30  # prompts, from which on a bootstrap interval of a mean holds about what it says
 UNSKIPPED = (
     "**Not skipped**: these prompts are shorter than the schedule's `min_length` or its budgets, so SPTS ran dense on "
     "them, and their figures say nothing of skipping."
@@ -28,6 +29,19 @@ OVERLAPPING = (
     "**Overlapping**: the text for free answers is shorter than their prompts together, so that prompts share parts of "
     "it, and the interval is narrower than that of as many different texts."
 )
+
+
+FEW = f"Intervals of fewer than {MANY} prompts are too narrow, most of all where all have the same score."
+ON_NEEDLES = (
+    "Probing queries were corrected on needles of RULER's kind, in other text: scores of such tasks are of what was "
+    "fitted on."
+)
+
+
+def on_needles(report: dict[str, Any]) -> bool:
+    """Whether a checkpoint's probing queries were corrected on needles, and it brought something."""
+    brought = report.get("queries") or {}
+    return "needles" in brought.get("kinds", ()) and brought["before"] != brought["after"]
 
 
 def share_of_dense(row: dict[str, Any], what: str) -> str:
@@ -48,8 +62,8 @@ def lengths(row: dict[str, Any]) -> str:
     return f"{row['length']}" + (f" at most, mean {row['tokens']}" if short else "")
 
 
-def _interval(row: dict, digits: int) -> str:
-    return " ({:.{n}f}-{:.{n}f})".format(*row["interval"], n=digits) if row["interval"] else ""
+def _interval(row: dict, spec: str) -> str:
+    return " ({:{spec}}-{:{spec}})".format(*row["interval"], spec=spec) if row["interval"] else ""
 
 
 def _if_measured(part: str, name: str, spec: str) -> Show:
@@ -64,14 +78,14 @@ TASK_COLUMNS: dict[str, Show] = {
     "dense": lambda row: f"{100 * row['dense']:.1f}",
     "SPTS": lambda row: f"{100 * row['spts']:.1f}",
     "recovery (95% interval)": lambda row: (
-        "" if row["recovery"] is None else f"{row['recovery']:.2f}{_interval(row, 2)}"
+        "" if row["recovery"] is None else f"{row['recovery']:.2f}{_interval(row, '.2f')}"
     ),
 }
 FIDELITY_COLUMNS: dict[str, Show] = {
     "free answers about": "{prompts}",
     "tokens": lengths,
     "prompts": lambda row: prompts(row),
-    "next token as dense (95% interval)": lambda row: f"{row['top1']:.1%}{_interval(row, 3)}",
+    "next token as dense (95% interval)": lambda row: f"{row['top1']:.1%}{_interval(row, '.1%')}",
     "KL, nats": "{kl:.3f}",
     "repeating, dense": _if_measured("repeats", "dense", ""),
     "repeating, SPTS": _if_measured("repeats", "spts", ""),
@@ -150,33 +164,30 @@ def score_tables(result: dict) -> str:
         parts.append(UNSKIPPED)
     if any(row.get("overlap") for row in result["fidelity"]):
         parts.append(OVERLAPPING)
+    if any(row["items"] < MANY and row["interval"] for _, rows in both for row in rows):
+        parts.append(FEW)
     parts += result.get("notes", [])
     return "\n\n".join(parts)
 
 
-def queries(report: dict[str, Any]) -> str:
-    """What the corrections of the probing queries brought, in words; empty without any."""
-    if not (brought := report.get("queries")):
-        return ""
-    if brought["before"] == brought["after"]:
-        return "Corrections of the probing queries brought nothing, and were taken back."
-    return (
+BROUGHT = {  # by the part of the report: what is said if nothing was better, and what if something was
+    "queries": (
+        "Corrections of the probing queries brought nothing, and were taken back.",
         "Corrections of the probing queries take what tokens are ranked by nearer to what an answer attends to: KL "
-        "{before:.3f} -> {after:.3f} nats on held-out text, by which the best steps were chosen.".format(**brought)
-    )
+        "{before:.3f} -> {after:.3f} nats on held-out text, by which the best steps were chosen.",
+    ),
+    "distilled": (
+        "Gradient steps toward the dense model's next tokens brought the updates nothing, and were taken back.",
+        "Gradient steps then took the updates nearer to the dense model's next tokens (KL {before:.3f} -> {after:.3f} "
+        "nats on held-out text after a prompt, by which the best steps were chosen); R^2 is of the updates before.",
+    ),
+}
 
 
-def distillation(report: dict[str, Any]) -> str:
-    """What distillation brought, in words; empty without it."""
-    if not (brought := report.get("distilled")):
-        return ""
-    ends = "KL {before:.3f} -> {after:.3f} nats on held-out text after a prompt, by which the best steps were chosen"
-    if brought["before"] == brought["after"]:
-        return "Gradient steps toward the dense model's next tokens brought the updates nothing, and were taken back."
-    return (
-        f"Gradient steps then took the updates nearer to the dense model's next tokens ({ends.format(**brought)}); R^2 "
-        "is of the updates before."
-    )
+def fitted(report: dict[str, Any]) -> list[str]:
+    """The table of what was fitted, and in words what gradient steps brought; nothing where nothing was."""
+    words = [BROUGHT[name][e["before"] != e["after"]].format(**e) for name in BROUGHT if (e := report.get(name))]
+    return [*filter(None, [fit_table(report["proxies"])]), *words, *([ON_NEEDLES] if on_needles(report) else [])]
 
 
 def fit_table(fits: list[dict]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -12,12 +13,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from tqdm import tqdm
 from yaml import YAMLError
 
 from ..calibrate import data
 from ..calibrate.base_checks import setting_faults
-from ..checkpoint.families import context_of
+from ..checkpoint.families import context_of, read_config
 from ..checkpoint.keys import environment, folder_key, watch
 from ..checkpoint.layout import CARD, CERTIFICATE, REPORT, read_json
 from ..export.card import with_results
@@ -30,8 +32,7 @@ from ..utils.distributed import SINGLE_PROCESS, Ranks
 from ..utils.errors import UserError, reason, some
 from ..utils.store import file_hash, fingerprint, writing
 from ..utils.tables import COLOURS, LABELS, plot_interval
-from .columns import score_tables
-from .inspect import read_config
+from .columns import ON_NEEDLES, on_needles, score_tables
 
 RESULTS = tables.files("evaluation")  # in the output
 SUITES = ("ruler", "longbench", "diversity", "fidelity")
@@ -87,6 +88,11 @@ class EvalConfig:
         """The haystack."""
         return "\n\n".join(self.documents)
 
+    @property
+    def first(self) -> float:
+        """Where in the haystack, from 0 to 1, the first prompt for a free answer is taken from."""
+        return random.Random(self.seed).random()
+
 
 def files(processes: int) -> tuple[str, ...]:
     """What an evaluation by so many processes makes in its output."""
@@ -127,7 +133,7 @@ def free_examples(config: EvalConfig, tokenizer: Any, haystack: str) -> list[Exa
     """The prompts of the suite `fidelity`: about the `haystack`, and LongBench's if its folder is given."""
     examples = list[Example]()
     for length in config.lengths:
-        examples += agreement.examples(tokenizer, haystack, length, config.items, FREE_TOKENS)
+        examples += agreement.examples(tokenizer, haystack, length, config.items, FREE_TOKENS, config.first)
         examples += _longbench_examples(config, tokenizer, length, FREE_TOKENS)
     return examples
 
@@ -140,7 +146,8 @@ def require_context(config: Any, tokens: int, what: str) -> None:
 
 class FolderKeys(dict[str, str]):
     """For dense and skipping answers, what of the checkpoint in `folder` they depend on; all of its weights are read.
-    `unchanged`: see `watch`. `fitted_on`: keys of documents that it was fitted or chosen on, as far as it tells."""
+    `unchanged`: see `watch`. `fitted_on`: keys of documents that it was fitted or chosen on, as far as it tells;
+    `on_needles`: whether it was on needles, too."""
 
     def __init__(self, folder: Path):
         paths = list(folder.glob("*.safetensors"))
@@ -149,6 +156,7 @@ class FolderKeys(dict[str, str]):
         super().__init__({mode: folder_key(folder, weights, dense=mode == "dense") for mode in MODES})
         report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
         self.fitted_on = frozenset(report.get("fitted_on", ()))
+        self.on_needles = bool(on_needles(report))
 
 
 def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "") -> tuple[Any, Any, FolderKeys]:
@@ -201,7 +209,7 @@ def begun(
 
 def of_texts(tokenizer: Any, folder_keys: FolderKeys, config: EvalConfig) -> dict[str, Any]:
     """What a result says of the texts that prompts are made of: `fitted_on`, on how many of the `documents` (`of` so
-    many) something was fitted or chosen, and the haystack's `notes`, see `text_notes`."""
+    many) something was fitted or chosen, and `notes` on the haystack, see `text_notes`, and on needles."""
     documents, notes = list[str](), list[str]()
     if {*config.suites} != {"longbench"}:
         documents, notes = config.documents, text_notes(config.text, config.lengths, tokenizer)
@@ -209,6 +217,7 @@ def of_texts(tokenizer: Any, folder_keys: FolderKeys, config: EvalConfig) -> dic
         benches = _longbench_tasks(config)
         documents = [*documents, *(text for bench, task in benches for text in bench.documents(task, config.items))]
     seen = [data.document_key(text) in folder_keys.fitted_on for text in documents]
+    notes = [*notes, *([ON_NEEDLES] if folder_keys.on_needles and "ruler" in config.suites else [])]
     return {"fitted_on": {"documents": sum(seen), "of": len(seen)}, "notes": notes}
 
 
@@ -240,7 +249,7 @@ def collect(
         free, text = free_examples(config, tokenizer, haystack), "\n\n".join(sentences(haystack))
 
     def following(example: Example) -> str | None:
-        begin = example.index * len(text) // config.items
+        begin = int((config.first + example.index / config.items) % 1 * len(text))
         return text[begin:] + text[:begin] if example.task == agreement.TASK else None
 
     wanted = {mode: [answer_key(key, example) for example in examples] for mode, key in keys.items()}
@@ -275,9 +284,10 @@ def summarise(output: Path) -> dict[str, Any]:
     """
     try:
         setting = json.loads((output / "setting.json").read_text())
-        wanted, examples = setting.pop("answers"), setting.pop("examples")
+        wanted = TypeAdapter(dict[str, list[str]]).validate_python(setting.pop("answers"))
+        examples = TypeAdapter(dict[str, list[dict[str, Any]]]).validate_python(setting.pop("examples"))
     except (OSError, ValueError, KeyError, AttributeError):
-        raise UserError(f"{output}: no evaluation there") from None
+        raise UserError(f"{output}: no evaluation there, or its setting.json was changed") from None
     answers = Answers(output / "answers.jsonl").rows
     rows = {
         mode: [

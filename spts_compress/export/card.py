@@ -184,7 +184,7 @@ Token Skipping for Efficient Long-Context LLM Inference", arXiv 2601.13155, 2026
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="{report["dtype"]}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY"{", trust_remote_code=True" if base.trusted else ""})
+tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
 ```
 
 `generate` skips by itself; `generate(..., spts=False)` does not. Forward passes that return every position (losses,
@@ -195,7 +195,7 @@ log-likelihoods) are dense. Pad batches on the left.
 On {machine["device"]}{threads}, torch {machine["torch"]}, transformers {machine["transformers"]}, {report["dtype"]},
 SDPA; dense is the stock model with the same weights, alternating in one process. TTFT is the time of
 `generate(max_new_tokens=1)`, median of {len(report["speed"][0]["dense"]["rounds"][0])} pairs; "FLOPs" is the
-ratio of floating-point operations. `needles` asks for {needle}, which nothing was fitted on; scores are in percent.
+ratio of floating-point operations. `needles` asks for {needle}; nothing was fitted on that text. Scores are in percent.
 
 {speed}
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, schedule
+from .. import __version__
 from ..checkpoint import layout, loadable
-from ..checkpoint.families import FAMILIES, code_files, exported_config, model_class
+from ..checkpoint.families import code_files, exported_config, model_class, read_config
 from ..checkpoint.keys import stale
 from ..checkpoint.layout import CERTIFICATE, CONFIG, FREE, MANIFEST, NOTES, TOLD, all_files, inside, matches, read_json
-from ..utils.errors import UserError, reason
+from ..utils.errors import UserError
 from ..utils.store import file_hash, writing
 
 
@@ -46,19 +46,19 @@ def verify(folder: Path) -> list[str]:
     Raises:
         UserError: if the folder is no checkpoint of this toolkit.
     """
-    listed, config = read_json(folder / MANIFEST).get("sha256"), read_json(folder / CONFIG)
-    if not isinstance(listed, dict) or not isinstance(config.get("spts"), dict):
-        raise UserError(
-            f"{folder}: not a checkpoint of spts-compress: it needs {MANIFEST} and a config with an spts block"
-        )
+    listed = read_json(folder / MANIFEST).get("sha256")
+    if not isinstance(listed, dict):
+        raise UserError(f"{folder}: not a checkpoint of spts-compress: {MANIFEST} lists no files")
     found = {name: file_hash(folder / name) for name in listed if inside(name) and (folder / name).is_file()}
     faults = _file_faults(folder, listed, found) + _name_faults(listed, base_names(folder))
     if stale(folder, {name: digest for name, digest in found.items() if name.endswith(".safetensors")}):
         faults.append(f"{CERTIFICATE}: of another checkpoint; remove it, or run evaluate --certify")
-    family = str(config.get("model_type", "")).removeprefix("spts_")
-    if family not in FAMILIES:
-        return [*faults, f"{CONFIG}: model_type {config.get('model_type')} is of no family that this release knows"]
-    return faults + _code_faults(folder, family, config) + _model_faults(folder, family, config)
+    try:
+        config = read_config(folder)
+    except UserError as error:
+        return faults + [line.removeprefix(f"{folder}/") for line in str(error).splitlines()]
+    cls = model_class(config.model_type.removeprefix("spts_"))
+    return faults + _code_faults(folder, config) + loadable.faults(folder, cls, config)
 
 
 def _file_faults(folder: Path, listed: dict[str, Any], found: dict[str, str]) -> list[str]:
@@ -89,27 +89,14 @@ def _name_faults(listed: dict[str, Any], names: dict[str, str]) -> list[str]:
     return faults
 
 
-def _code_faults(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
+def _code_faults(folder: Path, config: Any) -> list[str]:
     """The modelling code against this release's own, and that the config asks for no other."""
+    family = config.model_type.removeprefix("spts_")
     faults = [
         f"{own.name}: not the code of spts-compress {__version__}"
         for own in code_files(family)
         if not (folder / own.name).is_file() or file_hash(folder / own.name) != file_hash(own)
     ]
-    if config.get("auto_map") != exported_config({"model_type": family})["auto_map"]:
+    if read_json(folder / CONFIG).get("auto_map") != exported_config({"model_type": family})["auto_map"]:
         faults.append(f"{CONFIG}: auto_map names other code than that of spts-compress")
     return faults
-
-
-def _model_faults(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
-    """The schedule, and all tensors, against the model that the config describes, with the family's defaults."""
-    cls = model_class(family)
-    try:
-        full = cls.config_class.from_dict(config)
-    except Exception as error:  # whatever the family's own checks raise
-        return [f"{CONFIG}: not a usable configuration: {reason(error)}"]
-    try:
-        schedule.read(config["spts"], full.num_hidden_layers, full.num_attention_heads)
-    except (ValueError, KeyError) as error:
-        return [f"{CONFIG}: {fault}" for fault in error.args]
-    return loadable.faults(folder, cls, full)

@@ -19,10 +19,10 @@ class Pace:
     norm may be. `floor`: what the root mean square is taken for if it is less."""
 
     rate: float
-    warm_up: int
     decay: float
-    checks: int
-    clip: float = math.inf
+    warm_up: int = 10
+    checks: int = 3
+    clip: float = 1.0
     floor: float = 1e-4
 
 

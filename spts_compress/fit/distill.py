@@ -6,8 +6,6 @@ the gradient of their KL(dense || SPTS) goes back through it to every map. The b
 tokens, stay as they are.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,21 +17,7 @@ from .descent import Pace, brought, trained
 from .updates import prompts_of
 
 RATE = 0.02  # Adam's step, in units of each parameter's own root mean square
-WARM_UP = 10  # steps
-CHECKS = 3  # times the held-out tokens are looked at
 CHECKED = 12  # prompts of them, at most
-
-
-@contextmanager
-def trained_updates(model: Any) -> Iterator[list[torch.nn.Parameter]]:
-    """Yields the updates' parameters, the only ones that get gradients in the block; scores get none."""
-    layers = model.model.layers[model.config.schedule().start :]
-    parameters = [each for layer in layers for name in UPDATES for each in getattr(layer, name).parameters()]
-    with ExitStack() as stack:
-        for layer in layers:
-            layer._scores = torch.no_grad()(layer._scores)
-            stack.callback(delattr, layer, "_scores")
-        yield stack.enter_context(trained(model, parameters))
 
 
 @torch.no_grad()
@@ -82,7 +66,9 @@ def distill(
         begin = int(torch.randint(len(stream) - size + 1, (), generator=generator))
         return loss(model, stream[None, begin : begin + size].to(model.device), section.following)
 
-    pace = Pace(RATE, WARM_UP, decay=0.95, checks=CHECKS, clip=1.0)
+    pace = Pace(RATE, decay=0.95)
     told = "distilling", "distill: the model's logits are"
-    with trained_updates(model) as parameters:
+    layers = model.model.layers[model.config.schedule().start :]
+    own = [each for layer in layers for name in UPDATES for each in getattr(layer, name).parameters()]
+    with trained(model, own) as parameters:
         return brought(parameters, section.steps, pace, next_loss, error, *told)

@@ -31,12 +31,8 @@ from ..timing.pairs import GREEDY
 from ..utils.errors import UserError
 from .descent import Pace, brought, trained
 
-Text = tuple[
-    list[int], int
-]  # token ids, and how many of them, the last ones, follow a prompt; 0: its answer is to come
+Text = tuple[list[int], int]  # tokens, and how many, the last ones, follow a prompt; 0: its answer is to come
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
-WARM_UP = 10  # steps
-CHECKS = 3  # times the held-out texts are looked at
 TOGETHER = 8  # questions that are answered at once
 CHECKED = 9  # of each kind: a needle of every task
 
@@ -179,7 +175,7 @@ def fit_queries(
         return sum(float(loss(model, layers, text).detach()) for text in checked) / len(checked)
 
     each_once, floor = iter(texts), 1 / math.sqrt(model.config.hidden_size)
-    pace = Pace(RATE, WARM_UP, decay=0.99, checks=CHECKS, clip=1.0, floor=floor)
+    pace = Pace(RATE, decay=0.99, floor=floor)
     own = [parameter for each in fitted for parameter in each.parameters()]
     told = "fitting queries", "queries: attention is"
     with trained(model, own) as parameters:

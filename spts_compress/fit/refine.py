@@ -1,6 +1,7 @@
 """Refinement of a proxy: gradient steps that lessen the discrepancy between what it predicts and what the feed-forward
 network does, with the base weights frozen (the objective of the paper's Eq. 7, which the paper does not optimise)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,5 +79,5 @@ def refine(
         batch = torch.randint(len(tokens), (BATCH,), generator=generator).to(tokens.unit.device)
         return loss(proxy, tokens[batch])
 
-    before, pace = unseen(), Pace(RATE, WARM_UP, decay=0.98, checks=CHECKS)
+    before, pace = unseen(), Pace(RATE, decay=0.98, warm_up=WARM_UP, checks=CHECKS, clip=math.inf)
     return descend([*proxy.parameters()], steps, pace, batch_loss, unseen, before) < before

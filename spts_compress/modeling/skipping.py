@@ -116,6 +116,7 @@ class SkippingDecoderLayer(StockLayer):
         states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
         return states, cached_index, plan.choose(plan.candidates_out, order), raw
 
+    @torch.no_grad()  # which only order tokens
     def _scores(
         self,
         normed: torch.Tensor,
@@ -148,8 +149,7 @@ class SkippingDecoderLayer(StockLayer):
         return plan.unseen(count)
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-        """Causal attention (B, M, H, d) among the active tokens, which, where there is a window, are at `slots`
-        (B, M)."""
+        """Causal attention (B, M, H, d) among the active tokens; with a window, they are at `slots` (B, M)."""
         return self.attention_function()(query, key, value, mask)[0]
 
     @staticmethod

@@ -28,9 +28,11 @@ REPEATED = 0.5  # an answer repeats itself if less than this share of its 4-toke
 FOLLOWING = 128  # tokens of following text that are predicted
 
 
-def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_tokens: int) -> list[Example]:
+def examples(
+    tokenizer: Any, haystack: str, length: int, count: int, answer_tokens: int, first: float = 0.0
+) -> list[Example]:
     """`count` prompts of at most `length` tokens, answer included, that ask for a free answer about a stretch of
-    `haystack`, each from another place.
+    `haystack`, each from another place; the first one's is at `first` of it, from 0 to 1.
 
     Raises:
         UserError: if the question alone does not fit into `length`, or `haystack` has no sentence, or two
@@ -39,7 +41,7 @@ def examples(tokenizer: Any, haystack: str, length: int, count: int, answer_toke
     parts = sentences(haystack)
     made = [
         ask_about(TASK, index, tokenizer, parts, start, QUESTION, length, answer_tokens)
-        for index, start in enumerate(places(parts, count))
+        for index, start in enumerate(places(parts, count, first))
     ]
     return different(TASK, made)
 

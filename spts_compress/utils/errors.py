@@ -1,17 +1,10 @@
 """The one error that users are meant to see."""
 
-import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Bad input or environment. The message says what is wrong, where, and what would be right, in one line each."""
-
-
-def unknown_key(path: str, known: list[str]) -> str:
-    """A line for the key at the end of the dotted `path`, with the nearest of those that are `known`."""
-    near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
-    return f"{path} is unknown{f' (did you mean {near[0]}?)' if near else ''}; known here: {', '.join(known)}"
 
 
 def reason(error: BaseException) -> str:
