@@ -29,9 +29,10 @@ from .evaluate import columns
 from .evaluate.measure import check_prompts, measure_all
 from .export import card, write
 from .export.verify import write_manifest
+from .fit.descent import Progress
 from .fit.distill import distill
 from .fit.proxies import fit_proxies, judged
-from .fit.queries import Text, fit_queries, pair_of_texts, scoring
+from .fit.queries import Text, answered, fit_queries, pair_of_texts, scoring
 from .fit.updates import blank, fit_updates, skipping_parts
 from .modeling.configuration_spts import Amount, Schedule, Stage
 from .recipe import DistillSection, ModelSection, Recipe, SearchSection
@@ -424,7 +425,13 @@ def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, di
     )
     none = blank(bare, config, ready.model.dtype, queries=True)
     fitted = replace(ready, schedule=bare, parameters=none)
-    fitted, brought = _fitted(fitted, store, "queries", fit_queries, *ready.asked, section)
+    key = ready.key(str(ready.model.device))
+
+    def kept(prompts: list[list[int]], make: Callable[[], list[list[int]]]) -> list[list[int]]:
+        return store.json("query-answers", fingerprint(key, prompts, section.following), make)
+
+    texts = [answered(fitted.skipping(), some, section.following, kept) for some in ready.asked]
+    fitted, brought = _fitted(fitted, store, "queries", fit_queries, *texts, section, resumes=True)
     return replace(ready, parameters={**ready.parameters, **fitted.parameters}), {**brought, "kinds": section.kinds}
 
 
@@ -450,18 +457,22 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
-def _fitted(ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *given: Any) -> tuple[Prepared, Any]:
+def _fitted(
+    ready: Prepared, store: Store, name: str, fit: Callable[..., Any], *given: Any, resumes: bool = False
+) -> tuple[Prepared, Any]:
     """With the updates or corrections of a skipping model that `fit` changed in place by what is `given`, and what it
-    said of them. Both are kept under `name`."""
+    said of them. Both are kept under `name`, and meanwhile, if it `resumes`, what it has done."""
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
     key = fingerprint(*what, _plain(given), ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept = store.tensors(name, key)
     if kept is None:
-        model = ready.skipping()
-        said = as_tensor(fit(model, *given))
+        model, begun = ready.skipping(), (f"{name}-begun", key)
+        more = [Progress(partial(store.tensors, *begun), partial(store.put_tensors, *begun))] if resumes else []
+        said = as_tensor(fit(model, *given, *more))
         fitted = {part: value for part, value in model.state_dict().items() if "_update." in part}
         kept = {**fitted, "said": said}
         store.put_tensors(name, key, kept)
+        store.drop(*begun)
     said = from_tensor(kept.pop("said"))
     return replace(ready, parameters={**ready.parameters, **kept}), said
 
@@ -489,7 +500,7 @@ def _distilled(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, dict[
     if not _distils(section, ready.schedule, ready.base.config):
         log(f"distill: the schedule that was found uses no update in {section.length} tokens, so there is none")
         return ready, None
-    return _fitted(ready, store, "distilled", distill, *ready.sequences.parts, section)
+    return _fitted(ready, store, "distilled", distill, *ready.sequences.parts, section, resumes=True)
 
 
 def _from_break_even(ready: Prepared, device: str, store: Store, log: Log) -> Schedule:

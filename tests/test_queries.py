@@ -14,6 +14,8 @@ from safetensors import safe_open
 from scipy.special import rel_entr
 from tiny import BARE, TEXT, stock_twin, tiny_base, tiny_model, tiny_tokenizer
 
+from spts_compress.fit import queries
+from spts_compress.fit.descent import Progress
 from spts_compress.fit.queries import answered, fit_queries, loss, scoring, texts_of
 from spts_compress.fit.updates import blank
 from spts_compress.recipe import QueriesSection
@@ -139,6 +141,62 @@ def test_questions_get_the_dense_models_own_answers():
     assert ids[-following:] == first[: first.index(first[2]) + 1]
 
 
+@pytest.mark.parametrize("killed", [10, 20])
+def test_steps_go_on_where_a_run_was_killed(killed):
+    texts, checked = random_texts(4, 1) * 6, random_texts(3, 1)
+    alone, kept = uncorrected(), {}
+
+    def write(state):
+        kept.update({name: value.clone() for name, value in state.items()})
+        if state["done"] == killed:
+            raise KeyboardInterrupt
+
+    brought = fit_queries(alone, texts, checked, SECTION)
+    with pytest.raises(KeyboardInterrupt):
+        fit_queries(uncorrected(), texts, checked, SECTION, Progress(lambda: None, write))
+    model, left = uncorrected(), [*texts[:killed], *texts[killed:]]
+    left[:killed] = [None] * killed  # which are not read again
+    assert fit_queries(model, left, checked, SECTION, Progress(lambda: kept)) == brought
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class Killed(BaseException):
+    """What nobody catches."""
+
+
+def test_a_killed_recipe_fits_the_rest(tmp_path, monkeypatch):
+    recipe = corrected_recipe(tmp_path, kinds=["questions"], steps=12, length=1024, following=4)
+    counts = {"_answers": 0, "layer_loss": 0}
+
+    def count(name, stop=None):
+        function = getattr(queries, name)
+
+        def counted(*args):
+            counts[name] += 1
+            if counts[name] == stop:
+                raise Killed
+            return function(*args)
+
+        monkeypatch.setattr(queries, name, counted)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(queries, "_answers", queries._answers)
+        count("_answers", stop=2)
+        run("recipe", recipe)
+    layers, checked = 3, queries.CHECKED
+    count("_answers")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(queries, "layer_loss", queries.layer_loss)
+        count("layer_loss", stop=layers * (checked + 4 + checked + 4 + checked + 3))
+        run("recipe", recipe)
+    assert counts["_answers"] == 2 + 3  # of 12 questions and 9, of which the first 8 were kept
+    counts["layer_loss"] = 0
+    count("layer_loss")
+    run("recipe", recipe)
+    assert counts == {"_answers": 5, "layer_loss": layers * (checked + 2 + checked)}
+    assert not [*tmp_path.glob("out.work/queries-begun*")]
+
+
 def test_attention_that_is_not_finite_is_said():
     model = uncorrected()
     model.model.embed_tokens.weight.data.fill_(float("nan"))
@@ -156,7 +214,8 @@ def test_one_call_can_do_without_corrections_but_not_with_others():
         model(ids, logits_to_keep=1, spts={"probe": {"rank": 2}})
 
 
-def test_a_recipe_fits_them_says_what_they_bring_and_keeps_them(tmp_path):
+def corrected_recipe(tmp_path, **section):
+    """A recipe of a tiny model with corrections, whose `queries` are these."""
     (texts := tmp_path / "texts").mkdir()
     for number in range(12):
         (texts / f"{number}.txt").write_text(" ".join(f"{n} {TEXT}" for n in range(number * 99, number * 99 + 40)))
@@ -165,8 +224,14 @@ def test_a_recipe_fits_them_says_what_they_bring_and_keeps_them(tmp_path):
     schedule = {**SCHEDULE, "start": 2, "stages": [{"end": 4, "budget": {"fraction": 0.4}}]}
     data["schedule"] = {name: value for name, value in schedule.items() if name != "proxy"}
     data["calibration"] |= {"tokens": 8192, "held_out": 0.25}
-    data["queries"] = {"steps": 4, "length": 1024, "following": 16}
+    data["queries"] = section
     recipe.write_text(yaml.safe_dump(data))
+    return recipe
+
+
+def test_a_recipe_fits_them_says_what_they_bring_and_keeps_them(tmp_path):
+    recipe = corrected_recipe(tmp_path, steps=4, length=1024, following=16)
+    data = yaml.safe_load(recipe.read_text())
     run("recipe", recipe)
     report = json.loads((tmp_path / "out/spts_report.json").read_text())
     assert report["queries"]["after"] <= report["queries"]["before"]

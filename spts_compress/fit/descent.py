@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from ..utils.errors import UserError
 
+KEPT = 10  # steps after which what is done is kept
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -24,6 +27,18 @@ class Pace:
     checks: int = 3
     clip: float = 1.0
     floor: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where unfinished steps are kept, so that a killed run goes on: `read` gives what `write` was last given, None
+    before."""
+
+    read: Callable[[], dict[str, torch.Tensor] | None] = lambda: None
+    write: Callable[[dict[str, torch.Tensor]], None] = lambda state: None
+
+
+NOT_KEPT = Progress()
 
 
 @contextmanager
@@ -50,18 +65,19 @@ def descend(
     parameters: Sequence[torch.Tensor],
     steps: int,
     pace: Pace,
-    loss: Callable[[], torch.Tensor],
+    loss: Callable[[int], torch.Tensor],
     error: Callable[[], float],
     least: float,
-    update: Callable[[], Any] = lambda: None,
+    update: Callable[[int], Any] = lambda steps: None,
+    progress: Progress = NOT_KEPT,
 ) -> float:
     """Take steps in place; the state of the least error is kept, that of before if none is better. A step whose
     gradient is not finite is left out, or no later one would be.
 
     Args:
         parameters: of any type; some may get no gradient.
-        loss: on the next step's data. `error`: what is looked at. `least`: the error before.
-        update: called after each step, for a progress bar.
+        loss: on the data of the step with this number. `error`: what is looked at. `least`: the error before.
+        update: called with the steps just done, for a progress bar.
 
     Returns:
         The least error.
@@ -70,10 +86,19 @@ def descend(
     exact = [parameter.detach().float() for parameter in parameters]
     best = [parameter.detach().clone() for parameter in parameters]
     scales = [max(float(each.square().mean().sqrt()), pace.floor) for each in exact]
-    adam = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, pace.decay))
-    for step in range(steps):
+    adam, done = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, pace.decay)), 0
+    if begun := progress.read():
+        done, least = int(begun["done"]), float(begun["least"])
+        _set(exact, (begun[f"exact.{n}"] for n in range(len(exact))))
+        _set(best, (begun[f"best.{n}"] for n in range(len(best))))
+        _set(parameters, exact)
+        for n, each in enumerate(exact):
+            moments = {name: begun[f"{name}.{n}"] for name in MOMENTS if f"{name}.{n}" in begun}
+            adam.state[each] = {name: value if name == "step" else value.to(each) for name, value in moments.items()}
+        update(done)
+    for step in range(done, steps):
         rate = pace.rate * min(1.0, (step + 1) / pace.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss().backward()
+        loss(step).backward()
         for group, each, parameter, scale in zip(adam.param_groups, exact, parameters, scales, strict=True):
             group["lr"] = rate * scale
             each.grad = None if parameter.grad is None else parameter.grad.float()
@@ -84,7 +109,13 @@ def descend(
         looks = (step + 1) % max(1, steps // pace.checks) == 0 or step + 1 == steps
         if looks and (now := error()) < least:  # which NaN is not
             least, best = now, [parameter.detach().clone() for parameter in parameters]
-        update()
+        if (step + 1) % KEPT == 0:
+            state = {"done": torch.tensor(step + 1), "least": torch.tensor(least, dtype=torch.float64)}
+            for n, each in enumerate(exact):
+                state |= {f"exact.{n}": each.detach(), f"best.{n}": best[n]}
+                state |= {f"{name}.{n}": value for name, value in adam.state[each].items()}
+            progress.write(state)
+        update(1)
     _set(parameters, best)
     return least
 
@@ -93,10 +124,11 @@ def brought(
     parameters: Sequence[torch.Tensor],
     steps: int,
     pace: Pace,
-    loss: Callable[[], torch.Tensor],
+    loss: Callable[[int], torch.Tensor],
     error: Callable[[], float],
     doing: str,
     judged: str,
+    progress: Progress,
 ) -> dict[str, float]:
     """The error `before` and `after` the steps of `descend`, with a progress bar that says what is being done.
 
@@ -106,5 +138,5 @@ def brought(
     with tqdm(total=steps, desc=doing, unit="step") as bar:
         if not math.isfinite(before := error()):
             raise UserError(f"{judged} not finite on held-out text; take a wider model.dtype")
-        after = descend(parameters, steps, pace, loss, error, before, bar.update)
+        after = descend(parameters, steps, pace, loss, error, before, bar.update, progress)
     return {"before": before, "after": after}

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from ..modeling.update import UPDATES
 from ..recipe import DistillSection
-from .descent import Pace, brought, trained
+from .descent import NOT_KEPT, Pace, Progress, brought, trained
 from .updates import prompts_of
 
 RATE = 0.02  # Adam's step, in units of each parameter's own root mean square
@@ -37,7 +37,11 @@ def loss(model: Any, ids: torch.Tensor, following: int, dense: torch.Tensor | No
 
 
 def distill(
-    model: Any, fit: list[torch.Tensor], held_out: list[torch.Tensor], section: DistillSection
+    model: Any,
+    fit: list[torch.Tensor],
+    held_out: list[torch.Tensor],
+    section: DistillSection,
+    progress: Progress = NOT_KEPT,
 ) -> dict[str, float]:
     """Take steps of Adam with a cosine schedule, each on another stretch of the text, in place; the updates that are
     best on held-out text are kept.
@@ -52,8 +56,8 @@ def distill(
     Raises:
         UserError: if it is not finite before.
     """
-    generator = torch.Generator().manual_seed(section.seed)
-    stream, size = torch.cat(fit), section.tokens
+    stream, size, generator = torch.cat(fit), section.tokens, torch.Generator().manual_seed(section.seed)
+    begins = torch.randint(len(stream) - size + 1, (section.steps,), generator=generator).tolist()
     checked = prompts_of(held_out, size)[:CHECKED, None].to(model.device)
     expected = [dense_logits(model, ids, section.following) for ids in checked]  # for all looks
 
@@ -62,13 +66,13 @@ def distill(
         losses = (loss(model, ids, section.following, dense) for ids, dense in zip(checked, expected, strict=True))
         return sum(map(float, losses)) / len(checked)
 
-    def next_loss() -> torch.Tensor:
-        begin = int(torch.randint(len(stream) - size + 1, (), generator=generator))
-        return loss(model, stream[None, begin : begin + size].to(model.device), section.following)
+    def loss_of(step: int) -> torch.Tensor:
+        ids = stream[None, begins[step] : begins[step] + size]
+        return loss(model, ids.to(model.device), section.following)
 
     pace = Pace(RATE, decay=0.95)
     told = "distilling", "distill: the model's logits are"
     layers = model.model.layers[model.config.schedule().start :]
     own = [each for layer in layers for name in UPDATES for each in getattr(layer, name).parameters()]
     with trained(model, own) as parameters:
-        return brought(parameters, section.steps, pace, next_loss, error, *told)
+        return brought(parameters, section.steps, pace, loss_of, error, *told, progress)

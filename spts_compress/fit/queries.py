@@ -8,7 +8,7 @@ tokens that follow.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
@@ -29,7 +29,7 @@ from ..tasks.example import token_ids
 from ..tasks.runner import padded, stops, until_end, until_switch
 from ..timing.pairs import GREEDY
 from ..utils.errors import UserError
-from .descent import Pace, brought, trained
+from .descent import NOT_KEPT, Pace, Progress, brought, trained
 
 Text = tuple[list[int], int]  # tokens, and how many, the last ones, follow a prompt; 0: its answer is to come
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
@@ -76,22 +76,37 @@ def pair_of_texts(blocks: Blocks, tokenizer: Any, section: QueriesSection) -> tu
     return fit, check
 
 
-@torch.no_grad()
-def answered(model: Any, texts: Sequence[Text], most: int) -> list[Text]:
-    """The texts, each prompt without an answer with the model's own, dense and greedy, of at most so many tokens."""
+Answers = list[list[int]]
+
+
+def answered(
+    model: Any,
+    texts: Sequence[Text],
+    most: int,
+    kept: Callable[[list[list[int]], Callable[[], Answers]], Answers] = lambda prompts, make: make(),
+) -> list[Text]:
+    """The texts, each prompt without an answer with the model's own, dense and greedy, of at most so many tokens.
+
+    Args:
+        kept: given some prompts and what makes their answers, gives them as they were made before, if they were.
+    """
     made, waiting = list(texts), [number for number, (_, following) in enumerate(texts) if not following]
     with tqdm(total=len(waiting), desc="dense answers", unit="text", disable=not waiting) as bar:
         for begin in range(0, len(waiting), TOGETHER):
             numbers = waiting[begin : begin + TOGETHER]
-            inputs = padded([texts[number][0] for number in numbers], 0, model.device)
-            end = inputs["input_ids"].shape[1]
-            limit = until_switch(model.config, end, most)
-            out = model.generate(**inputs, **GREEDY, max_new_tokens=limit, spts=False).sequences[:, end:].tolist()
-            for number, row in zip(numbers, out, strict=True):
-                answer = until_end(row, stops(model))
+            prompts = [texts[number][0] for number in numbers]
+            for number, answer in zip(numbers, kept(prompts, partial(_answers, model, prompts, most)), strict=True):
                 made[number] = texts[number][0] + answer, len(answer)
             bar.update(len(numbers))
     return made
+
+
+@torch.no_grad()
+def _answers(model: Any, prompts: list[list[int]], most: int) -> Answers:
+    inputs = padded(prompts, 0, model.device)
+    end = inputs["input_ids"].shape[1]
+    out = model.generate(**inputs, **GREEDY, max_new_tokens=until_switch(model.config, end, most), spts=False)
+    return [until_end(row, stops(model)) for row in out.sequences[:, end:].tolist()]
 
 
 def scoring(schedule: Schedule, config: Any, tokens: int) -> list[int]:
@@ -151,7 +166,11 @@ def loss(model: Any, layers: list[int], text: Text) -> torch.Tensor:
 
 
 def fit_queries(
-    model: Any, texts: Sequence[Text], checked: Sequence[Text], section: QueriesSection
+    model: Any,
+    texts: Sequence[Text],
+    checked: Sequence[Text],
+    section: QueriesSection,
+    progress: Progress = NOT_KEPT,
 ) -> dict[str, float]:
     """Fit the corrections of a skipping causal language model in place; those that are best on `checked` are kept.
 
@@ -166,7 +185,6 @@ def fit_queries(
     """
     layers = scoring(model.config.schedule(), model.config, section.tokens)
     generator = torch.Generator().manual_seed(section.seed)
-    texts, checked = (answered(model, some, section.following) for some in (texts, checked))
     fitted = [getattr(model.model.layers[n], QUERIES) for n in layers]
     for each in fitted:
         each.down.data.copy_(torch.randn(each.down.shape, generator=generator) / math.sqrt(each.down.shape[1]))
@@ -174,9 +192,8 @@ def fit_queries(
     def error() -> float:
         return sum(float(loss(model, layers, text).detach()) for text in checked) / len(checked)
 
-    each_once, floor = iter(texts), 1 / math.sqrt(model.config.hidden_size)
-    pace = Pace(RATE, decay=0.99, floor=floor)
+    pace = Pace(RATE, decay=0.99, floor=1 / math.sqrt(model.config.hidden_size))
     own = [parameter for each in fitted for parameter in each.parameters()]
     told = "fitting queries", "queries: attention is"
     with trained(model, own) as parameters:
-        return brought(parameters, section.steps, pace, lambda: loss(model, layers, next(each_once)), error, *told)
+        return brought(parameters, section.steps, pace, lambda n: loss(model, layers, texts[n]), error, *told, progress)

@@ -75,7 +75,7 @@ def refine(
 
     generator = torch.Generator().manual_seed(seed)
 
-    def batch_loss() -> torch.Tensor:
+    def batch_loss(step: int) -> torch.Tensor:
         batch = torch.randint(len(tokens), (BATCH,), generator=generator).to(tokens.unit.device)
         return loss(proxy, tokens[batch])
 
