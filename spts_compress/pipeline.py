@@ -32,7 +32,7 @@ from .export.verify import write_manifest
 from .fit.descent import Progress
 from .fit.distill import distill
 from .fit.proxies import fit_proxies, judged
-from .fit.queries import Text, answered, fit_queries, pair_of_texts, scoring
+from .fit.queries import Rows, Text, answered, fit_queries, pair_of_texts, scoring
 from .fit.updates import blank, fit_updates, skipping_parts
 from .modeling.configuration_spts import Amount, Schedule, Stage
 from .recipe import DistillSection, ModelSection, Recipe, SearchSection
@@ -427,8 +427,9 @@ def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, di
     fitted = replace(ready, schedule=bare, parameters=none)
     key = ready.key(str(ready.model.device))
 
-    def kept(prompts: list[list[int]], make: Callable[[], list[list[int]]]) -> list[list[int]]:
-        return store.json("query-answers", fingerprint(key, prompts, section.following), make)
+    def kept(prompts: Rows, make: Callable[[], Rows]) -> Rows:
+        answers: Rows = store.json("query-answers", fingerprint(key, prompts, section.following), make)
+        return answers
 
     texts = [answered(fitted.skipping(), some, section.following, kept) for some in ready.asked]
     fitted, brought = _fitted(fitted, store, "queries", fit_queries, *texts, section, resumes=True)

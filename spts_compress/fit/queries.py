@@ -31,6 +31,7 @@ from ..timing.pairs import GREEDY
 from ..utils.errors import UserError
 from .descent import NOT_KEPT, Pace, Progress, brought, trained
 
+Rows = list[list[int]]  # of tokens
 Text = tuple[list[int], int]  # tokens, and how many, the last ones, follow a prompt; 0: its answer is to come
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
 TOGETHER = 8  # questions that are answered at once
@@ -63,8 +64,8 @@ def texts_of(
                 example = ruler.examples(next(tasks), *given, 1, seed + number, section.following)[0]
         except UserError as error:
             raise UserError(f"queries: {error}") from None
-        answer = tokenizer(" " + ", ".join(example.outputs), add_special_tokens=False)["input_ids"][: section.following]
-        answer *= kind == "needles"
+        known = " " + ", ".join(example.outputs) if example.outputs else ""
+        answer = tokenizer(known, add_special_tokens=False)["input_ids"][: section.following]
         made.append((token_ids(tokenizer, example.text) + answer, len(answer)))
     return made
 
@@ -76,14 +77,11 @@ def pair_of_texts(blocks: Blocks, tokenizer: Any, section: QueriesSection) -> tu
     return fit, check
 
 
-Answers = list[list[int]]
-
-
 def answered(
     model: Any,
     texts: Sequence[Text],
     most: int,
-    kept: Callable[[list[list[int]], Callable[[], Answers]], Answers] = lambda prompts, make: make(),
+    kept: Callable[[Rows, Callable[[], Rows]], Rows] = lambda prompts, make: make(),
 ) -> list[Text]:
     """The texts, each prompt without an answer with the model's own, dense and greedy, of at most so many tokens.
 
@@ -102,7 +100,7 @@ def answered(
 
 
 @torch.no_grad()
-def _answers(model: Any, prompts: list[list[int]], most: int) -> Answers:
+def _answers(model: Any, prompts: Rows, most: int) -> Rows:
     inputs = padded(prompts, 0, model.device)
     end = inputs["input_ids"].shape[1]
     out = model.generate(**inputs, **GREEDY, max_new_tokens=until_switch(model.config, end, most), spts=False)
