@@ -431,7 +431,7 @@ def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, di
         answers: Rows = store.json("query-answers", fingerprint(key, prompts, section.following), make)
         return answers
 
-    texts = [answered(fitted.skipping(), some, section.following, kept) for some in ready.asked]
+    texts = [answered(ready.model, some, section.following, kept) for some in ready.asked]
     fitted, brought = _fitted(fitted, store, "queries", fit_queries, *texts, section, resumes=True)
     return replace(ready, parameters={**ready.parameters, **fitted.parameters}), {**brought, "kinds": section.kinds}
 
@@ -465,15 +465,15 @@ def _fitted(
     said of them. Both are kept under `name`, and meanwhile, if it `resumes`, what it has done."""
     what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
     key = fingerprint(*what, _plain(given), ready.schedule.to_dict(), tensors_key(ready.parameters))
-    kept = store.tensors(name, key)
+    kept, begun = store.tensors(name, key), (f"{name}-begun", key)
     if kept is None:
-        model, begun = ready.skipping(), (f"{name}-begun", key)
+        model = ready.skipping()
         more = [Progress(partial(store.tensors, *begun), partial(store.put_tensors, *begun))] if resumes else []
         said = as_tensor(fit(model, *given, *more))
         fitted = {part: value for part, value in model.state_dict().items() if "_update." in part}
         kept = {**fitted, "said": said}
         store.put_tensors(name, key, kept)
-        store.drop(*begun)
+    store.drop(*begun)
     said = from_tensor(kept.pop("said"))
     return replace(ready, parameters={**ready.parameters, **kept}), said
 

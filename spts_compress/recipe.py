@@ -359,23 +359,7 @@ class ExportSection(Section):
     private: bool = False
 
 
-def _read_schedule(block: dict[Any, Any], num_layers: int | None = None, num_heads: int | None = None) -> Schedule:
-    """A recipe's schedule, which says nothing of the proxies' size: the least stands for it.
-
-    Raises:
-        ValueError: with a line for each fault.
-    """
-    own = {"proxy", "enabled"}
-    known = [name for name in Schedule.__dataclass_fields__ if name not in own]
-    found = [unknown_key(f"schedule.{key}", known) for key in block if key in own]
-    block = {**{key: value for key, value in block.items() if key not in own}, "proxy": {"channels": 1, "rank": 0}}
-    try:
-        schedule: Schedule = Schedule.from_dict(block, num_layers, num_heads, "schedule")
-    except ValueError as error:
-        found.append(str(error))
-    if found:
-        raise ValueError("\n".join(found))
-    return schedule
+UNSAID = {"proxy": {"channels": 1, "rank": 0}, "enabled": True}  # a recipe's schedule has no size of the proxies
 
 
 class Recipe(Section):
@@ -385,7 +369,7 @@ class Recipe(Section):
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
     proxy: ProxySection = ProxySection()
-    schedule: Annotated[dict[Any, Any], AfterValidator(lambda block: _read_schedule(block) and block)] | None = None
+    schedule: dict[Any, Any] | None = None
     search: SearchSection | None = None
     queries: QueriesSection = QueriesSection()
     distill: DistillSection = DistillSection()
@@ -405,8 +389,8 @@ class Recipe(Section):
     @property
     def corrects(self) -> bool:
         """Whether probing queries get corrections."""
-        probe = (self.schedule or {}).get("probe") or {}
-        return bool(self.search.probe_rank if self.search else probe.get("rank"))
+        probe = (self.schedule or {}).get("probe")
+        return bool(self.search.probe_rank if self.search else isinstance(probe, dict) and probe.get("rank"))
 
     def read_schedule(self, num_layers: int, num_heads: int | None = None) -> Schedule | None:
         """The schedule, checked against a model of `num_layers` layers of `num_heads` heads, but for the
@@ -418,9 +402,10 @@ class Recipe(Section):
         if self.schedule is None:
             return None
         try:
-            return _read_schedule(self.schedule, num_layers, num_heads)
+            schedule: Schedule = Schedule.from_dict(self.schedule, num_layers, num_heads, "schedule", UNSAID)
         except ValueError as error:
             raise UserError(str(error)) from None
+        return schedule
 
 
 def find(name: str) -> Path:
@@ -531,11 +516,19 @@ def validated(data: dict, name: str) -> Recipe:
     Raises:
         UserError: with every fault.
     """
+    faults: list[str] = []
     try:
-        return Recipe.model_validate(data)
+        if isinstance(data.get("schedule"), dict):
+            Schedule.from_dict(data["schedule"], None, None, "schedule", UNSAID)
+    except ValueError as error:
+        faults = str(error).splitlines()
+    try:
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        faults = [f"{name}: {line}" for fault in error.errors() for line in _explain(fault)]
-        raise UserError("\n".join(faults)) from None
+        faults += map(_explain, error.errors())
+    if faults:
+        raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
+    return recipe
 
 
 def _apply(data: dict, edit: str) -> None:
@@ -565,19 +558,17 @@ def _apply(data: dict, edit: str) -> None:
             place[step] = place = copy.copy(place[step])  # of an anchor, whose other places stay as they are
 
 
-def _explain(fault: Any) -> list[str]:
-    """One pydantic fault in lines; a schedule's faults have their own paths."""
+def _explain(fault: Any) -> str:
+    """One line for one pydantic fault."""
     where = fault["loc"]
     path = ".".join(map(str, where))
     if fault["type"] == "extra_forbidden":
-        return [unknown_key(path, list(_section(where[:-1]).model_fields))]
+        return unknown_key(path, list(_section(where[:-1]).model_fields))
     if fault["type"] == "missing":
-        return [f"{path} is missing"]
+        return f"{path} is missing"
     if fault["type"] == "value_error":
-        given = path or "the recipe"
-        lines = str(fault["ctx"]["error"]).splitlines()
-        return [line if line.startswith(f"{path}.") else f"{given} {line}" for line in lines]
-    return [f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"]
+        return f"{path or 'the recipe'} {fault['ctx']['error']}"
+    return f"{path} is {fault['input']!r}; {fault['msg'][0].lower() + fault['msg'][1:]}"
 
 
 def _section(where: tuple) -> type[BaseModel]:

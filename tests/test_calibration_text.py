@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import TEXT, tiny_base, tiny_tokenizer
 
 from spts_compress.calibrate.corpus import Conversation, cut, from_files
-from spts_compress.calibrate.data import blocks, documents
+from spts_compress.calibrate.data import blocks, document_key, documents
 from spts_compress.cli import main
 from spts_compress.recipe import CalibrationSection
 from spts_compress.utils.errors import UserError
@@ -402,3 +402,13 @@ def test_the_command_line_says_it_in_one_line_before_any_fitting(command):
     done = command(lines(*objects(["a", "a", "b"]), {"text": None}), "--dry-run", invalid="skip")
     assert done.exit_code == 0
     assert "calibration: 1 row that is not text left out (" in done.output and "odd.jsonl:4: not" in done.output
+
+
+@pytest.mark.parametrize(("others", "spared"), [(400, True), (20, False)])
+def test_what_is_checked_on_is_spared_where_it_is_little_of_the_text(others, spared):
+    section = CalibrationSection(source=["python-docs"], tokens=2048, length=128)
+    texts = [f"Document {n}. {TEXT * 8}" for n in range(others)]
+    made = blocks(section, [texts], tiny_tokenizer())
+    seen = {document_key(text) for text in texts if text in made.unseen}
+    assert made.checked and not made.fitted & seen and made.checked.isdisjoint(seen) == spared
+    assert seen | made.checked | made.fitted == {*map(document_key, texts)}

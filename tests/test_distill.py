@@ -57,7 +57,6 @@ def test_steps_bring_held_out_text_nearer_and_change_updates_alone(family, selec
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all("_update." in name for name in changed)
     assert [parameter.requires_grad for parameter in model.parameters()] == needed
-    assert not any("_scores" in vars(layer) for layer in model.model.layers)
     with torch.no_grad():
         checked = torch.cat(held_out)[: 4 * 80].view(4, 1, 80)
         kept = sum(float(loss(model, ids, 16)) for ids in checked) / 4
@@ -67,6 +66,16 @@ def test_steps_bring_held_out_text_nearer_and_change_updates_alone(family, selec
 def test_the_same_steps_bring_the_same():
     runs = [distill(*fitted(), SECTION) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def test_scores_get_no_gradient(monkeypatch):
+    model, _, held_out = fitted()
+    kind, scores = type(model.model.layers[-1]), []
+    own = kind._scores
+    monkeypatch.setattr(kind, "_scores", lambda *args: scores.append(own(*args)) or scores[-1])
+    with trained(model, [each for name, each in model.named_parameters() if "_update." in name]):
+        loss(model, torch.cat(held_out)[None, :80], 16).backward()
+    assert len(scores) > 1 and not any(score.requires_grad for score in scores)
 
 
 def test_the_gradient_is_that_of_finite_differences():

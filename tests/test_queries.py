@@ -129,15 +129,14 @@ def test_questions_get_the_dense_models_own_answers():
     assert len({*prompts}) == 11 and all(following == 6 for _, following in made[1::2])
     for prompt, asked in zip(prompts, QUESTIONS * 3, strict=False):
         assert all(part in prompt for part in re.split(r"\{\w+\}", asked))
-    model = uncorrected(context=1024, vocabulary=len(tokenizer))
-    stock = stock_twin(model)
+    stock = stock_twin(uncorrected(context=1024, vocabulary=len(tokenizer)))
     alone = [stock.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6)[0].tolist() for ids in questions]
     wanted = [(ids, len(ids) - len(question)) for ids, question in zip(alone, questions, strict=True)]
-    found = answered(model, made, 6)
+    found = answered(stock, made, 6)
     assert found[::2] == wanted and found[1::2] == made[1::2]
     first = alone[0][len(questions[0]) :]
-    model.generation_config.eos_token_id = first[2]  # an answer ends there, whatever its batch goes on with
-    ids, following = answered(model, made, 6)[0]
+    stock.generation_config.eos_token_id = first[2]  # an answer ends there, whatever its batch goes on with
+    ids, following = answered(stock, made, 6)[0]
     assert ids[-following:] == first[: first.index(first[2]) + 1]
 
 
@@ -166,12 +165,16 @@ class Killed(BaseException):
 
 def test_a_killed_recipe_fits_the_rest(tmp_path, monkeypatch):
     recipe = corrected_recipe(tmp_path, kinds=["questions"], steps=12, length=1024, following=4)
+    settings = json.loads((tmp_path / "base/generation_config.json").read_text())
+    (tmp_path / "base/generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.3}))
+    monkeypatch.setattr(queries, "TOGETHER", 8 * 1030)
     counts = {"_answers": 0, "layer_loss": 0}
 
     def count(name, stop=None):
         function = getattr(queries, name)
 
         def counted(*args):
+            assert name == "layer_loss" or args[0].generation_config.repetition_penalty == 1.3
             counts[name] += 1
             if counts[name] == stop:
                 raise Killed

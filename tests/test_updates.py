@@ -25,16 +25,16 @@ def logits(model, **options):
 
 
 def test_an_update_is_a_low_rank_affine_map():
-    normed, states = torch.randn(2, 2, 7, 16)
+    states = torch.randn(2, 7, 16)
     for rank, shapes in ((0, {"bias": (16,)}), (3, {"bias": (16,), "down": (3, 16), "up": (16, 3)})):
         update = LowRankUpdate(16, rank)
         assert {name: tuple(value.shape) for name, value in update.named_parameters()} == shapes
         for value in update.parameters():
             torch.nn.init.normal_(value)
-        expected = states + update.bias
+        expected = update.bias.expand(2, 7, 16)
         if rank:
-            expected = expected + torch.einsum("dr,re,bte->btd", update.up, update.down, normed)
-        torch.testing.assert_close(update(normed, states), expected)
+            expected = expected + torch.einsum("dr,re,bte->btd", update.up, update.down, states)
+        torch.testing.assert_close(update(states).expand_as(states), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3"])

@@ -169,6 +169,9 @@ def prompts() -> list[list[Prompt]]:
     key = fingerprint(made, given, contents(args.longbench), length, args.choose_on)
     new = None if group.broadcast(work.path("prompts", key, ".json").exists()) else examples(prose)
     found = work.json("prompts", key, lambda: new)
+    if found is None:
+        work.path("prompts", key, ".json").unlink(missing_ok=True)
+        raise SystemExit("the prompts that were kept are damaged; start it again")
     ids = partial(encode, tokenizer, device=dense.device)
     return [[Prompt(e := Example(**row), ids([e.text])["input_ids"]) for row in rows] for rows in found]
 

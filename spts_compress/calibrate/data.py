@@ -80,12 +80,15 @@ def _enough(texts: Iterator[str], section: CalibrationSection, name: str, log: C
             return
 
 
+LITTLE = 0.05  # of a text, which is not missed
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Token sequences, each 1-dimensional, to fit on and to check on; the documents of the two don't overlap.
 
-    `unseen`: the text of the documents of the first source that nothing was fitted on; of those to check on only where
-    the others are shorter. `fitted` and `checked`: the keys of those that something was fitted on and of those to check
+    `unseen`: the text of the documents of the first source that nothing was fitted on; without those to check on where
+    they are little of it. `fitted` and `checked`: the keys of those that something was fitted on and of those to check
     on, see `document_key`.
     """
 
@@ -207,8 +210,8 @@ def _shared_out(
     fit = list(_filled(section, waiting, tokenizer, tokens - for_check))
     fitted = frozenset(map(document_key, shuffled[len(checked) : len(shuffled) - len(waiting)]))
     keys = frozenset(map(document_key, checked))
-    others = sum(map(len, waiting)) > sum(map(len, checked))
-    made = Blocks(fit, held_out, "\n\n".join(waiting if others else [*checked, *waiting]), fitted, keys)
+    spared = sum(map(len, checked)) < LITTLE * sum(map(len, waiting))
+    made = Blocks(fit, held_out, "\n\n".join(waiting if spared else [*checked, *waiting]), fitted, keys)
     if waiting or not again:
         return made
     return max(made, _shared_out(section, texts, tokenizer, sum(made.sizes), False), key=lambda blocks: blocks.sizes[0])

@@ -115,7 +115,9 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{path}: no spts block, so this is not a checkpoint made by spts-compress")
     family = str(data.get("model_type", "")).removeprefix("spts_")
     if family not in FAMILIES:
-        raise UserError(f"{path}: family {family} is unknown to this release; it knows {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{path}: family {family or 'of no name'} is unknown to this release; it knows {', '.join(FAMILIES)}"
+        )
     try:
         config = model_class(family).config_class.from_dict(data)
     except Exception as error:  # each family has checks of its own

@@ -40,8 +40,10 @@ ON_NEEDLES = (
 
 def on_needles(report: dict[str, Any]) -> bool:
     """Whether a checkpoint's probing queries were corrected on needles, and it brought something."""
-    brought = report.get("queries") or {}
-    return "needles" in brought.get("kinds", ()) and brought["before"] != brought["after"]
+    brought = report.get("queries")
+    if not isinstance(brought, dict) or brought.get("before") == brought.get("after"):
+        return False
+    return "needles" in brought.get("kinds", ["needles"])  # reports did not tell, once
 
 
 def share_of_dense(row: dict[str, Any], what: str) -> str:

@@ -46,9 +46,11 @@ def verify(folder: Path) -> list[str]:
     Raises:
         UserError: if the folder is no checkpoint of this toolkit.
     """
-    listed = read_json(folder / MANIFEST).get("sha256")
-    if not isinstance(listed, dict):
-        raise UserError(f"{folder}: not a checkpoint of spts-compress: {MANIFEST} lists no files")
+    listed, block = read_json(folder / MANIFEST).get("sha256"), read_json(folder / CONFIG).get("spts")
+    if not isinstance(listed, dict) or not isinstance(block, dict):
+        raise UserError(
+            f"{folder}: not a checkpoint of spts-compress: it needs {MANIFEST} and a config with an spts block"
+        )
     found = {name: file_hash(folder / name) for name in listed if inside(name) and (folder / name).is_file()}
     faults = _file_faults(folder, listed, found) + _name_faults(listed, base_names(folder))
     if stale(folder, {name: digest for name, digest in found.items() if name.endswith(".safetensors")}):

@@ -34,7 +34,7 @@ from .descent import NOT_KEPT, Pace, Progress, brought, trained
 Rows = list[list[int]]  # of tokens
 Text = tuple[list[int], int]  # tokens, and how many, the last ones, follow a prompt; 0: its answer is to come
 RATE = 0.01  # Adam's step, in units of each parameter's own root mean square, or of `1 / sqrt(D)` if that is less
-TOGETHER = 8  # questions that are answered at once
+TOGETHER = 16384  # tokens of questions that are answered at once
 CHECKED = 9  # of each kind: a needle of every task
 
 
@@ -83,15 +83,16 @@ def answered(
     most: int,
     kept: Callable[[Rows, Callable[[], Rows]], Rows] = lambda prompts, make: make(),
 ) -> list[Text]:
-    """The texts, each prompt without an answer with the model's own, dense and greedy, of at most so many tokens.
+    """The texts, each prompt without an answer with the stock `model`'s own, greedy, of at most so many tokens.
 
     Args:
         kept: given some prompts and what makes their answers, gives them as they were made before, if they were.
     """
     made, waiting = list(texts), [number for number, (_, following) in enumerate(texts) if not following]
     with tqdm(total=len(waiting), desc="dense answers", unit="text", disable=not waiting) as bar:
-        for begin in range(0, len(waiting), TOGETHER):
-            numbers = waiting[begin : begin + TOGETHER]
+        count = max(1, TOGETHER // max((len(texts[number][0]) for number in waiting), default=1))
+        for begin in range(0, len(waiting), count):
+            numbers = waiting[begin : begin + count]
             prompts = [texts[number][0] for number in numbers]
             for number, answer in zip(numbers, kept(prompts, partial(_answers, model, prompts, most)), strict=True):
                 made[number] = texts[number][0] + answer, len(answer)
@@ -103,7 +104,7 @@ def answered(
 def _answers(model: Any, prompts: Rows, most: int) -> Rows:
     inputs = padded(prompts, 0, model.device)
     end = inputs["input_ids"].shape[1]
-    out = model.generate(**inputs, **GREEDY, max_new_tokens=until_switch(model.config, end, most), spts=False)
+    out = model.generate(**inputs, **GREEDY, max_new_tokens=until_switch(model.config, end, most))
     return [until_end(row, stops(model)) for row in out.sequences[:, end:].tolist()]
 
 

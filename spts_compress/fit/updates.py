@@ -67,13 +67,13 @@ class NotedPlan(LayerPlan):
 
 
 class Fitting(nn.Module):
-    """Stands in for the update `name` of a layer: asked to update states, it first fits the map to them."""
+    """Stands in for the update `name` of a layer: asked for estimates, it first fits the map to what is asked."""
 
     def __init__(self, update: LowRankUpdate, layer: "LayerFit", name: str):
         super().__init__()
         self.update, self.layer, self.name = update, layer, name
 
-    def forward(self, inputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         layer = self.layer
         target, skipped = layer.target(self.name, inputs)
         to_fit = torch.zeros_like(skipped)
@@ -81,12 +81,12 @@ class Fitting(nn.Module):
         counted, others = (skipped & to_fit).sum(), (~skipped & to_fit).sum()
         weights = skipped + ~skipped * (counted / others.clamp_min(1)).clamp_max(ACTIVE_WEIGHT)
         solve(self.update, inputs[to_fit], target[to_fit], weights[to_fit])
-        estimate = self.update(inputs, torch.zeros_like(inputs))
+        estimate = self.update(inputs)
         if layer.fitted < len(skipped):
-            wanted, left = (part[skipped & ~to_fit].float() for part in (target, target - estimate))
+            wanted, left = (states[skipped & ~to_fit].float() for states in (target, target - estimate))
             spread = (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12)
             layer.r2[self.name.removesuffix("_update")] = float(1 - left.square().sum() / spread)
-        return states + estimate
+        return estimate
 
 
 class LayerFit:

@@ -88,11 +88,11 @@ class SkippingDecoderLayer(StockLayer):
             output = self.attend(*qkv, attention_mask, at, plan)
             output = self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
             output = self.normed("after_attention", output)
-        updated = None
+        estimate = None
         if plan.schedule.update and attention_index is not None:
             with part("updates"):
-                updated = self.attention_update(normed, states)
-        states = self._add(states, attention_index, output, plan.active, updated)
+                estimate = self.attention_update(normed)
+        states = self._add(states, attention_index, output, plan.active, estimate)
         del normed, active, to_cache  # as large as the states, and done with
 
         # LTP: the feed-forward network on the candidates with the largest (predicted norm x attention score).
@@ -104,16 +104,16 @@ class SkippingDecoderLayer(StockLayer):
         else:
             ffn_index = attention_index if plan.ffn_tokens is plan.active else plan.choose(plan.ffn_tokens, order)
         run: Any = self.feed_forward
-        inputs, updated = states, None
+        inputs, estimate = states, None
         if plan.schedule.update and ffn_index is not None:
             with part("updates"):
                 inputs, run = self.normed("before_feed_forward", states), self.transformed
-                updated = self.ffn_update(inputs, states)
+                estimate = self.ffn_update(inputs)
         with part("gathers"):
             inputs = gather_tokens(inputs, ffn_index)
         with part("feed-forward"):
             output = run(inputs)
-        states = self._add(states, ffn_index, output, plan.ffn_tokens, updated)
+        states = self._add(states, ffn_index, output, plan.ffn_tokens, estimate)
         return states, cached_index, plan.choose(plan.candidates_out, order), raw
 
     @torch.no_grad()  # which only order tokens
@@ -142,7 +142,7 @@ class SkippingDecoderLayer(StockLayer):
 
     def asked(self, normed: torch.Tensor, *cos_sin: torch.Tensor, rank: int) -> torch.Tensor:
         """The probing queries (B, H, w, d) of the last tokens' normed states (B, w, D)."""
-        return self.probes(self.probe_update(normed, normed) if rank else normed, *cos_sin)
+        return self.probes(normed + self.probe_update(normed) if rank else normed, *cos_sin)
 
     def unseen(self, slots: torch.Tensor, count: int, plan: LayerPlan) -> torch.Tensor | None:
         """Which candidates the last `count` queries do not see, (B or 1, count, T); None: later ones alone."""
@@ -158,14 +158,17 @@ class SkippingDecoderLayer(StockLayer):
         index: torch.Tensor | None,
         output: torch.Tensor,
         count: Count,
-        updated: torch.Tensor | None,
+        estimate: torch.Tensor | None,
     ) -> torch.Tensor:
-        """States (B, T, D) with the output of the chosen tokens, or of all, added to theirs; others as `updated`."""
+        """States (B, T, D) with the output of the chosen tokens, or of all, added to theirs, and to the others' what is
+        estimated of them all, (B, T, D) or (1, 1, D)."""
         if index is None:
             return states + output
         with part("gathers"):
-            chosen = gather_tokens(states, index) + output
-            return scatter_tokens(states if updated is None else updated, index, chosen, count.valid)
+            if estimate is not None and estimate.shape == states.shape:
+                return states + scatter_tokens(estimate.to(output.dtype), index, output, count.valid)
+            others = states if estimate is None else states + estimate.to(output.dtype)
+            return scatter_tokens(others, index, gather_tokens(states, index) + output, count.valid)
 
 
 class SkippingModel(PlannedRuns):

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 HEAD_REDUCTIONS = ("mean", "max")
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", tuple: "a list"}
 FFN_SELECTIONS = ("proxy", "relative", "attention", "all")
 HINTS: dict[Any, dict[str, Any]] = {}  # of each dataclass, since every prefill reads the block
 
@@ -70,12 +71,13 @@ def _are_heads(value: Any) -> bool:
     """Whether plain data has the form of lists of heads by layer; JSON makes text of the layers' numbers."""
     if not isinstance(value, dict) or not all(str(layer).isdecimal() for layer in value):
         return False
-    return all(isinstance(own, list) and all(type(head) is int for head in own) for own in value.values())
+    return all(isinstance(own, list | tuple) and all(type(head) is int for head in own) for own in value.values())
 
 
-def _form(kind: Any, value: Any, path: str) -> Iterator[str]:
-    """What is unknown, missing or of another type in the plain data of dataclass `kind`, by its annotations."""
-    known = {field.name: field for field in fields(kind)}
+def _form(kind: Any, value: Any, path: str, without: Any = ()) -> Iterator[str]:
+    """What is unknown, missing or of another type in the plain data of dataclass `kind`, by its annotations, `without`
+    some fields."""
+    known = {field.name: field for field in fields(kind) if field.name not in without}
     if (is_amount := "floor" in known) and type(value) is int:
         return
     if not isinstance(value, dict):
@@ -97,8 +99,9 @@ def _form(kind: Any, value: Any, path: str) -> Iterator[str]:
                 yield f"{place} is {item!r}; it must be mean, max, or lists of heads by layer, as {{3: [5], 7: [0, 8]}}"
         elif nested and key != "stages":
             yield from _form(nested, item, place)
-        elif type(item) not in types and not (type(item) is int and float in types):
-            yield f"{place} is {item!r}, which is not of the right type"
+        elif type(item) not in types and not (float in types and isinstance(item, int | float) and item is not True):
+            right = " or ".join(WORDS[each] for each in types if each in WORDS)
+            yield f"{place} is {item!r}, which is not of the right type; it must be {right}"
 
 
 def _range(path: str, value: float, least: int, most: int | None = None) -> Iterator[str]:
@@ -161,15 +164,26 @@ class SptsBlock:
         return block
 
     @classmethod
-    def from_dict(cls, block: Any, num_layers: int | None, num_heads: int | None = None, path: str = "spts") -> Any:
+    def from_dict(
+        cls,
+        block: Any,
+        num_layers: int | None,
+        num_heads: int | None = None,
+        path: str = "spts",
+        given: dict[str, Any] | None = None,
+    ) -> Any:
         """Read and check the `spts` block of a model with `num_layers` layers of `num_heads` heads (None: not known).
+
+        Args:
+            given: what `block` may not say.
 
         Raises:
             ValueError: with a line for each fault found in `block`, which is called `path`.
         """
-        if found := list(_form(cls, block, path)):
+        if found := list(_form(cls, block, path, given or ())):
             raise ValueError("\n".join(found))
-        probe = {**(block.get("probe") or {})}
+        block = {**block, **(given or {})}
+        probe = {**block.get("probe", {})}
         if isinstance(probe.get("heads"), dict):
             pairs = ((int(layer), head) for layer, heads in probe["heads"].items() for head in heads)
             probe["heads"] = tuple(sorted(pairs))
