@@ -425,7 +425,7 @@ def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, di
     )
     none = blank(bare, config, ready.model.dtype, queries=True)
     fitted = replace(ready, schedule=bare, parameters=none)
-    key = ready.key(str(ready.model.device))
+    key = fingerprint(ready.base.key, str(ready.model.dtype), ready.model.device.type, environment())
 
     def kept(prompts: Rows, make: Callable[[], Rows]) -> Rows:
         answers: Rows = store.json("query-answers", fingerprint(key, prompts, section.following), make)
