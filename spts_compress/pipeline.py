@@ -300,6 +300,11 @@ class Prepared:
         kind, tensors = torch.device(device).type, tensors_key(self.parameters)
         return fingerprint(self.base.key, self.recipe.model.dtype, kind, tensors, environment())
 
+    @property
+    def computed_by(self) -> tuple[str, ...]:
+        """What all that the stock model computes depends on."""
+        return self.base.key, str(self.model.dtype), self.model.device.type, environment()
+
     def skipping(self) -> Any:
         """The skipping model on the parameters of the stock one."""
         kind = model_class(self.base.family)
@@ -348,16 +353,10 @@ def prepare(
         asked: tuple[list[Text], ...] = ()
         if recipe.corrects:
             _check_text("queries", recipe.queries.tokens, sequences)
-        if recipe.corrects and ranks.is_main:  # who alone fits them
-            what = (
-                base.key,
-                environment(),
-                tokenizer.chat_template,
-                recipe.queries.model_dump(),
-                _plain(sequences.parts),
-            )
-            make = partial(pair_of_texts, sequences, tokenizer, recipe.queries)
-            asked = store.json("query-texts", fingerprint(*what), make)
+            if ranks.is_main:  # who alone fits them
+                of = tokenizer.chat_template, recipe.queries.model_dump(), _plain(sequences.parts)
+                make = partial(pair_of_texts, sequences, tokenizer, recipe.queries)
+                asked = store.json("query-texts", fingerprint(base.key, environment(), *of), make)
         if recipe.distill.steps:
             _check_text("distill", recipe.distill.tokens, sequences)
             if recipe.search is None and not _distils(recipe.distill, schedule, base.config):
@@ -425,10 +424,9 @@ def _with_queries(ready: Prepared, store: Store, log: Log) -> tuple[Prepared, di
     )
     none = blank(bare, config, ready.model.dtype, queries=True)
     fitted = replace(ready, schedule=bare, parameters=none)
-    key = fingerprint(ready.base.key, str(ready.model.dtype), ready.model.device.type, environment())
 
     def kept(prompts: Rows, make: Callable[[], Rows]) -> Rows:
-        answers: Rows = store.json("query-answers", fingerprint(key, prompts, section.following), make)
+        answers: Rows = store.json("query-answers", fingerprint(*ready.computed_by, prompts, section.following), make)
         return answers
 
     texts = [answered(ready.model, some, section.following, kept) for some in ready.asked]
@@ -463,8 +461,7 @@ def _fitted(
 ) -> tuple[Prepared, Any]:
     """With the updates or corrections of a skipping model that `fit` changed in place by what is `given`, and what it
     said of them. Both are kept under `name`, and meanwhile, if it `resumes`, what it has done."""
-    what = ready.base.key, str(ready.model.dtype), ready.model.device.type, environment()
-    key = fingerprint(*what, _plain(given), ready.schedule.to_dict(), tensors_key(ready.parameters))
+    key = fingerprint(*ready.computed_by, _plain(given), ready.schedule.to_dict(), tensors_key(ready.parameters))
     kept, begun = store.tensors(name, key), (f"{name}-begun", key)
     if kept is None:
         model = ready.skipping()

@@ -53,7 +53,7 @@ from spts_compress.tasks.agreement import agreement  # noqa: E402
 from spts_compress.tasks.example import Example  # noqa: E402
 from spts_compress.tasks.longbench import LongBench  # noqa: E402
 from spts_compress.tasks.recovery import interval, score_rows  # noqa: E402
-from spts_compress.tasks.runner import Answers, encode  # noqa: E402
+from spts_compress.tasks.runner import Answers, encode, stops  # noqa: E402
 from spts_compress.timing.pairs import kv_bytes, stock_twin, synchronize  # noqa: E402
 from spts_compress.utils.devices import choose, hardware  # noqa: E402
 from spts_compress.utils.distributed import ranks  # noqa: E402
@@ -135,8 +135,7 @@ def contents(folder: str | Path | None) -> list[str]:
 
 drafted_by = contents(args.draft)
 done = Answers(work.root / "rows.jsonl", group.rank)
-stop = dense.generation_config.eos_token_id
-stops = set(stop if isinstance(stop, list) else [stop])
+ends = stops(dense)
 
 
 def examples(prose: str) -> list[list[dict[str, Any]]]:
@@ -326,7 +325,7 @@ def written(way: Way, logits: torch.Tensor, cache: Any, position: int, room: int
     while True:
         seen.append(logits)
         answer.append(int(logits.argmax()))
-        if len(answer) == room or answer[-1] in stops:
+        if len(answer) == room or answer[-1] in ends:
             return answer, torch.cat(seen)
         logits = way.extend(cache, torch.tensor([[answer[-1]]], device=device), position)
         position += 1

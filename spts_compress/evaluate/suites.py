@@ -156,7 +156,7 @@ class FolderKeys(dict[str, str]):
         super().__init__({mode: folder_key(folder, weights, dense=mode == "dense") for mode in MODES})
         report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
         self.fitted_on = frozenset(report.get("fitted_on", ()))
-        self.on_needles = bool(on_needles(report))
+        self.on_needles = on_needles(report)
 
 
 def load(folder: Path, device: str, dtype: str, tokens: int = 0, what: str = "") -> tuple[Any, Any, FolderKeys]:

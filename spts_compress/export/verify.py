@@ -46,8 +46,8 @@ def verify(folder: Path) -> list[str]:
     Raises:
         UserError: if the folder is no checkpoint of this toolkit.
     """
-    listed, block = read_json(folder / MANIFEST).get("sha256"), read_json(folder / CONFIG).get("spts")
-    if not isinstance(listed, dict) or not isinstance(block, dict):
+    listed, written = read_json(folder / MANIFEST).get("sha256"), read_json(folder / CONFIG)
+    if not isinstance(listed, dict) or not isinstance(written.get("spts"), dict):
         raise UserError(
             f"{folder}: not a checkpoint of spts-compress: it needs {MANIFEST} and a config with an spts block"
         )
@@ -59,8 +59,8 @@ def verify(folder: Path) -> list[str]:
         config = read_config(folder)
     except UserError as error:
         return faults + [line.removeprefix(f"{folder}/") for line in str(error).splitlines()]
-    cls = model_class(config.model_type.removeprefix("spts_"))
-    return faults + _code_faults(folder, config) + loadable.faults(folder, cls, config)
+    family = config.model_type.removeprefix("spts_")
+    return faults + _code_faults(folder, family, written) + loadable.faults(folder, model_class(family), config)
 
 
 def _file_faults(folder: Path, listed: dict[str, Any], found: dict[str, str]) -> list[str]:
@@ -91,14 +91,13 @@ def _name_faults(listed: dict[str, Any], names: dict[str, str]) -> list[str]:
     return faults
 
 
-def _code_faults(folder: Path, config: Any) -> list[str]:
+def _code_faults(folder: Path, family: str, config: dict[str, Any]) -> list[str]:
     """The modelling code against this release's own, and that the config asks for no other."""
-    family = config.model_type.removeprefix("spts_")
     faults = [
         f"{own.name}: not the code of spts-compress {__version__}"
         for own in code_files(family)
         if not (folder / own.name).is_file() or file_hash(folder / own.name) != file_hash(own)
     ]
-    if read_json(folder / CONFIG).get("auto_map") != exported_config({"model_type": family})["auto_map"]:
+    if config.get("auto_map") != exported_config({"model_type": family})["auto_map"]:
         faults.append(f"{CONFIG}: auto_map names other code than that of spts-compress")
     return faults

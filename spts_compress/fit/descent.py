@@ -61,6 +61,27 @@ def _set(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> 
         parameter.copy_(value)
 
 
+Tensors = list[torch.Tensor]
+
+
+def _state(done: int, least: float, exact: Tensors, best: Tensors, adam: torch.optim.Adam) -> dict[str, torch.Tensor]:
+    """What `descend` goes on from after so many steps."""
+    state = {"done": torch.tensor(done), "least": torch.tensor(least, dtype=torch.float64)}
+    for n, each in enumerate(exact):
+        state |= {f"exact.{n}": each.detach(), f"best.{n}": best[n]}
+        state |= {f"{name}.{n}": value for name, value in adam.state[each].items()}
+    return state
+
+
+def _restore(state: dict[str, torch.Tensor], exact: Tensors, best: Tensors, adam: torch.optim.Adam) -> None:
+    """Parameters and moments as `_state` had them, in place."""
+    _set(exact, (state[f"exact.{n}"] for n in range(len(exact))))
+    _set(best, (state[f"best.{n}"] for n in range(len(best))))
+    for n, each in enumerate(exact):
+        moments = {name: state[f"{name}.{n}"] for name in MOMENTS if f"{name}.{n}" in state}
+        adam.state[each] = {name: value if name == "step" else value.to(each) for name, value in moments.items()}
+
+
 def descend(
     parameters: Sequence[torch.Tensor],
     steps: int,
@@ -89,12 +110,8 @@ def descend(
     adam, done = torch.optim.Adam([{"params": [each]} for each in exact], betas=(0.9, pace.decay)), 0
     if begun := progress.read():
         done, least = int(begun["done"]), float(begun["least"])
-        _set(exact, (begun[f"exact.{n}"] for n in range(len(exact))))
-        _set(best, (begun[f"best.{n}"] for n in range(len(best))))
+        _restore(begun, exact, best, adam)
         _set(parameters, exact)
-        for n, each in enumerate(exact):
-            moments = {name: begun[f"{name}.{n}"] for name in MOMENTS if f"{name}.{n}" in begun}
-            adam.state[each] = {name: value if name == "step" else value.to(each) for name, value in moments.items()}
         update(done)
     for step in range(done, steps):
         rate = pace.rate * min(1.0, (step + 1) / pace.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -110,11 +127,7 @@ def descend(
         if looks and (now := error()) < least:  # which NaN is not
             least, best = now, [parameter.detach().clone() for parameter in parameters]
         if (step + 1) % KEPT == 0:
-            state = {"done": torch.tensor(step + 1), "least": torch.tensor(least, dtype=torch.float64)}
-            for n, each in enumerate(exact):
-                state |= {f"exact.{n}": each.detach(), f"best.{n}": best[n]}
-                state |= {f"{name}.{n}": value for name, value in adam.state[each].items()}
-            progress.write(state)
+            progress.write(_state(step + 1, least, exact, best, adam))
         update(1)
     _set(parameters, best)
     return least
