@@ -78,6 +78,29 @@ def test_skipping_off_is_the_stock_model_bit_for_bit(family, attention):
         assert not torch.equal(model(tokens, logits_to_keep=1).logits, off.logits)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_before_the_first_that_skips_are_stock_bit_for_bit(family, hooked):
+    """On a CPU; hooks on their attention run."""
+    model = tiny_model(family, {**SCHEDULE, "start": 2})
+    tokens, given, seen = torch.arange(3, 83).view(2, 40), [], []
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    model.model.layers[2].register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))
+    if hooked:
+        model.model.layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        spts, dense = (model(tokens, attention_mask=mask, logits_to_keep=1, spts=spts) for spts in (True, False))
+    assert len(seen) == 2 * hooked
+    pairs = [given]
+    for ours, stock in zip(spts.past_key_values.layers[:2], dense.past_key_values.layers[:2], strict=True):
+        assert type(ours) is type(stock)
+        pairs += (ours.keys, stock.keys), (ours.values, stock.values)
+    rounding = 1e-5 if family == "deepseek_v2" else 0  # whose complex product depends on where numbers lie in memory
+    for ours, stock in pairs:
+        torch.testing.assert_close(ours, stock, rtol=0, atol=rounding)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window_size", [1, 4])
 def test_left_padded_rows_equal_their_own_runs(attention, window_size):

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer
-from .calls import DecoderCalls, SkipRequest, check_depth
+from .calls import DecoderCalls, SkipRequest, check_depth, is_changed
 from .profiling import part
 from .static import StaticKeptLayer, is_static, to_dynamic, to_static
 from .stock_layer import FULL, MASKS, layer_kinds, position_tables
@@ -75,14 +75,18 @@ class StockRuns(DecoderCalls):
         return position_tables(self.rotary_emb, self.config, run.states, run.position_ids)
 
     def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
-        """States (B, n, D) after some layers, run as by stock."""
+        """States (B, n, D) of a whole prompt after some layers."""
         kinds, masks, states = layer_kinds(self.config), dict[str, Any](), run.states
         with part("dense layers"):
             for index in layers:
                 if (kind := kinds[index]) not in masks:
                     seen = run.mask, run.cache, run.position_ids
                     masks[kind] = None if run.causal else MASKS[kind](self.config, states, *seen, layer_idx=index)
-                states = self._stock(run, index, states, masks[kind], rotary[kind])
+                if kind == FULL and not is_changed(self.layers[index].self_attn):
+                    given = dict(attention_mask=masks[kind], position_embeddings=rotary[kind])
+                    states = self.layers[index](states, in_steps=True, past_key_values=run.cache, **given)
+                else:
+                    states = self._stock(run, index, states, masks[kind], rotary[kind])
         return states
 
     def _stock(self, run: Pass, index: int, states: torch.Tensor, mask: Any, tables: Any) -> torch.Tensor:

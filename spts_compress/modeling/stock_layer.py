@@ -193,6 +193,24 @@ class StockLayer(Stock):
         name = getattr(self.norms, place)
         return states if name is None else rms_norm(getattr(self, name), states)
 
+    def forward(self, hidden_states: torch.Tensor, *args: Any, in_steps: bool = False, **kwargs: Any) -> Any:
+        """As stock; `in_steps`: see `whole`."""
+        return (self.whole if in_steps else super().forward)(hidden_states, *args, **kwargs)
+
+    def whole(
+        self, states: torch.Tensor, attention_mask: Any, position_embeddings: Any, past_key_values: Any
+    ) -> torch.Tensor:
+        """States (B, T, D) after the stock layer, step by step, which takes fewer passes over memory."""
+        normed, cos_sin = self.normed("before_attention", states), cos_sin_of(position_embeddings)
+        held: tuple[torch.Tensor, ...] = self.cached(normed, self.keys(normed, *cos_sin))
+        if past_key_values is not None:
+            held = past_key_values.update(*held, self.self_attn.layer_idx)
+        qkv = self.queries(normed, *cos_sin), *self.keys_values(*held)
+        output = self.attention_function()(*qkv, attention_mask)[0]
+        output = self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
+        states = states + self.normed("after_attention", output)
+        return states + self.feed_forward(states)
+
     def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
         """What the feed-forward network adds to residual states (B, T, D)."""
         return self.transformed(self.normed("before_feed_forward", states))
