@@ -1,5 +1,6 @@
 """What several test files share. Costly things are made once, for all workers, and are never written to."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ from spts_compress.export import fresh, write
 from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store
+
+
+gc.freeze()  # what is imported stays, and each of the many full collections would look through it for a third of a second
 
 
 def pytest_unconfigure():

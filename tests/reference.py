@@ -93,15 +93,10 @@ class Reference:
         told = self.c.rope_parameters
         told = told.get("sliding_attention" if self.sliding(layer) else "full_attention", told)
         turned = int(self.d * told.get("partial_rotary_factor", 1))
-        half = turned // 2
-        theta = told["rope_theta"]
-        out = vector.clone()
-        for i in range(half):
-            angle = position * theta ** (-2 * i / turned)
-            a, b = vector[i], vector[i + half]
-            out[i] = a * math.cos(angle) - b * math.sin(angle)
-            out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return out
+        angles = [position * told["rope_theta"] ** (-2 * i / turned) for i in range(turned // 2)]
+        cos, sin = (vector.new_tensor([f(angle) for angle in angles]) for f in (math.cos, math.sin))
+        a, b = vector[:turned].chunk(2)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, vector[turned:]])
 
     def heads(self, x, name, position=None):
         whole, norm = self.lin(x, name), name.replace("_proj", "_norm")
