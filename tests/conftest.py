@@ -29,8 +29,7 @@ from spts_compress.modeling.configuration_spts import Schedule
 from spts_compress.recipe import ModelSection
 from spts_compress.utils.store import Store
 
-
-gc.freeze()  # what is imported stays, and each of the many full collections would look through it for a third of a second
+gc.freeze()  # what is imported stays; looking through it takes each of the many collections a third of a second
 
 
 def pytest_unconfigure():

@@ -1,8 +1,9 @@
 """Speed without a clock: operations as counted, a bounded number of calls, and no copies beyond the tokens at work."""
 
+import weakref
 from collections import Counter
 from contextlib import nullcontext
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -166,6 +167,18 @@ def test_copies_grow_with_the_tokens_at_work():
         for cost in layer_costs(model.config, model.config.schedule(), LENGTH)[SCHEDULE["start"] :]
     )
     assert two.copied < dense + 6 * hidden * SIZES["hidden_size"]
+
+
+@pytest.mark.parametrize("spts", [False, True])
+def test_what_attention_read_is_gone_when_the_feed_forward_network_runs(spts):
+    """Where a prefill's memory is highest."""
+    model, read, left = tiny_model(schedule=SCHEDULES["update"]), {}, []
+    for number, layer in enumerate(model.model.layers):
+        note = partial(lambda number, _, args: read.update({number: weakref.ref(args[0])}), number)
+        layer.self_attn.k_proj.register_forward_pre_hook(note)
+        layer.mlp.register_forward_pre_hook(partial(lambda number, *_: left.append(read[number]()), number))
+    prefill(model, LENGTH, spts=spts)
+    assert left == [None] * len(read)
 
 
 def test_a_decoded_token_makes_no_more_calls_than_dense():

@@ -197,19 +197,24 @@ class StockLayer(Stock):
         """As stock; `in_steps`: see `whole`."""
         return (self.whole if in_steps else super().forward)(hidden_states, *args, **kwargs)
 
-    def whole(
-        self, states: torch.Tensor, attention_mask: Any, position_embeddings: Any, past_key_values: Any
-    ) -> torch.Tensor:
+    def whole(self, states: torch.Tensor, **given: Any) -> torch.Tensor:
         """States (B, T, D) after the stock layer, step by step, which takes fewer passes over memory."""
-        normed, cos_sin = self.normed("before_attention", states), cos_sin_of(position_embeddings)
+        states = states + self.normed(
+            "after_attention", self.attended(self.normed("before_attention", states), **given)
+        )
+        return states + self.feed_forward(states)
+
+    def attended(
+        self, normed: torch.Tensor, attention_mask: Any, position_embeddings: Any, past_key_values: Any
+    ) -> torch.Tensor:
+        """What attention among all tokens makes of normed states (B, T, D)."""
+        cos_sin = cos_sin_of(position_embeddings)
         held: tuple[torch.Tensor, ...] = self.cached(normed, self.keys(normed, *cos_sin))
         if past_key_values is not None:
             held = past_key_values.update(*held, self.self_attn.layer_idx)
         qkv = self.queries(normed, *cos_sin), *self.keys_values(*held)
         output = self.attention_function()(*qkv, attention_mask)[0]
-        output = self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
-        states = states + self.normed("after_attention", output)
-        return states + self.feed_forward(states)
+        return self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
 
     def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
         """What the feed-forward network adds to residual states (B, T, D)."""
