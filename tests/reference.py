@@ -202,12 +202,9 @@ class Reference:
 
     def attend(self, q, seen):
         """One token's attention: q (H, d) over a list of keys and values of all heads (H, .)."""
-        out = []
-        for h in range(self.c.num_attention_heads):
-            logits = torch.stack([(q[h] * k[h]).sum() * self.scaling for k, _ in seen])
-            p = torch.softmax(logits, 0)
-            out.append(sum(p[i] * v[h] for i, (_, v) in enumerate(seen)))
-        return torch.cat(out)
+        keys, values = (torch.stack(parts) for parts in zip(*seen, strict=True))
+        weights = torch.softmax((keys * q).sum(-1) * self.scaling, 0)
+        return (weights[..., None] * values).sum(0).flatten()
 
     # -- selection -----------------------------------------------------------------------------------------------
     def amount(self, amount, n):
