@@ -1,4 +1,4 @@
-"""Fresh processes that start warm: forked from one that has imported torch and transformers and nothing else of ours.
+"""Fresh processes that start warm: forked from one that has imported torch, transformers and other packages, and nothing of ours.
 
 What a script sees is a new interpreter, but for the seconds of those imports, which every test would pay again.
 """
@@ -22,7 +22,11 @@ _families = ("deepseek_v2", "deepseek_v3", "gemma3", "llama", "ministral", "mist
 _families += ("qwen2", "qwen3", "qwen3_moe")
 _context.set_forkserver_preload(
     [
+        "accelerate",
+        "click",
+        "pydantic",
         "safetensors.torch",
+        "scipy.stats",
         "torch.distributed.tensor",
         "transformers.generation.utils",
         "transformers.models.auto.modeling_auto",
