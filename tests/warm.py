@@ -1,4 +1,4 @@
-"""Fresh processes that start warm: forked from one that has imported torch, transformers and other packages, and nothing of ours.
+"""Fresh processes that start warm: forked from one that has imported torch, transformers and others, and none of ours.
 
 What a script sees is a new interpreter, but for the seconds of those imports, which every test would pay again.
 """
