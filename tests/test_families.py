@@ -98,14 +98,18 @@ def test_experts_have_no_low_rank_proxies(tmp_path):
 
 
 def test_only_the_rows_asked_for_of_a_fused_projection():
-    """And all of them where the module is not plain, with the same result."""
+    """And all of them where the module is not plain, with the same result; with a bias if someone gave it one."""
     model = tiny_model("phi3")
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj.bias = torch.nn.Parameter(torch.randn(layer.self_attn.qkv_proj.out_features))
     tokens = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(5))
     plain, calls = model(tokens, logits_to_keep=1).logits, []
     for layer in model.model.layers[1:]:
         layer.self_attn.qkv_proj.register_forward_hook(lambda *args: calls.append(1))
     torch.testing.assert_close(model(tokens, logits_to_keep=1).logits, plain, rtol=0, atol=1e-5)
     assert len(calls) >= 3 * 4
+    kept = [model(tokens, logits_to_keep=1, spts=spts).past_key_values.layers[0].keys for spts in (True, False)]
+    torch.testing.assert_close(*kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,6 +163,8 @@ def test_latents_are_probed_as_the_keys_made_of_them_would_be(family, hooked):
     yarn |= {"mscale": 0.7, "mscale_all_dim": 1.0}
     model, given = tiny_model(family, attn_implementation="eager", rope_parameters=yarn), []
     layer = model.model.layers[1]
+    made = layer.self_attn.kv_b_proj
+    made.bias = torch.nn.Parameter(torch.randn(made.out_features))  # alike for all tokens, so that it changes nothing
     layer.self_attn.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
     tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
@@ -170,7 +176,7 @@ def test_latents_are_probed_as_the_keys_made_of_them_would_be(family, hooked):
         query = layer.probes(normed[:, -3:], *(table[:, -3:] for table in tables))
         found = probe_scores(query, layer.keys(normed, *tables), layer.self_attn.scaling)
     torch.testing.assert_close(found, paid, rtol=1e-5, atol=1e-6)
-    assert len(calls) == hooked
+    assert len(calls) == 2 * hooked
 
 
 def test_mistral_with_kinds_of_layers_is_ministral(tmp_path):

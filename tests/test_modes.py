@@ -14,6 +14,8 @@ from transformers import (
     StaticCache,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spts_compress.modeling.stock_layer import layer_windows
 
@@ -278,6 +280,53 @@ def test_of_forwards_from_accelerate_its_own_alone_are_taken():
             attention.forward = lambda *args, own=attention.forward, **kwargs: own(*args, **kwargs)
         with torch.no_grad(), nullcontext() if fine else pytest.raises(ValueError, match="another forward of it"):
             model(ids, logits_to_keep=1)
+
+
+def test_weights_that_come_with_a_call_of_attention_alone_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny_model("llama", SCHEDULE), torch.arange(3, 63)[None]
+    with torch.no_grad():
+        dense = model(ids, logits_to_keep=1, spts=False).logits
+        kinds = [type(model.model.layers[0].self_attn).__name__]
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=kinds)
+        with pytest.raises(ValueError, match="another forward of it"):
+            model(ids, logits_to_keep=1)
+        assert torch.equal(model(ids, logits_to_keep=1, spts=False).logits, dense)
+
+
+def test_activated_lora_is_refused():
+    peft = pytest.importorskip("peft")
+    config = dict(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(**config, alora_invocation_tokens=[5, 6])
+    ids = torch.arange(3, 63)[None]
+    model = peft.get_peft_model(tiny_model("llama", SCHEDULE), config).eval()
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
+    with pytest.raises(ValueError, match="activated LoRA counts tokens"):
+        model.generate(**given)
+    model.generate(**given, spts=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "ministral", "deepseek_v3"])
+def test_what_a_callers_own_attention_is_given_reaches_it_in_all_layers(family, monkeypatch):
+    model, seen = tiny_model(family, {**SCHEDULE, "start": 2}), []
+
+    def own(module, *args, temperature=1.0, **kwargs):
+        seen.append((module.layer_idx, temperature))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", own)
+    with torch.no_grad():
+        model(torch.arange(3, 63)[None], logits_to_keep=1, temperature=2.0)
+    assert {layer for layer, _ in seen} == {0, 1, 2, 3, 4} and {given for _, given in seen} == {2.0}
+
+
+def test_a_backward_hook_on_a_norm_sees_the_whole_prompt():
+    stages = [{"end": 4, "budget": 540}]
+    model = tiny_model("llama", {**SCHEDULE, "start": 3, "stages": stages}, max_position_embeddings=1024)
+    ids, shapes = torch.randint(3, 97, (1, 600), generator=torch.Generator().manual_seed(0)), []
+    model.model.layers[1].input_layernorm.register_full_backward_hook(lambda _, __, out: shapes.append(out[0].shape[1]))
+    model(ids, logits_to_keep=1).logits.logsumexp(-1).sum().backward()
+    assert shapes == [600]
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -144,9 +144,18 @@ def is_changed(attention: Any) -> bool:
 def brings_weights(module: Any) -> bool:
     """Whether a module's own forward is accelerate's, with its own hooks alone, around that of its class."""
     hook, forward = getattr(module, "_hf_hook", None), getattr(vars(module)["forward"], "func", None)
-    parts = forward, *map(type, getattr(hook, "hooks", [hook]))
-    theirs = all(getattr(part, "__module__", "").startswith("accelerate.") for part in parts)
+    hooks = getattr(hook, "hooks", [hook])
+    theirs = all(getattr(part, "__module__", "").startswith("accelerate.") for part in (forward, *map(type, hooks)))
+    # Those of the parts, too, which then have none until it is called.
+    theirs = theirs and not any(getattr(each, "offload", False) and each.place_submodules for each in hooks)
     return theirs and getattr(module._old_forward, "__func__", None) is type(module).forward
+
+
+def counts_tokens(layer: Any) -> bool:
+    """Whether PEFT tells a projection of a layer where in the prompt its adapter begins to work."""
+    modules = filter(None, (*layer.self_attn._modules.values(), *layer.mlp._modules.values()))
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
+    return any("alora_offsets" in getattr(hook, "keywords", {}) for hook in hooks)
 
 
 def holds_skipped(cache: Any) -> bool:
@@ -187,6 +196,8 @@ def check_call(
         raise ValueError("the spts block was set or changed after this model was built; load it again")
     if (tokens[0] is None) == (tokens[1] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if any(map(counts_tokens, model.layers[request.schedule.start :])):
+        raise ValueError("activated LoRA counts tokens from the prompt's end, which skipping removes; pass spts=False")
     if any(is_changed(layer.self_attn) for layer in model.layers[request.schedule.start :]):
         raise ValueError(
             "hooks on self_attn, and another forward of it, don't run where tokens are skipped: change its parts, or "

@@ -82,20 +82,18 @@ class StockRuns(DecoderCalls):
                 if (kind := kinds[index]) not in masks:
                     seen = run.mask, run.cache, run.position_ids
                     masks[kind] = None if run.causal else MASKS[kind](self.config, states, *seen, layer_idx=index)
-                if kind == FULL and not is_changed(self.layers[index].self_attn):
-                    given = dict(attention_mask=masks[kind], position_embeddings=rotary[kind])
-                    states = self.layers[index](states, in_steps=True, past_key_values=run.cache, **given)
-                else:
-                    states = self._stock(run, index, states, masks[kind], rotary[kind])
+                how = {"in_steps": True} if kind == FULL and not is_changed(self.layers[index].self_attn) else {}
+                states = self._stock(run, index, states, masks[kind], rotary[kind], **how)
         return states
 
-    def _stock(self, run: Pass, index: int, states: torch.Tensor, mask: Any, tables: Any) -> torch.Tensor:
+    def _stock(self, run: Pass, index: int, states: torch.Tensor, mask: Any, tables: Any, **how: Any) -> torch.Tensor:
         return self.layers[index](
             states,
             attention_mask=mask,
             position_embeddings=tables,
             position_ids=run.position_ids,
             past_key_values=run.cache,
+            **how,
             **run.options,
         )
 

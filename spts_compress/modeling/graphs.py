@@ -153,7 +153,8 @@ class PrefillGraph:
         plans = []
         for each, heads in zip(self.counts, heads_of(schedule.probe, layers, states.device), strict=True):
             named: dict[str, Any] = {name: counts[number] for name, number in each._asdict().items()}
-            plans.append(RoomyPlan(**named, schedule=schedule, heads=heads, window=None, real=real, shared=shared))
+            named |= dict(schedule=schedule, heads=heads, window=None, options=like.options)
+            plans.append(RoomyPlan(**named, real=real, shared=shared))
         self.widths, self.plans = list(counts), plans  # whose tensors the graph reads
 
         def prefill() -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, ...]]]:
@@ -238,7 +239,7 @@ class Graphs:
             graph = self.made[key] = self.made.pop(key)  # the last one used is the last to go
             if graph is None or (last is None and (last := graph.run(given)) is None):
                 return None
-            plans = decoder._plans(schedule, [tokens], states.device)
+            plans = decoder._plans(schedule, [tokens], given)
             decoder._prepare_cache(given, plans, [tokens], False)
             held = [tokens] * schedule.start + [plan.cached.width for plan in plans]
             for layer, count in enumerate(held):

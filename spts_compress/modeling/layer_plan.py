@@ -40,7 +40,7 @@ class Count:
 class LayerPlan:
     """What one skipping layer does: its counts of tokens, as in the schedule's `Counts`; equal ones are one object.
     `heads`: how the layer's are reduced, or the numbers of those that score (H'), or None if none does. `window`: of
-    attention, where it is shorter than the longest prompt."""
+    attention, where it is shorter than the longest prompt. `options`: what the caller gave for attention."""
 
     candidates_in: Count
     active: Count
@@ -50,6 +50,7 @@ class LayerPlan:
     schedule: Any
     heads: Any
     window: int | None
+    options: dict[str, Any]
 
     def counts(self) -> dict[str, Count]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -119,8 +120,9 @@ def heads_of(probe: Any, layers: range, device: torch.device) -> list[Any]:
 class PlannedRuns(StockRuns):
     """Mixed into a family's decoder: plans a prefill, and has the cache's layers know what they hold."""
 
-    def _plans(self, schedule: Any, lengths: list[int], device: torch.device) -> list[LayerPlan]:
+    def _plans(self, schedule: Any, lengths: list[int], run: Pass) -> list[LayerPlan]:
         """Plans of the skipping layers, for rows of `lengths` tokens."""
+        device = run.states.device
         known: dict[tuple[int, ...], Count] = {}
         plans, windows = [], layer_windows(self.config)
         layers = range(schedule.start, len(self.layers))
@@ -131,7 +133,7 @@ class PlannedRuns(StockRuns):
                 counts[name] = known.get(column) or known.setdefault(column, Count.of(column, device))
             window = windows[layer]
             window = window if window is not None and window < max(lengths) else None
-            plans.append(LayerPlan(**counts, schedule=schedule, heads=heads, window=window))
+            plans.append(LayerPlan(**counts, schedule=schedule, heads=heads, window=window, options=run.options))
         return plans
 
     def _prepare_cache(self, run: Pass, plans: list[LayerPlan], lengths: list[int], notes: bool) -> None:

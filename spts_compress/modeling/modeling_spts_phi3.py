@@ -16,7 +16,10 @@ class Phi3DecoderLayer(WindowedDecoderLayer):
         queries = attention.o_proj.in_features
         keys = (made.out_features - queries) // 2
         rows = {"q": slice(queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}[name]
-        some = linear(states, made.weight[rows]) if is_plain(made) else made(states)[..., rows]
+        if is_plain(made):
+            some = linear(states, made.weight[rows], None if made.bias is None else made.bias[rows])
+        else:
+            some = made(states)[..., rows]
         return split_heads(some, attention.head_dim)
 
 

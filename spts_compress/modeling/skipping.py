@@ -150,7 +150,7 @@ class SkippingDecoderLayer(StockLayer):
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         """Causal attention (B, M, H, d) among the active tokens; with a window, they are at `slots` (B, M)."""
-        return self.attention_function()(query, key, value, mask)[0]
+        return self.attention_function(plan.options)(query, key, value, mask)[0]
 
     @staticmethod
     def _add(
@@ -190,7 +190,7 @@ class SkippingModel(PlannedRuns):
         """States (B, 1 or n, D) after the last layer, of a prompt that ends with the pass."""
         if request.graphs and (last := self.graphs.run(self, run, request, lengths)) is not None:
             return last
-        plans = self._plans(request.schedule, lengths, run.states.device)
+        plans = self._plans(request.schedule, lengths, run)
         if run.cache is not None:
             self._prepare_cache(run, plans, lengths, request.positions)
         return self._stages(run, plans, max(lengths), every=request.last is None)

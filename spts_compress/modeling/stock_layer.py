@@ -76,7 +76,8 @@ def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
 def watched(module: nn.Module) -> bool:
     """Whether calls of a module are seen by a hook, or do something else than its class says, as accelerate's, which
     bring its weights from where they are offloaded."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -86,7 +87,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def in_pieces(module: Any, states: torch.Tensor, size: int) -> torch.Tensor:
     """`module(states)`, of a module that treats states (B, T, D) token by token: on a CPU `size` tokens at a time, so
-    that what it makes on the way stays in the cache, with the very same result."""
+    that what it makes on the way stays in the cache, with the same result up to rounding."""
     if states.shape[1] <= size or states.device.type != "cpu":
         return module(states)
     return torch.cat([module(piece) for piece in states.split(size, dim=1)], dim=1)
@@ -182,11 +183,11 @@ class StockLayer(Stock):
             scores = torch.cat(parts, dim=1)
         return scores
 
-    def attention_function(self) -> Any:
-        """(queries, keys, values, mask) -> (outputs, ...), of the implementation that is set."""
+    def attention_function(self, options: dict[str, Any]) -> Any:
+        """(queries, keys, values, mask) -> (outputs, ...), of the implementation set, with a caller's options."""
         attention, eager = self.self_attn, type(self).eager_attention
         function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-        return partial(function, attention, dropout=0.0, scaling=attention.scaling)
+        return partial(function, attention, dropout=0.0, scaling=attention.scaling, **options)
 
     def normed(self, place: str, states: torch.Tensor) -> torch.Tensor:
         """States (B, T, D) after the norm at a place, see `Norms`; as they are if there is none."""
@@ -205,7 +206,7 @@ class StockLayer(Stock):
         return states + self.feed_forward(states)
 
     def attended(
-        self, normed: torch.Tensor, attention_mask: Any, position_embeddings: Any, past_key_values: Any
+        self, normed: torch.Tensor, attention_mask: Any, position_embeddings: Any, past_key_values: Any, **options: Any
     ) -> torch.Tensor:
         """What attention among all tokens makes of normed states (B, T, D)."""
         cos_sin = cos_sin_of(position_embeddings)
@@ -213,7 +214,7 @@ class StockLayer(Stock):
         if past_key_values is not None:
             held = past_key_values.update(*held, self.self_attn.layer_idx)
         qkv = self.queries(normed, *cos_sin), *self.keys_values(*held)
-        output = self.attention_function()(*qkv, attention_mask)[0]
+        output = self.attention_function(options)(*qkv, attention_mask)[0]
         return self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
 
     def feed_forward(self, states: torch.Tensor) -> torch.Tensor:

@@ -109,14 +109,14 @@ class WindowedDecoderLayer(SkippingDecoderLayer):
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         if plan.window is None:
             return super().attend(query, key, value, mask, slots, plan)
-        return windowed(self.attention_function(), query, key, value, slots, plan.window, plan.active.valid)
+        return windowed(self.attention_function(plan.options), query, key, value, slots, plan.window, plan.active.valid)
 
 
 class WindowedModel(SkippingModel):
     """A decoder of a family with windows."""
 
-    def _plans(self, schedule: Any, lengths: list[int], device: torch.device) -> list[LayerPlan]:
-        plans = super()._plans(schedule, lengths, device)
+    def _plans(self, schedule: Any, lengths: list[int], run: Pass) -> list[LayerPlan]:
+        plans = super()._plans(schedule, lengths, run)
         if any(plan.window for plan in plans):
             self._check_attention()
         return plans

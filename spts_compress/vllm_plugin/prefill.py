@@ -148,7 +148,8 @@ class PagedDecoder(SkippingModel):
 
     def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
         counts: dict[str, Any] = dict.fromkeys(Counts._fields, Count(run.states.shape[1]))
-        plan = LayerPlan(**counts, schedule=replace(self.schedule, probe=Probe()), heads="mean", window=None)
+        schedule = replace(self.schedule, probe=Probe())
+        plan = LayerPlan(**counts, schedule=schedule, heads="mean", window=None, options={})
         given = {"plan": plan, "attention_mask": None, "slots": run.position_ids, "carried": None}
         states, kinds = run.states, layer_kinds(self.config)
         for index in layers:
