@@ -81,7 +81,7 @@ def test_skipping_off_is_the_stock_model_bit_for_bit(family, attention):
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_before_the_first_that_skips_are_stock_bit_for_bit(family, hooked):
-    """On a CPU; hooks on their attention run."""
+    """On a CPU, where a prompt runs in one piece; hooks on their attention run."""
     model = tiny_model(family, {**SCHEDULE, "start": 2})
     tokens, given, seen = torch.arange(3, 83).view(2, 40), [], []
     mask = torch.ones_like(tokens)

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spts_compress.modeling.layer_plan import Count, LayerPlan
 from spts_compress.modeling.stock_layer import layer_windows
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -294,16 +295,48 @@ def test_weights_that_come_with_a_call_of_attention_alone_are_refused():
         assert torch.equal(model(ids, logits_to_keep=1, spts=False).logits, dense)
 
 
-def test_activated_lora_is_refused():
+@pytest.mark.parametrize(("family", "part"), [("llama", "q_proj"), ("deepseek_v2", "up_proj")])
+def test_activated_lora_is_refused(family, part):
     peft = pytest.importorskip("peft")
-    config = dict(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    config = dict(task_type="CAUSAL_LM", r=2, target_modules=[part], init_lora_weights=False)
     config = peft.LoraConfig(**config, alora_invocation_tokens=[5, 6])
     ids = torch.arange(3, 63)[None]
-    model = peft.get_peft_model(tiny_model("llama", SCHEDULE), config).eval()
+    model = peft.get_peft_model(tiny_model(family, SCHEDULE), config).eval()
     given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
     with pytest.raises(ValueError, match="activated LoRA counts tokens"):
         model.generate(**given)
     model.generate(**given, spts=False)
+
+
+class Catcher(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def forward(
+        self, hidden_states, attention_mask, position_embeddings, position_ids, past_key_values, use_cache=None
+    ):
+        self.calls += 1
+        given = dict(attention_mask=attention_mask, position_embeddings=position_embeddings, position_ids=position_ids)
+        return self.layer(hidden_states, past_key_values=past_key_values, **given)
+
+
+def test_layers_before_the_first_that_skips_may_be_wrapped():
+    model, ids = tiny_model("llama", {**SCHEDULE, "start": 2}), torch.arange(3, 63)[None]
+    with torch.no_grad():
+        plain = model(ids, logits_to_keep=1, spts=True).logits
+        caught = model.model.layers[0] = Catcher(model.model.layers[0])
+        layer = model.model.layers[1]
+        own = Catcher(layer.forward)
+        layer.forward = lambda hidden_states, **given: own(hidden_states, **given)
+        torch.testing.assert_close(model(ids, logits_to_keep=1, spts=True).logits, plain)
+    assert caught.calls == own.calls == 1
+
+
+def test_a_callers_tensors_for_attention_go_where_a_layer_is():
+    options = {"bias": torch.ones(2), "name": "x"}
+    plan = LayerPlan(*[Count(4)] * 5, schedule=None, heads=torch.arange(2), window=None, options=options).to("meta")
+    assert plan.heads.is_meta and plan.options["bias"].is_meta and plan.options["name"] == "x"
 
 
 @pytest.mark.parametrize("family", ["llama", "ministral", "deepseek_v3"])

@@ -169,15 +169,14 @@ def test_copies_grow_with_the_tokens_at_work():
     assert two.copied < dense + 6 * hidden * SIZES["hidden_size"]
 
 
-@pytest.mark.parametrize("spts", [False, True])
-def test_what_attention_read_is_gone_when_the_feed_forward_network_runs(spts):
+def test_what_attention_read_is_gone_when_the_feed_forward_network_runs():
     """Where a prefill's memory is highest."""
     model, read, left = tiny_model(schedule=SCHEDULES["update"]), {}, []
     for number, layer in enumerate(model.model.layers):
         note = partial(lambda number, _, args: read.update({number: weakref.ref(args[0])}), number)
         layer.self_attn.k_proj.register_forward_pre_hook(note)
         layer.mlp.register_forward_pre_hook(partial(lambda number, *_: left.append(read[number]()), number))
-    prefill(model, LENGTH, spts=spts)
+    prefill(model, LENGTH)
     assert left == [None] * len(read)
 
 

@@ -149,7 +149,7 @@ def second_look(cache: Any, before: torch.Tensor, need: torch.Tensor, budget: fl
         normed = layer.normed("before_attention", states)
         for kept, new in zip((held.keys, held.values), layer.cached(normed, layer.keys(normed, *where)), strict=True):
             kept.index_copy_(2, at, new)
-        output = layer.attention_function({})(layer.queries(normed, *where), held.keys, held.values, mask)[0]
+        output = layer.attention_function()(layer.queries(normed, *where), held.keys, held.values, mask)[0]
         states = states + layer.self_attn.o_proj(output.flatten(2))
         states = states + layer.feed_forward(states)
     return cache, model.lm_head(model.model.norm(states[:, -1:]))[0, 0], len(at)

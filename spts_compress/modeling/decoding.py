@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import SkippedCacheLayer
-from .calls import DecoderCalls, SkipRequest, check_depth, is_changed
+from .calls import DecoderCalls, SkipRequest, check_depth, has_steps
 from .profiling import part
 from .static import StaticKeptLayer, is_static, to_dynamic, to_static
 from .stock_layer import FULL, MASKS, layer_kinds, position_tables
@@ -75,14 +75,15 @@ class StockRuns(DecoderCalls):
         return position_tables(self.rotary_emb, self.config, run.states, run.position_ids)
 
     def _dense(self, run: Pass, layers: range, rotary: dict[str, Any]) -> torch.Tensor:
-        """States (B, n, D) of a whole prompt after some layers."""
+        """States (B, n, D) of a whole prompt after some layers; in steps, but for those with windows and those that
+        someone changed."""
         kinds, masks, states = layer_kinds(self.config), dict[str, Any](), run.states
         with part("dense layers"):
             for index in layers:
                 if (kind := kinds[index]) not in masks:
                     seen = run.mask, run.cache, run.position_ids
                     masks[kind] = None if run.causal else MASKS[kind](self.config, states, *seen, layer_idx=index)
-                how = {"in_steps": True} if kind == FULL and not is_changed(self.layers[index].self_attn) else {}
+                how = {"in_steps": True} if kind == FULL and has_steps(self.layers[index]) else {}
                 states = self._stock(run, index, states, masks[kind], rotary[kind], **how)
         return states
 

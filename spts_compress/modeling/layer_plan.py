@@ -66,8 +66,9 @@ class LayerPlan:
         """The plan on a device; accelerate calls this where layers are on several."""
         moved = {id(count): count.to(device) for count in self.counts().values()}  # equal ones stay one object
         changes: dict[str, Any] = {name: moved[id(count)] for name, count in self.counts().items()}
-        if isinstance(self.heads, torch.Tensor):
-            changes["heads"] = self.heads.to(device)
+        given = {"heads": self.heads, **self.options}
+        given = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in given.items()}
+        changes |= dict(heads=given.pop("heads"), options=given)
         return replace(self, **changes)
 
     @property

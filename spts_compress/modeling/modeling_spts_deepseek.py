@@ -48,9 +48,10 @@ class LatentDecoderLayer(SkippingDecoderLayer):
         still, turned = self.query_parts(normed, *cos_sin)
         if is_plain(attention.kv_b_proj):
             weight = attention.kv_b_proj.weight
-        else:  # what the module, whatever it is, makes of the unit vectors more than of none: a bias is alike for all
+        else:  # what the module, whatever it is, makes of the unit vectors; a bias, alike for all tokens, cancels out
             unit = torch.eye(attention.kv_lora_rank, dtype=still.dtype, device=still.device)
-            weight = (attention.kv_b_proj(unit) - attention.kv_b_proj(torch.zeros_like(unit[:1]))).T
+            made, opposite = attention.kv_b_proj(torch.cat([unit, -unit])).chunk(2)
+            weight = ((made - opposite) / 2).T
         heads = weight.unflatten(0, (-1, attention.qk_nope_head_dim + attention.v_head_dim))
         with torch.autocast(still.device.type, enabled=False):
             moved = torch.matmul(still.float(), heads[:, : attention.qk_nope_head_dim].float())

@@ -1,5 +1,7 @@
 """Phi3 with Self-Predictive Token Skipping (SPTS, arXiv 2601.13155); the method is in skipping.py."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 from transformers.models.phi3 import modeling_phi3
@@ -10,6 +12,10 @@ from .windows import WindowedDecoderLayer, WindowedModel
 
 
 class Phi3DecoderLayer(WindowedDecoderLayer):
+    def whole(self, states: torch.Tensor, **given: Any) -> torch.Tensor:
+        """Not in steps where the projection is not plain, which then would be called three times."""
+        return (super().whole if is_plain(self.self_attn.qkv_proj) else super().forward)(states, **given)
+
     def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values come from one matrix, of which only the rows asked for are used if it is plain."""
         attention, made = self.self_attn, self.self_attn.qkv_proj

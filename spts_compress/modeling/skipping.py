@@ -150,7 +150,7 @@ class SkippingDecoderLayer(StockLayer):
 
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         """Causal attention (B, M, H, d) among the active tokens; with a window, they are at `slots` (B, M)."""
-        return self.attention_function(plan.options)(query, key, value, mask)[0]
+        return self.attention_function(**plan.options)(query, key, value, mask)[0]
 
     @staticmethod
     def _add(

@@ -183,7 +183,7 @@ class StockLayer(Stock):
             scores = torch.cat(parts, dim=1)
         return scores
 
-    def attention_function(self, options: dict[str, Any]) -> Any:
+    def attention_function(self, **options: Any) -> Any:
         """(queries, keys, values, mask) -> (outputs, ...), of the implementation set, with a caller's options."""
         attention, eager = self.self_attn, type(self).eager_attention
         function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
@@ -199,10 +199,10 @@ class StockLayer(Stock):
         return (self.whole if in_steps else super().forward)(hidden_states, *args, **kwargs)
 
     def whole(self, states: torch.Tensor, **given: Any) -> torch.Tensor:
-        """States (B, T, D) after the stock layer, step by step, which takes fewer passes over memory."""
-        states = states + self.normed(
-            "after_attention", self.attended(self.normed("before_attention", states), **given)
-        )
+        """States (B, T, D) after the stock layer, step by step: its norms then are single kernels, see `rms_norm`."""
+        attended = self.attended(self.normed("before_attention", states), **given)
+        states = states + self.normed("after_attention", attended)
+        del attended  # as large as the states, and done with
         return states + self.feed_forward(states)
 
     def attended(
@@ -214,7 +214,7 @@ class StockLayer(Stock):
         if past_key_values is not None:
             held = past_key_values.update(*held, self.self_attn.layer_idx)
         qkv = self.queries(normed, *cos_sin), *self.keys_values(*held)
-        output = self.attention_function(options)(*qkv, attention_mask)[0]
+        output = self.attention_function(**options)(*qkv, attention_mask)[0]
         return self.self_attn.o_proj(output.reshape(*output.shape[:2], -1))
 
     def feed_forward(self, states: torch.Tensor) -> torch.Tensor:

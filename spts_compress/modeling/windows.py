@@ -109,7 +109,8 @@ class WindowedDecoderLayer(SkippingDecoderLayer):
     def attend(self, query: Any, key: Any, value: Any, mask: Any, slots: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         if plan.window is None:
             return super().attend(query, key, value, mask, slots, plan)
-        return windowed(self.attention_function(plan.options), query, key, value, slots, plan.window, plan.active.valid)
+        function = self.attention_function(**plan.options)
+        return windowed(function, query, key, value, slots, plan.window, plan.active.valid)
 
 
 class WindowedModel(SkippingModel):
