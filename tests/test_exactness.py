@@ -8,6 +8,8 @@ from reference import Reference
 from strategies import schedules
 from tiny import FAMILIES, SCHEDULE, stock_twin, tiny_model
 
+from spts_compress.modeling import decoding
+
 
 def assert_cache_equals(cache, reference, spare):
     """A layer with a window holds what the next token sees there, and at most `spare` tokens more."""
@@ -80,8 +82,9 @@ def test_skipping_off_is_the_stock_model_bit_for_bit(family, attention):
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_before_the_first_that_skips_are_stock_bit_for_bit(family, hooked):
-    """On a CPU, where a prompt runs in one piece; hooks on their attention run."""
+def test_layers_before_the_first_that_skips_are_stock_in_steps_too(family, hooked, monkeypatch):
+    """Bit for bit on a CPU, where a prompt runs in one piece; hooks on their attention run."""
+    monkeypatch.setattr(decoding, "STOCK_ON", ())
     model = tiny_model(family, {**SCHEDULE, "start": 2})
     tokens, given, seen = torch.arange(3, 83).view(2, 40), [], []
     mask = torch.ones_like(tokens)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spts_compress.checkpoint.families import ALIASES
 from spts_compress.checkpoint.families import FAMILIES as SUPPORTED
+from spts_compress.modeling import decoding
 from spts_compress.modeling.selection import probe_scores
 from spts_compress.modeling.stock_layer import cos_sin_of
 
@@ -97,8 +98,9 @@ def test_experts_have_no_low_rank_proxies(tmp_path):
     assert "share no matrices" in run("sweep", recipe, "--output", tmp_path / "study", code=2)
 
 
-def test_only_the_rows_asked_for_of_a_fused_projection():
+def test_only_the_rows_asked_for_of_a_fused_projection(monkeypatch):
     """And all of them where the module is not plain, with the same result; with a bias if someone gave it one."""
+    monkeypatch.setattr(decoding, "STOCK_ON", ())
     model = tiny_model("phi3")
     for layer in model.model.layers:
         layer.self_attn.qkv_proj.bias = torch.nn.Parameter(torch.randn(layer.self_attn.qkv_proj.out_features))

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spts_compress.modeling import decoding
 from spts_compress.modeling.layer_plan import Count, LayerPlan
 from spts_compress.modeling.stock_layer import layer_windows
 
@@ -321,7 +322,8 @@ class Catcher(torch.nn.Module):
         return self.layer(hidden_states, past_key_values=past_key_values, **given)
 
 
-def test_layers_before_the_first_that_skips_may_be_wrapped():
+def test_layers_before_the_first_that_skips_may_be_wrapped(monkeypatch):
+    monkeypatch.setattr(decoding, "STOCK_ON", ())
     model, ids = tiny_model("llama", {**SCHEDULE, "start": 2}), torch.arange(3, 63)[None]
     with torch.no_grad():
         plain = model(ids, logits_to_keep=1, spts=True).logits
@@ -342,6 +344,7 @@ def test_a_callers_tensors_for_attention_go_where_a_layer_is():
 @pytest.mark.parametrize("family", ["llama", "ministral", "deepseek_v3"])
 def test_what_a_callers_own_attention_is_given_reaches_it_in_all_layers(family, monkeypatch):
     model, seen = tiny_model(family, {**SCHEDULE, "start": 2}), []
+    monkeypatch.setattr(decoding, "STOCK_ON", ())
 
     def own(module, *args, temperature=1.0, **kwargs):
         seen.append((module.layer_idx, temperature))
@@ -353,7 +356,8 @@ def test_what_a_callers_own_attention_is_given_reaches_it_in_all_layers(family, 
     assert {layer for layer, _ in seen} == {0, 1, 2, 3, 4} and {given for _, given in seen} == {2.0}
 
 
-def test_a_backward_hook_on_a_norm_sees_the_whole_prompt():
+def test_a_backward_hook_on_a_norm_sees_the_whole_prompt(monkeypatch):
+    monkeypatch.setattr(decoding, "STOCK_ON", ())
     stages = [{"end": 4, "budget": 540}]
     model = tiny_model("llama", {**SCHEDULE, "start": 3, "stages": stages}, max_position_embeddings=1024)
     ids, shapes = torch.randint(3, 97, (1, 600), generator=torch.Generator().manual_seed(0)), []
