@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 from .decoding import Pass
 from .layer_plan import Count, LayerPlan, heads_of
 from .selection import ranked
-from .stock_layer import layer_windows, watched
+from .stock_layer import layer_windows, modules_in, watched
 
 STEP = 256  # slots; from 4096 on an eighth of the next smaller power of two
 LARGEST = 2**24  # numbers in the states of all slots: with more, the GPU has enough to do
@@ -266,10 +266,8 @@ def looked_through(decoder: Any, device: torch.device) -> tuple[list[Any], list[
     """What a graph of a decoder relies on: its modules, what they do, their plain values, such as attention's factor,
     and where their weights are; None if not all are plain ones on the device, or there is a module that someone watches
     or that may change what it does, such as an adapter."""
-    modules, weights, left = list[Any](), list[Weight](), [decoder]
-    while left:
-        module = left.pop()
-        left += filter(None, module._modules.values())
+    modules, weights = list[Any](), list[Weight]()
+    for module in modules_in(decoder):
         usual = type(module).__module__.split(".")[0] in MODULES and not watched(module)
         parts = module._parameters
         if not usual or any(

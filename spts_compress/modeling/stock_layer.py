@@ -1,6 +1,7 @@
 """A stock decoder layer taken apart, so that it can run on some of the tokens: here is where families differ."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,14 @@ def watched(module: nn.Module) -> bool:
     bring its weights from where they are offloaded."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in vars(module)
+
+
+def modules_in(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, shared ones as often as they are there, in a fifth of the time of `module.modules()`."""
+    left = [module]
+    while left:
+        yield (found := left.pop())
+        left += filter(None, found._modules.values())
 
 
 def is_plain(module: nn.Module) -> bool:
